@@ -1,0 +1,1 @@
+"""Files of human preferences enter; batches of static shape leave."""

@@ -1,0 +1,72 @@
+"""Prompts enter; the share of the data each belongs to and its stable integer id leave.
+
+Both depend on the prompt's text alone, so a prompt never stands in two shares and keeps its id in every stage.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from mpo_jax.data.schemas import TextRecord
+from mpo_jax.errors import InputError
+
+SHARES: Mapping[str, float] = {"sft_reward": 0.45, "policy": 0.45, "eval": 0.1}
+"""The default division. Ours: the paper does not publish one."""
+
+
+def share(prompt: str, fractions: Mapping[str, float] = SHARES) -> str:
+    """The share a prompt belongs to, by a blake2b hash of its text. fractions: name → part, adding up to 1.
+
+    InputError if the fractions are negative or do not add up to 1.
+    """
+    total = sum(fractions.values())
+    if abs(total - 1) > 1e-6 or min(fractions.values()) < 0:
+        raise InputError(f"shares {dict(fractions)}: expected parts from 0 to 1 that add up to 1, found {total:g}")
+    point = int.from_bytes(_hash(prompt, b"share", 8)) / 2**64
+    edge = 0.0
+    for name, part in fractions.items():
+        edge += part
+        if point < edge:
+            return name
+    return [name for name, part in fractions.items() if part > 0][-1]  # rounding of the sum
+
+
+def select(records: Iterable[TextRecord], name: str, fractions: Mapping[str, float] = SHARES) -> list[TextRecord]:
+    """The records of one share. InputError for an unknown share, and for one that holds no record."""
+    if name not in fractions:
+        raise InputError(f"unknown share {name!r}; expected one of {', '.join(fractions)}")
+    chosen = [record for record in records if share(record.prompt, fractions) == name]
+    if not chosen:
+        raise InputError(f"share {name!r} holds no record; give it more than {fractions[name]:g} of the data")
+    return chosen
+
+
+def unique_prompts(records: Iterable[TextRecord]) -> list[TextRecord]:
+    """The first record of every prompt, in order."""
+    return list({record.prompt: record for record in reversed(list(records))}.values())[::-1]
+
+
+def prompt_ids(prompts: Sequence[str]) -> np.ndarray:
+    """i32 [rows], from 0 to 2**31 - 1: equal for equal prompts, different for different ones.
+
+    An id is a hash of the text. Where two texts of the data set meet in one id, the one whose full digest is lower
+    keeps it and the other is hashed again with a counter, so the result does not depend on the order of the rows.
+    """
+    digests = {prompt: _hash(prompt, b"", 16) for prompt in prompts}
+    taken: dict[int, str] = {}
+    waiting = sorted(digests, key=digests.__getitem__)
+    attempt = 0
+    while waiting:
+        late = []
+        for prompt in waiting:
+            number = int.from_bytes(_hash(prompt, b"id%d" % attempt, 4)) & 0x7FFFFFFF
+            if taken.setdefault(number, prompt) != prompt:
+                late.append(prompt)
+        waiting, attempt = late, attempt + 1
+    ids = {prompt: number for number, prompt in taken.items()}
+    return np.array([ids[prompt] for prompt in prompts], np.int32)
+
+
+def _hash(prompt: str, purpose: bytes, size: int) -> bytes:
+    return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=size, person=purpose).digest()
