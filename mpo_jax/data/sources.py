@@ -154,7 +154,7 @@ _KNOWN = r"(train|training|test|validation|valid|val|dev|eval)"
 def _split_name(name: str) -> str | None:
     """The split a file's name tells: `train-00000-of-00002.parquet`, `test.jsonl.gz`, `test/part.jsonl`; or None."""
     *folders, file = name.split("/")
-    stem = next(file.removesuffix(suffix) for suffix in reversed(sorted(SUFFIXES, key=len)) if file.endswith(suffix))
+    stem = next(file.removesuffix(suffix) for suffix in SUFFIXES if file.endswith(suffix))
     sharded = re.fullmatch(r"(.+?)-\d{5}-of-\d{5}.*", stem)
     if sharded:
         return sharded[1]

@@ -1,0 +1,273 @@
+"""Text records and a tokenizer enter; token rows leave as flat memory-mapped arrays, tokenized once and cached.
+
+A prompt and its replies are encoded apart, so no token ever stands across their boundary.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mpo_jax.data.division import prompt_ids
+from mpo_jax.data.schemas import TextRecord
+from mpo_jax.data.tokenizer import Conventions, conventions, fingerprint
+from mpo_jax.errors import InputError
+
+FORMAT = 1
+"""Raised whenever the encoding changes, so that older caches are not read."""
+_CHUNK = 4096
+_ARRAYS = ("tokens", "offsets", "id", "prompt_id", "confidence", "margin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """max_length: tokens of a row, prompt and all replies. max_response: tokens of one reply, its EOS included.
+    max_prompt: tokens of the prompt, BOS included; None: what the replies leave of max_length.
+    too_long: "truncate" cuts replies at their end, which then have no EOS, and prompts at their left, after the BOS;
+    "drop" leaves such rows out. Either way they are counted."""
+
+    max_length: int
+    max_response: int
+    max_prompt: int | None = None
+    too_long: str = "truncate"
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Rows of one prompt and `replies` responses.
+
+    tokens: i32 [all tokens]. offsets: i64 [rows * (1 + replies) + 1], where each piece begins; a row's pieces are its
+    prompt, then its replies. id, prompt_id: i32 [rows]. confidence, margin: f32 [rows], NaN where unknown.
+    counts: rows in and kept, and what the limits did. key: hash of tokenizer, template, records and limits.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    id: np.ndarray
+    prompt_id: np.ndarray
+    confidence: np.ndarray
+    margin: np.ndarray
+    replies: int
+    conventions: Conventions
+    counts: dict[str, int]
+    key: str
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+    @property
+    def piece_lens(self) -> np.ndarray:
+        """i64 [rows, 1 + replies]: tokens of the prompt and of each reply."""
+        return np.diff(self.offsets).reshape(len(self), 1 + self.replies)
+
+    def row(self, index: int) -> list[np.ndarray]:
+        """The token ids of one row: the prompt, then each reply."""
+        first = index * (1 + self.replies)
+        edges = self.offsets[first : first + self.replies + 2]
+        return [self.tokens[a:b] for a, b in itertools.pairwise(edges)]
+
+
+def encode(
+    records: Sequence[TextRecord], tokenizer, replies: int, limits: Limits, cache: str | Path | None = None
+) -> Encoded:
+    """Tokenizes records, or maps the arrays of an earlier run from `cache` (a local folder).
+
+    replies: 0 (prompts alone), 1 (chosen, for SFT) or 2 (chosen, then rejected). A prompt begins with at most one BOS,
+    where the tokenizer's own convention has one; a reply ends with one EOS unless it was cut. Special tokens spelled
+    out in a text are text, except in what a chat template wrote. A tokenizer that writes a space in front of every
+    text gets replies without their first one.
+
+    Raises InputError for limits that leave no room for a prompt, a missing reply, and when no row is left.
+    """
+    _check(limits, replies)
+    key = cache_key(records, tokenizer, replies, limits)
+    folder = None if cache is None else Path(cache) / key
+    if folder is not None and (folder / "manifest.json").exists():
+        return _read(folder)
+    encoded = _encode(records, tokenizer, replies, limits, key)
+    if folder is None:
+        return encoded
+    _write(encoded, folder)
+    return _read(folder)
+
+
+def cache_key(records: Sequence[TextRecord], tokenizer, replies: int, limits: Limits) -> str:
+    """Hash of all that decides the encoded rows: format, tokenizer content, chat template, records, limits."""
+    parts = (FORMAT, fingerprint(tokenizer), records_fingerprint(records), replies, dataclasses.astuple(limits))
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def records_fingerprint(records: Sequence[TextRecord]) -> str:
+    """Hash of every field of every record, in order."""
+    state = hashlib.blake2b(digest_size=16)
+    names = [field.name for field in dataclasses.fields(TextRecord)]
+    for record in records:
+        state.update(repr([getattr(record, name) for name in names]).encode() + b"\n")
+    return state.hexdigest()
+
+
+# Encoding -------------------------------------------------------------------------------------------------------------
+
+
+def _check(limits: Limits, replies: int) -> None:
+    if replies not in (0, 1, 2):
+        raise InputError(f"replies {replies}: expected 0 (prompts alone), 1 (chosen) or 2 (chosen and rejected)")
+    if limits.too_long not in ("truncate", "drop"):
+        raise InputError(f"too_long {limits.too_long!r}: expected 'truncate' or 'drop'")
+    if limits.max_response < 1 and replies:
+        raise InputError(f"max_response {limits.max_response}: expected at least 1 token")
+    if replies * limits.max_response + 2 > limits.max_length:
+        raise InputError(
+            f"max_length {limits.max_length} leaves no room for a prompt beside {replies} replies of max_response "
+            f"{limits.max_response}; expected max_length >= {replies * limits.max_response + 2}"
+        )
+    if limits.max_prompt is not None and limits.max_prompt < 2:
+        raise InputError(f"max_prompt {limits.max_prompt}: expected at least 2 tokens")
+
+
+def encode_prompts(texts: Sequence[str], tokenizer, known: Conventions, templated: bool) -> list[list[int]]:
+    """Token ids of each prompt, beginning with one BOS where the tokenizer's convention has one; a templated prompt
+    where its template wrote one (once, however often it did)."""
+    found = _ids(texts, tokenizer, templated)
+    if known.bos_id is None:
+        return found
+    result = []
+    for ids in found:
+        start = 0
+        while ids[start : start + 1] == [known.bos_id]:
+            start += 1
+        result.append(([known.bos_id] if start or not templated else []) + ids[start:])
+    return result
+
+
+def encode_replies(texts: Sequence[str], tokenizer, known: Conventions, templated: bool) -> list[list[int]]:
+    """Token ids of each reply with one EOS at its end."""
+    if known.spaced:
+        texts = [text.removeprefix(" ") for text in texts]
+    result = []
+    for ids in _ids(texts, tokenizer, templated):
+        while ids and ids[-1] == known.eos_id:
+            ids.pop()
+        result.append([*ids, known.eos_id])
+    return result
+
+
+def _ids(texts: Sequence[str], tokenizer, templated: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    # A lone surrogate (half an emoji in JSON) is not encodable text; it becomes a question mark.
+    clean = [text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+    return tokenizer(
+        clean,
+        add_special_tokens=False,
+        split_special_tokens=not templated,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+
+
+def _encode(records: Sequence[TextRecord], tokenizer, replies: int, limits: Limits, key: str) -> Encoded:
+    for record in records:
+        if (replies >= 1 and record.chosen is None) or (replies == 2 and record.rejected is None):
+            missing = "chosen" if record.chosen is None else "rejected"
+            raise InputError(
+                f"record {record.id} of split {record.split!r} has no {missing!r} reply; it is needed here"
+            )
+    known = conventions(tokenizer)
+    numbers = prompt_ids([record.prompt for record in records])
+    counts = collections.Counter({"rows": len(records)})
+    pieces: list[np.ndarray] = []
+    kept: list[int] = []
+    for start in range(0, len(records), _CHUNK):
+        chunk = range(start, min(start + _CHUNK, len(records)))
+        for templated in (False, True):
+            rows = [i for i in chunk if records[i].templated == templated]
+            columns = [encode_prompts([records[i].prompt for i in rows], tokenizer, known, templated)]
+            for name in ("chosen", "rejected")[:replies]:
+                columns.append(encode_replies([getattr(records[i], name) for i in rows], tokenizer, known, templated))
+            for i, row in zip(rows, zip(*columns, strict=True), strict=True):
+                fitted = _fit(row, limits, known, counts)
+                if fitted is not None:
+                    kept.append(i)
+                    pieces.extend(np.asarray(ids, np.int32) for ids in fitted)
+    if not kept:
+        raise InputError(f"no row is left after encoding: {dict(counts)}; raise max_length or max_response")
+    counts["kept"] = len(kept)
+    return Encoded(
+        tokens=np.concatenate(pieces),
+        offsets=np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64),
+        id=np.array([records[i].id for i in kept], np.int32),
+        prompt_id=numbers[kept],
+        confidence=np.array([_number(records[i].confidence) for i in kept], np.float32),
+        margin=np.array([_number(records[i].margin) for i in kept], np.float32),
+        replies=replies,
+        conventions=known,
+        counts=dict(counts),
+        key=key,
+    )
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _fit(row: Sequence[list[int]], limits: Limits, known: Conventions, counts) -> list[list[int]] | None:
+    """A row within the limits, or None if a rule drops it; `counts` says what was done."""
+    prompt, *replies = row
+    if not prompt:
+        counts["dropped: prompt without tokens"] += 1
+        return None
+    cut = [reply[: limits.max_response] for reply in replies]
+    room = limits.max_length - sum(len(reply) for reply in cut)
+    room = room if limits.max_prompt is None else min(room, limits.max_prompt)
+    long_reply, long_prompt = cut != replies, len(prompt) > room
+    if limits.too_long == "drop" and (long_reply or long_prompt):
+        counts["dropped: reply too long" if long_reply else "dropped: prompt too long"] += 1
+        return None
+    if len(cut) == 2 and cut[0] == cut[1]:
+        counts["dropped: identical replies once encoded"] += 1
+        return None
+    counts["replies truncated"] += sum(len(a) != len(b) for a, b in zip(cut, replies, strict=True))
+    if long_prompt:
+        counts["prompts truncated"] += 1
+        bos = prompt[:1] if prompt[0] == known.bos_id else []
+        prompt = bos + prompt[len(prompt) - room + len(bos) :]
+    return [prompt, *cut]
+
+
+# Cache ----------------------------------------------------------------------------------------------------------------
+
+
+def _write(encoded: Encoded, folder: Path) -> None:
+    """Writes beside the folder and renames: a reader sees all or nothing. Whoever comes second leaves the first's."""
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    for name in _ARRAYS:
+        np.save(temporary / f"{name}.npy", getattr(encoded, name))
+    rest = {
+        "replies": encoded.replies,
+        "conventions": dataclasses.asdict(encoded.conventions),
+        "counts": encoded.counts,
+        "key": encoded.key,
+    }
+    (temporary / "manifest.json").write_text(json.dumps(rest, indent=1))
+    try:
+        temporary.rename(folder)
+    except OSError:
+        shutil.rmtree(temporary)
+        if not (folder / "manifest.json").exists():
+            raise
+
+
+def _read(folder: Path) -> Encoded:
+    rest = json.loads((folder / "manifest.json").read_text())
+    rest["conventions"] = Conventions(**rest["conventions"])
+    return Encoded(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}, **rest)

@@ -1,0 +1,65 @@
+"""A tokenizer's folder enters; a checked tokenizer leaves, with the few facts about it that encoding rests on."""
+
+import dataclasses
+import hashlib
+import json
+
+from mpo_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Conventions:
+    """bos_id: None where the tokenizer has none or does not put it in front of a text by itself. eos_id. pad_id: EOS
+    where there is no pad token. spaced: the tokenizer writes a space in front of every text (SentencePiece)."""
+
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    spaced: bool
+
+
+def load_tokenizer(folder: str):
+    """The tokenizer in a folder (or of a hub name), its remote code never run.
+
+    InputError if it cannot be loaded, has no EOS token, or encodes text to nothing (`transformers` 5 loads some
+    vocabulary files into a tokenizer that does).
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # OSError, ValueError, or what the Rust library raises for a damaged file
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder}: no tokenizer can be loaded from here: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{folder}: the tokenizer has no eos_token; name one in tokenizer_config.json")
+    if not tokenizer("hello", add_special_tokens=False).input_ids:
+        raise InputError(f"{folder}: the tokenizer encodes 'hello' to nothing; expected a tokenizer.json beside it")
+    return tokenizer
+
+
+def conventions(tokenizer) -> Conventions:
+    """What the tokenizer does by itself, found by trying it."""
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False).input_ids)[0]
+    return Conventions(bos if adds_bos else None, eos, eos if pad is None else pad, str(first).startswith("\u2581"))
+
+
+def fingerprint(tokenizer) -> str:
+    """A hash of all that decides the tokens of a text: the tokenizer's content, special tokens and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    parts = [type(tokenizer).__name__, content, repr(special), json.dumps(tokenizer.chat_template, sort_keys=True)]
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def check_vocabulary(tokenizer, vocab_size: int, folder: str) -> None:
+    """InputError if the tokenizer can name an id that the model does not have."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer's largest id is {largest}, the model's vocab_size {vocab_size}; "
+            "take the model's own tokenizer"
+        )
