@@ -44,7 +44,10 @@ def select(records: Iterable[TextRecord], name: str, fractions: Mapping[str, flo
 
 def unique_prompts(records: Iterable[TextRecord]) -> list[TextRecord]:
     """The first record of every prompt, in order."""
-    return list({record.prompt: record for record in reversed(list(records))}.values())[::-1]
+    first: dict[str, TextRecord] = {}
+    for record in records:
+        first.setdefault(record.prompt, record)
+    return list(first.values())
 
 
 def prompt_ids(prompts: Sequence[str]) -> np.ndarray:

@@ -274,13 +274,18 @@ def _disk_parts(folder: epath.Path) -> list[Part]:
 
 
 def _hub_parts(name: str) -> list[Part]:
+    """A hub dataset. One that is still a loading script is read from the Parquet branch the hub itself makes of it."""
     import datasets
 
-    owner, _, rest = name.partition("/")
-    repository, _, data_dir = rest.partition("/")
+    repository, data_dir = re.fullmatch(r"([^/]+(?:/[^/]+)?)/?(.*)", name).groups()
     try:
-        tables = datasets.load_dataset(f"{owner}/{repository}" if repository else owner, data_dir=data_dir or None)
-    except Exception as error:  # connection, missing repository, script-only repository, malformed files
+        try:
+            tables = datasets.load_dataset(repository, data_dir=data_dir or None)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            tables = datasets.load_dataset(repository, data_dir=data_dir or None, revision="refs/convert/parquet")
+    except Exception as error:  # connection, missing repository, malformed files
         raise InputError(
             f"{name}: neither a file or folder here nor a hub dataset that could be loaded: {_one_line(error)}"
         ) from error

@@ -1,0 +1,102 @@
+"""A data path, a tokenizer and a record's number enter; that record's text and tokens are printed, every mark visible.
+
+`python -m mpo_jax.show --config=configs/quickstart.py --split=train --index=0`, or without a config
+`python -m mpo_jax.show --data_path=FILE --tokenizer=FOLDER --split=train --index=0`.
+"""
+
+import sys
+
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from mpo_jax.data.division import share
+from mpo_jax.data.encode import Encoded, Limits, encode
+from mpo_jax.data.rows import tight_rows
+from mpo_jax.data.schemas import TextRecord
+from mpo_jax.data.sources import load
+from mpo_jax.data.tokenizer import load_tokenizer
+from mpo_jax.errors import InputError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config whose data and model keys the other flags override.")
+_DATA_PATH = flags.DEFINE_string("data_path", None, "File, folder, tfds:name or hub name. Default: config.data.path.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer folder. Default: config.model.path.")
+_SPLIT = flags.DEFINE_string("split", "train", "Split to read; 'all' for every one.")
+_INDEX = flags.DEFINE_integer("index", 0, "Which of the records kept.")
+_MAX_LENGTH = flags.DEFINE_integer("max_length", None, "Tokens of a row. Default: config.data.max_length, or 512.")
+_MAX_RESPONSE = flags.DEFINE_integer(
+    "max_response", None, "Tokens of one reply. Default: config.data.max_response, or 192."
+)
+_MULTIPLE = 8
+
+
+def describe(record: TextRecord, encoded: Encoded, tokenizer) -> str:
+    """The text of a record, and its row token by token: column, position, segment, mask, id, token, marks."""
+    lines = [f"record {record.id} of split {record.split}, share {share(record.prompt)}"]
+    lines += [f"prompt_id {encoded.prompt_id[0]}, confidence {record.confidence}, margin {record.margin}"]
+    for name in ("prompt", "chosen", "rejected"):
+        text = getattr(record, name)
+        if text is not None:
+            lines += [f"--- {name}", text]
+    done = {name: count for name, count in encoded.counts.items() if count and name not in ("rows", "kept")}
+    lines += ["--- tokens" + (f" ({', '.join(done)})" if done else "")]
+    length = -(-int(encoded.piece_lens[0].sum()) // _MULTIPLE) * _MULTIPLE
+    row = {name: array[0] for name, array in tight_rows(encoded, np.array([0]), length).items()}
+    names = ["padding", "prompt", *(f"response {n}" for n in range(encoded.replies))]
+    lines += ["column  position  segment     mask  id      token"]
+    known = encoded.conventions
+    for column in range(length):
+        token, segment = int(row["tokens"][column]), int(row["segments"][column])
+        mark = ""
+        if segment and token == tokenizer.bos_token_id:
+            mark = "  <- BOS"
+        elif segment and token == known.eos_id:
+            mark = "  <- EOS"
+        elif not segment:
+            mark = "  <- padding"
+        text = repr(tokenizer.convert_ids_to_tokens(token))
+        lines.append(
+            f"{column:6}  {row['positions'][column]:8}  {names[segment]:10}  {segment > 0!s:5}  {token:<6}  {text}{mark}"
+        )
+    return "\n".join(lines)
+
+
+def settings() -> tuple[str, str, Limits]:
+    """Data path, tokenizer folder and limits, from the flags and, beneath them, the config."""
+    config = _CONFIG.value
+    path, folder = _DATA_PATH.value, _TOKENIZER.value
+    max_length, max_response = _MAX_LENGTH.value, _MAX_RESPONSE.value
+    if config is not None:
+        path = config.data.path if path is None else path
+        folder = config.model.path if folder is None else folder
+        max_length = config.data.max_length if max_length is None else max_length
+        max_response = config.data.max_response if max_response is None else max_response
+    if not path or not folder:
+        raise InputError("no data path or tokenizer: give --config, or --data_path and --tokenizer")
+    return (
+        path,
+        folder,
+        Limits(512 if max_length is None else max_length, 192 if max_response is None else max_response),
+    )
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    try:
+        path, folder, limits = settings()
+        tokenizer = load_tokenizer(folder)
+        records, report = load(path, _SPLIT.value, tokenizer)
+        if not 0 <= _INDEX.value < len(records):
+            raise InputError(f"--index={_INDEX.value}: expected 0 to {len(records) - 1}; {report.line()}")
+        record = records[_INDEX.value]
+        replies = (record.chosen is not None) + (record.rejected is not None)
+        encoded = encode([record], tokenizer, replies, limits)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    print(report.line())
+    print(describe(record, encoded, tokenizer))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,40 @@
+"""The command line `mpo_jax.show` enters; what it prints of a real record, and of bad input, is checked."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def _show(*arguments):
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "mpo_jax.show", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def test_show_marks_bos_eos_and_padding(shared, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(
+        "import ml_collections\n"
+        "def get_config():\n"
+        "    config = ml_collections.ConfigDict()\n"
+        f"    config.data = dict(path={str(shared / 'data/tldr/comparisons.jsonl')!r}, max_length=122, max_response=40)\n"
+        f"    config.model = dict(path={str(shared / 'models/stories260K')!r})\n"
+        "    return config\n"
+    )
+    done = _show(f"--config={config}", "--split=train", "--index=0", "--max_response=50")
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.split("--- tokens")[1].splitlines()[2:]
+    assert len(table) == 128 and table[0].split()[-1] == "BOS" and "SUBREDDIT: r/legaladvice" in done.stdout
+    assert [line.split()[-1] for line in table[122:]] == ["padding"] * 6
+    assert sum("response 1" in line and "True" in line for line in table) == 50
+    assert sum("<- BOS" in line for line in table) == 1 and "prompts truncated" in done.stdout
+
+
+def test_show_reports_bad_input_in_one_line(shared):
+    done = _show(f"--data_path={shared / 'data/tldr/comparisons.jsonl'}", f"--tokenizer={shared / 'models/stories260K'}",
+                 "--split=nope")  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.strip().splitlines()[-1].endswith("unknown split 'nope'; it has train, or 'all'")
