@@ -26,7 +26,7 @@ class Loader:
 
     batch_size: rows of a global batch. form: "tight" (prompt and responses) or "slots" (prompts alone, left-padded).
     mesh: rows go over its data and fsdp axes and are repeated over its tensor axis; None: one device.
-    ref_logps: f32 [rows, 2], put into the batches where given. multiple: what every row length is a multiple of;
+    ref_logps: f32 [rows, 2], put into the batches where given; margins, where the data has any, always are. multiple: what every row length is a multiple of;
     max_length caps it. shuffle: False for evaluation, which wants one fixed order.
 
     Raises InputError if the mesh does not divide the batch.
@@ -59,6 +59,7 @@ class Loader:
                 )
         self.encoded, self.batch_size = encoded, batch_size
         self._build, self._ref_logps = FORMS[form], ref_logps
+        self._margin = None if np.isnan(encoded.margin).all() else np.nan_to_num(encoded.margin)
         self._sharding = None if mesh is None else sharding.batch_sharding(mesh)
         pieces = encoded.piece_lens
         self.lengths = pieces[:, 0] if form == "slots" else pieces.sum(axis=1)
@@ -144,6 +145,8 @@ class Loader:
         shapes["weight"] = ((size,), np.float32)
         if self._ref_logps is not None:
             shapes["ref_logps"] = ((size, 2), np.float32)
+        if self._margin is not None:
+            shapes["margin"] = ((size,), np.float32)
         return shapes
 
     def _host_rows(self, rows: np.ndarray, length: int) -> dict[str, np.ndarray]:
@@ -151,6 +154,8 @@ class Loader:
         if self._ref_logps is not None:
             known = (rows != FILLER)[:, None]
             arrays["ref_logps"] = np.where(known, self._ref_logps[rows], 0).astype(np.float32)
+        if self._margin is not None:
+            arrays["margin"] = np.where(rows != FILLER, self._margin[rows], 0).astype(np.float32)
         return arrays
 
     def _arrays(self, build: Callable[[slice], dict[str, np.ndarray]], bucket: Bucket) -> dict[str, jax.Array]:
@@ -194,7 +199,7 @@ class Prefetch:
                 if not self._put((item, None)):
                     return
             self._put((self._END, None))
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
+        except BaseException as error:
             self._put((self._END, error))
 
     def _put(self, item) -> bool:

@@ -1,0 +1,324 @@
+"""Takes a Hugging Face `config.json`; gives the frozen `ModelConfig` that drives the decoder.
+
+Everything that tells one model family from another is a field here, so that the decoder reads fields, never names.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from mpo_jax.errors import InputError
+
+VOCAB_MULTIPLE = 128  # lane width of a TPU; the vocabulary is padded to a multiple of it for each tensor shard
+NO_WINDOW = 1 << 30  # a sliding window that every pair of positions lies within
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Rope:
+    """Frequency scaling of Llama 3.1 and later ("rope_type": "llama3")."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685). targets: names of projections (q k v o gate up down)."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self):
+        unknown = sorted(set(self.targets) - set(PROJECTIONS))
+        if unknown or not self.targets:
+            raise InputError(f"lora.targets: {unknown or 'empty'}; expected names among {list(PROJECTIONS)}")
+        if self.rank < 1:
+            raise InputError(f"lora.rank: {self.rank}; expected at least 1")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+REMAT_POLICIES = ("none", "full", "dots")
+ATTENTION_BACKENDS = ("xla", "flash")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a decoder, and how it is computed.
+
+    Letters of the design: V vocab_size, L layers, D width, H heads, K kv_heads, F mlp_width.
+    """
+
+    family: str
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    max_positions: int
+    norm: str = "rms"  # rms | rms_plus_one (gemma: the stored scale is an offset from 1) | layer
+    norm_eps: float = 1e-6
+    activation: str = "silu"  # silu | gelu | gelu_tanh
+    gated_mlp: bool = True
+    parallel_residual: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False  # gemma2: a norm after attention and after the MLP, inside the residual branch
+    learned_positions: bool = False
+    rope_theta: float = 10_000.0
+    rope_fraction: float = 1.0  # share of head_dim that is rotated
+    rope_linear_factor: float = 1.0
+    rope_llama3: Llama3Rope | None = None
+    windows: tuple[int, ...] | None = None  # per layer: a key is visible if its position is less than this behind
+    attention_scale: float | None = None  # None: head_dim ** -0.5
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    embed_scale: float | None = None
+    tied_embeddings: bool = False
+    # How it is computed; none of it changes the function beyond rounding.
+    padded_vocab: int = 0  # 0: the next multiple of VOCAB_MULTIPLE; `for_mesh` sets the multiple of the tensor axis
+    dtype: str = "float32"
+    remat: str = "none"  # none | full: save only a layer's input | dots: save matrix products too
+    attention: str = "xla"  # xla | flash
+    lora: LoraConfig | None = None
+
+    def __post_init__(self):
+        _require("remat", self.remat, REMAT_POLICIES)
+        _require("attention", self.attention, ATTENTION_BACKENDS)
+        _require("dtype", self.dtype, DTYPES)
+        if self.heads % self.kv_heads:
+            raise InputError(f"num_attention_heads: {self.heads} is no multiple of num_key_value_heads {self.kv_heads}")
+        if self.windows is not None and len(self.windows) != self.layers:
+            raise InputError(f"layer_types: {len(self.windows)} entries; expected one for each of {self.layers} layers")
+        if self.padded_vocab == 0:
+            object.__setattr__(self, "padded_vocab", _round_up(self.vocab_size, VOCAB_MULTIPLE))
+        if self.padded_vocab < self.vocab_size:
+            raise InputError(f"padded_vocab: {self.padded_vocab} is less than the vocabulary of {self.vocab_size}")
+
+    def for_mesh(self, mesh) -> "ModelConfig":
+        """The same model with its vocabulary padded so that the mesh's tensor axis divides it in whole lanes."""
+        multiple = VOCAB_MULTIPLE * mesh.shape.get("tensor", 1)
+        return dataclasses.replace(self, padded_vocab=_round_up(self.vocab_size, multiple))
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def rope_dim(self) -> int:
+        """How many of a head's dimensions are rotated; 0 under learned positions."""
+        return 0 if self.learned_positions else int(self.head_dim * self.rope_fraction)
+
+
+def from_folder(folder: epath.PathLike) -> ModelConfig:
+    """Reads `folder/config.json`. InputError, naming the file, where it is missing, broken or unsupported."""
+    return from_hf(read_config_json(folder), source=str(epath.Path(folder) / "config.json"))
+
+
+def read_config_json(folder: epath.PathLike) -> dict[str, Any]:
+    path = epath.Path(folder) / "config.json"
+    if not path.exists():
+        raise InputError(f"{path}: not found; expected a Hugging Face model folder")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: holds a {type(config).__name__}; expected an object")
+    return config
+
+
+def from_hf(config: dict[str, Any], source: str = "config.json") -> ModelConfig:
+    """A `config.json` as ModelConfig. Raises InputError for families or settings the decoder can't compute."""
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise InputError(f"{source}: model_type {family!r} is not supported; expected one of {sorted(FAMILIES)}")
+    try:
+        return FAMILIES[family](config)
+    except KeyError as error:
+        raise InputError(f"{source}: key {error} is missing; {family} models need it") from error
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def _llama(config, **overrides) -> ModelConfig:
+    heads = config["num_attention_heads"]
+    bias = config.get("attention_bias", False)
+    fields = {
+        "family": config["model_type"],
+        "vocab_size": config["vocab_size"],
+        "layers": config["num_hidden_layers"],
+        "width": config["hidden_size"],
+        "heads": heads,
+        "kv_heads": _default(config.get("num_key_value_heads"), heads),
+        "head_dim": _default(config.get("head_dim"), config["hidden_size"] // heads),
+        "mlp_width": config["intermediate_size"],
+        "max_positions": config["max_position_embeddings"],
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "activation": _activation(config.get("hidden_act", "silu")),
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "mlp_bias": config.get("mlp_bias", False),
+        "tied_embeddings": config.get("tie_word_embeddings", False),
+        **_rope(config),
+    }
+    return ModelConfig(**(fields | overrides))
+
+
+def _mistral(config) -> ModelConfig:
+    window = config.get("sliding_window")
+    windows = None if window is None else (window,) * config["num_hidden_layers"]
+    return _llama(config, windows=windows)
+
+
+def _qwen2(config) -> ModelConfig:
+    return _llama(config, qkv_bias=True, o_bias=False, windows=_qwen_windows(config))
+
+
+def _qwen3(config) -> ModelConfig:
+    head_dim = _default(config.get("head_dim"), 128)
+    return _llama(config, head_dim=head_dim, qk_norm=True, windows=_qwen_windows(config))
+
+
+def _gemma2(config) -> ModelConfig:
+    every_other = ["full_attention" if i % 2 else "sliding_attention" for i in range(config["num_hidden_layers"])]
+    return _llama(
+        config,
+        head_dim=config.get("head_dim", 256),
+        norm="rms_plus_one",
+        activation=_activation(_default(config.get("hidden_activation"), "gelu_pytorch_tanh")),
+        post_norms=True,
+        windows=_windows(_default(config.get("layer_types"), every_other), config.get("sliding_window", 4096)),
+        attention_scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
+        attention_softcap=config.get("attn_logit_softcapping", 50.0),
+        final_softcap=config.get("final_logit_softcapping", 30.0),
+        embed_scale=math.sqrt(config["hidden_size"]),
+        tied_embeddings=config.get("tie_word_embeddings", True),
+    )
+
+
+def _gpt_neox(config) -> ModelConfig:
+    fraction = _default((config.get("rope_parameters") or {}).get("partial_rotary_factor"), config.get("rotary_pct"))
+    theta = config.get("rotary_emb_base", 10_000)
+    bias = config.get("attention_bias", True)
+    return _llama(
+        {"rope_theta": theta} | config,
+        norm="layer",
+        norm_eps=config.get("layer_norm_eps", 1e-5),
+        activation=_activation(config.get("hidden_act", "gelu")),
+        gated_mlp=False,
+        parallel_residual=config.get("use_parallel_residual", True),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=True,
+        rope_fraction=_default(fraction, 0.25),
+    )
+
+
+def _gpt2(config) -> ModelConfig:
+    width, heads = config["n_embd"], config["n_head"]
+    for key, only in (("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True)):
+        if config.get(key, only) != only:
+            raise InputError(f"{key}: {config[key]} is not supported; expected {only}")
+    return ModelConfig(
+        family="gpt2",
+        vocab_size=config["vocab_size"],
+        layers=config["n_layer"],
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=width // heads,
+        mlp_width=_default(config.get("n_inner"), 4 * width),
+        max_positions=config["n_positions"],
+        norm="layer",
+        norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        activation=_activation(config.get("activation_function", "gelu_new")),
+        gated_mlp=False,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        learned_positions=True,
+        tied_embeddings=config.get("tie_word_embeddings", True),
+    )
+
+
+FAMILIES: dict[str, Callable[[dict[str, Any]], ModelConfig]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma2": _gemma2,
+    "gpt_neox": _gpt_neox,
+    "gpt2": _gpt2,
+}
+
+
+def _rope(config) -> dict[str, Any]:
+    """Rotary settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    rope = _default(config.get("rope_parameters"), config.get("rope_scaling")) or {}
+    fields = {"rope_theta": float(_default(rope.get("rope_theta"), config.get("rope_theta", 10_000.0)))}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "linear":
+        return fields | {"rope_linear_factor": float(rope["factor"])}
+    if kind == "llama3":
+        scaling = Llama3Rope(
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_positions=int(rope["original_max_position_embeddings"]),
+        )
+        return fields | {"rope_llama3": scaling}
+    if kind != "default":
+        raise InputError(f"rope_type: {kind!r} is not supported; expected default, linear or llama3")
+    return fields
+
+
+def _qwen_windows(config) -> tuple[int, ...] | None:
+    window = config.get("sliding_window")
+    if not config.get("use_sliding_window", False) or window is None:
+        return None
+    first = config.get("max_window_layers", 28)
+    by_depth = [
+        "sliding_attention" if layer >= first else "full_attention" for layer in range(config["num_hidden_layers"])
+    ]
+    return _windows(_default(config.get("layer_types"), by_depth), window)
+
+
+def _windows(layer_types: list[str], window: int) -> tuple[int, ...]:
+    for kind in layer_types:
+        _require("layer_types", kind, ("sliding_attention", "full_attention"))
+    return tuple(window if kind == "sliding_attention" else NO_WINDOW for kind in layer_types)
+
+
+def _activation(name: str) -> str:
+    names = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+    _require("hidden_act", name, tuple(names))
+    return names[name]
+
+
+def _require(key: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise InputError(f"{key}: {value!r} is not supported; expected one of {list(allowed)}")
+
+
+def _default(value, default):
+    return default if value is None else value
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,343 @@
+"""Takes tokens, positions and segments with a model's weights; gives hidden states, and a key-value cache out and in.
+
+One Linen decoder for every family, driven by `ModelConfig`. A model's weights are a dict of collections: "params" (the
+trunk, layers stacked on axis 0), "lora" (adapters, optional), "head" (the scalar head of reward and value models,
+optional). Letters: B rows, T row length, N responses, P prompt slots, R response slots, V padded vocabulary, L layers,
+D width.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpo_jax.models import attention, flash
+from mpo_jax.models.attention import LayerCache, RowContext, StepContext
+from mpo_jax.models.config import ModelConfig
+from mpo_jax.ops import rope
+from mpo_jax.sharding import constrain
+from mpo_jax.types import PyTree, record
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+_INIT_STD = 0.02
+
+
+@record
+class Cache:
+    """What a decode step reads and writes. layers: one LayerCache for each layer (responses' slots are written in
+    place). prompt_positions, prompt_segments: i32 [B,P]. cursor: i32 [], the next response slot."""
+
+    layers: tuple[LayerCache, ...]
+    prompt_positions: jax.Array
+    prompt_segments: jax.Array
+    cursor: jax.Array
+
+
+def init(config: ModelConfig, key: jax.Array, head: bool = False) -> PyTree:
+    """Random weights, f32. With `head`, a scalar head of small standard deviation, so that scores begin near 0."""
+    tokens = jnp.ones((1, 1), jnp.int32)
+    context = _row_context(config, jnp.zeros_like(tokens), tokens, None)
+    weights = dict(_Decoder(config).init(key, tokens, context))
+    if head:
+        weights |= init_head(config, jax.random.fold_in(key, 1))
+    return weights
+
+
+def init_head(config: ModelConfig, key: jax.Array) -> PyTree:
+    """{"head": {"kernel": f32 [D,1]}}, standard deviation 1 / (D + 1)."""
+    kernel = jax.random.normal(key, (config.width, 1), jnp.float32) / (config.width + 1)
+    return {"head": {"kernel": kernel}}
+
+
+def forward(
+    config: ModelConfig,
+    weights: PyTree,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    slots: flash.Slots | None = None,
+) -> jax.Array:
+    """Hidden states after the final norm: i32 [B,T] three times -> [B,T,D] in the compute dtype.
+
+    slots: the columns of a slot-form row, where they are known beforehand; only the flash backend reads it.
+    """
+    context = _row_context(config, positions, segments, slots)
+    hidden, _ = _Decoder(config).apply(_trunk(weights), tokens, context)
+    return hidden
+
+
+def prefill(
+    config: ModelConfig,
+    weights: PyTree,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    responses: int,
+    slots: int,
+) -> tuple[jax.Array, Cache]:
+    """Runs prompts i32 [B,P] once and makes room for `responses` responses of `slots` tokens to each.
+
+    Returns hidden [B,P,D] and the cache, whose cursor is 0.
+    """
+    context = _row_context(config, positions, segments, None)
+    hidden, (keys, values) = _Decoder(config, keep_kv=True).apply(_trunk(weights), tokens, context)
+    empty = jnp.zeros((tokens.shape[0], responses, slots, config.kv_heads, config.head_dim), keys.dtype)
+    layers = tuple(LayerCache(keys[i], values[i], empty, empty) for i in range(config.layers))
+    return hidden, Cache(layers, positions, segments, jnp.zeros((), jnp.int32))
+
+
+def decode_layout(config: ModelConfig, weights: PyTree) -> PyTree:
+    """The weights as decoding reads them: cast to the compute dtype, one tree for each layer instead of a stack."""
+    cast = jax.tree.map(lambda x: x.astype(config.dtype), _trunk(weights))
+    stacks = {name: tree["layers"] for name, tree in cast.items()}
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], stacks) for i in range(config.layers))
+    return {"params": {k: v for k, v in cast["params"].items() if k != "layers"}, "layers": layers}
+
+
+def decode_step(
+    config: ModelConfig, layout: PyTree, tokens: jax.Array, positions: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """One new token for each response: tokens, positions i32 [B,N] -> hidden [B,N,D] and the cache moved on by one."""
+    cos, sin = _angles(config, positions)
+    context = StepContext(cos, sin, positions, cache.prompt_positions, cache.prompt_segments, cache.cursor)
+    decoder = _Decoder(config)
+    params = {"params": layout["params"]}
+    x = decoder.apply(params, tokens, positions, method=_Decoder.embed)
+    layers = []
+    for kind, layer, layer_cache in zip(attention.layer_kinds(config), layout["layers"], cache.layers, strict=True):
+        x, layer_cache = _Block(config).apply(layer, x, kind, context, layer_cache)
+        layers.append(layer_cache)
+    hidden = decoder.apply(params, x, method=_Decoder.finish)
+    return hidden, Cache(tuple(layers), cache.prompt_positions, cache.prompt_segments, cache.cursor + 1)
+
+
+def unembedding(config: ModelConfig, weights: PyTree) -> jax.Array:
+    """The output matrix [V,D]: the embedding itself where the two are tied."""
+    params = weights["params"]
+    return params["embed"]["embedding"] if config.tied_embeddings else params["lm_head"]["kernel"]
+
+
+def finish_logits(config: ModelConfig, products: jax.Array, first_id: jax.Array | int = 0) -> jax.Array:
+    """Logits f32 [...,V] from the products with the output matrix: soft cap, and padding ids masked.
+
+    first_id: the token id of column 0, where only a shard of the vocabulary is at hand.
+    """
+    logits = products.astype(jnp.float32)
+    if config.final_softcap is not None:
+        logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
+    ids = first_id + jnp.arange(logits.shape[-1], dtype=jnp.int32).reshape((1,) * (logits.ndim - 1) + (-1,))
+    return jnp.where(ids < config.vocab_size, logits, -1e30)
+
+
+def logits(config: ModelConfig, weights: PyTree, hidden: jax.Array) -> jax.Array:
+    """All logits f32 [...,V] of some hidden states [...,D]. For a few positions at a time: training and scoring go
+    through `scoring`, which never holds [B,T,V]."""
+    matrix = unembedding(config, weights).astype(config.dtype)
+    return finish_logits(config, jnp.einsum("...d,vd->...v", hidden, matrix, preferred_element_type=jnp.float32))
+
+
+def scalar_head(weights: PyTree, hidden: jax.Array) -> jax.Array:
+    """The scalar of each hidden state, f32: [...,D] -> [...]."""
+    return jnp.einsum("...d,do->...o", hidden.astype(jnp.float32), weights["head"]["kernel"])[..., 0]
+
+
+def _trunk(weights: PyTree) -> PyTree:
+    return {name: weights[name] for name in ("params", "lora") if name in weights}
+
+
+def _row_context(config, positions, segments, slots) -> RowContext:
+    cos, sin = _angles(config, positions)
+    return RowContext(cos, sin, positions, segments, attention.row_masks(config, positions, segments), slots)
+
+
+def _angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+    if config.rope_dim == 0:
+        return None, None
+    inv_freq = rope.frequencies(config.rope_dim, config.rope_theta, config.rope_linear_factor)
+    if config.rope_llama3 is not None:
+        scaling = config.rope_llama3
+        inv_freq = rope.llama3_frequencies(
+            inv_freq,
+            scaling.factor,
+            scaling.low_freq_factor,
+            scaling.high_freq_factor,
+            scaling.original_positions,
+        )
+    return rope.angles(positions, inv_freq)
+
+
+class _Decoder(nn.Module):
+    config: ModelConfig
+    keep_kv: bool = False
+
+    def setup(self):
+        config = self.config
+        self.embed_table = _Table((config.padded_vocab, config.width), "embedding", name="embed")
+        if config.learned_positions:
+            self.position_table = _Table((config.max_positions, config.width), "embedding", name="positions")
+        if not config.tied_embeddings:
+            self.lm_head = _Table((config.padded_vocab, config.width), "kernel", name="lm_head")
+        block = _Block
+        if config.remat != "none":
+            policies = jax.checkpoint_policies
+            policy = policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+            block = nn.remat(_Block, policy=policy, prevent_cse=False)
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=config.layers,
+        )
+        self.layers = stack(config, self.keep_kv, name="layers")
+        self.final_norm = _Norm(config, config.width)
+
+    def __call__(self, tokens, context: RowContext):
+        x = self.embed(tokens, context.positions)
+        kinds = jnp.asarray(attention.layer_kinds(self.config), jnp.int32)
+        x, kv = self.layers(x, kinds, context)
+        if self.is_initializing() and not self.config.tied_embeddings:
+            self.lm_head()  # read by `unembedding` alone; called here so that it is initialised with the rest
+        return self.finish(x), kv
+
+    def embed(self, tokens, positions):
+        config = self.config
+        x = self.embed_table()[tokens].astype(config.dtype)
+        if config.embed_scale is not None:
+            x *= jnp.asarray(config.embed_scale, x.dtype)
+        if config.learned_positions:
+            x += self.position_table()[positions].astype(config.dtype)
+        return constrain(x, "batch", None, None)
+
+    def finish(self, x):
+        return self.final_norm(x)
+
+
+class _Table(nn.Module):
+    """An embedding table [rows, D]."""
+
+    shape: tuple[int, int]
+    leaf: str
+
+    @nn.compact
+    def __call__(self):
+        return self.param(self.leaf, nn.initializers.normal(_INIT_STD), self.shape)
+
+
+class _Block(nn.Module):
+    config: ModelConfig
+    keep_kv: bool = False
+
+    @nn.compact
+    def __call__(self, x, kind, context: RowContext | StepContext, cache: LayerCache | None = None):
+        """x [B,T,D] -> x and, with a cache, the cache written to; without, the keys and values if they are kept."""
+        config = self.config
+        norm = functools.partial(_Norm, config, config.width)
+        attended, kept = _Attention(config, self.keep_kv, name="attn")(norm(name="attn_norm")(x), kind, context, cache)
+        if config.post_norms:
+            attended = norm(name="post_attn_norm")(attended)
+        branch_input = x if config.parallel_residual else x + attended
+        out = _Mlp(config, name="mlp")(norm(name="mlp_norm")(branch_input))
+        if config.post_norms:
+            out = norm(name="post_mlp_norm")(out)
+        out = x + attended + out if config.parallel_residual else branch_input + out
+        return constrain(out, "batch", None, None), kept
+
+
+class _Attention(nn.Module):
+    config: ModelConfig
+    keep_kv: bool
+
+    @nn.compact
+    def __call__(self, x, kind, context: RowContext | StepContext, cache: LayerCache | None):
+        config = self.config
+        project = functools.partial(_Projection, config, (config.width,), bias=config.qkv_bias)
+        q = project((config.heads, config.head_dim), name="q")(x)
+        k = project((config.kv_heads, config.head_dim), name="k")(x)
+        v = project((config.kv_heads, config.head_dim), name="v")(x)
+        q = constrain(q, "batch", None, "heads", None)
+        k, v = (constrain(y, "batch", None, "kv_heads", None) for y in (k, v))
+        if config.qk_norm:
+            q = _Norm(config, config.head_dim, name="q_norm")(q)
+            k = _Norm(config, config.head_dim, name="k_norm")(k)
+        if context.cos is not None:
+            q, k = rope.rotate(q, context.cos, context.sin), rope.rotate(k, context.cos, context.sin)
+        if cache is None:
+            out = attention.attend_rows(config, q, k, v, kind, context)
+            kept = (k, v) if self.keep_kv else None
+        else:
+            out, kept = attention.attend_step(config, q, k, v, kind, context, cache)
+        projection = _Projection(config, (config.heads, config.head_dim), (config.width,), config.o_bias, name="o")
+        return projection(out), kept
+
+
+class _Mlp(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        config = self.config
+        project = functools.partial(_Projection, config, bias=config.mlp_bias)
+        hidden = project((config.width,), (config.mlp_width,), name="up")(x)
+        activation = _ACTIVATIONS[config.activation]
+        if config.gated_mlp:
+            hidden *= activation(project((config.width,), (config.mlp_width,), name="gate")(x))
+        else:
+            hidden = activation(hidden)
+        hidden = constrain(hidden, "batch", None, "mlp")
+        return project((config.mlp_width,), (config.width,), name="down")(hidden)
+
+
+class _Projection(nn.Module):
+    """x [..., *inputs] times kernel [*inputs, *outputs], plus an adapter where the "lora" collection holds one."""
+
+    config: ModelConfig
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        config = self.config
+        kernel = self.param("kernel", nn.initializers.normal(_INIT_STD), self.inputs + self.outputs)
+        lead = x.shape[: x.ndim - len(self.inputs)]
+        flat = x.reshape(lead + (-1,))
+        out = flat @ kernel.astype(config.dtype).reshape(flat.shape[-1], -1)
+        if self.has_variable("lora", "a"):
+            a, b = (self.get_variable("lora", leaf).astype(config.dtype) for leaf in ("a", "b"))
+            rank = b.shape[0]
+            out += ((flat @ a.reshape(-1, rank)) @ b.reshape(rank, -1)) * jnp.asarray(config.lora.scale, config.dtype)
+        out = out.reshape(lead + self.outputs)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), self.outputs).astype(config.dtype)
+            out += bias.reshape((1,) * len(lead) + self.outputs)
+        return out
+
+
+class _Norm(nn.Module):
+    """RMS norm (Zhang & Sennrich 2019) or layer norm over the last axis, in float32."""
+
+    config: ModelConfig
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        config = self.config
+        last = (1,) * (x.ndim - 1) + (self.width,)
+        wide = x.astype(jnp.float32)
+        plus_one = config.norm == "rms_plus_one"
+        init = nn.initializers.zeros_init() if plus_one else nn.initializers.ones_init()
+        scale = self.param("scale", init, (self.width,)).astype(jnp.float32).reshape(last)
+        if config.norm == "layer":
+            wide -= jnp.mean(wide, axis=-1, keepdims=True)
+        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + np.float32(config.norm_eps))
+        wide *= scale + 1 if plus_one else scale
+        if config.norm == "layer":
+            wide += self.param("bias", nn.initializers.zeros_init(), (self.width,)).astype(jnp.float32).reshape(last)
+        return wide.astype(config.dtype)

@@ -1,0 +1,60 @@
+"""Settings of every test: 8 virtual CPU devices, no hub, no silent rank promotion; fixtures for real data."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+IN_CI = os.environ.get("CI") == "true"
+
+
+def absent(reason: str):
+    """Skips; in CI, where everything is there, fails."""
+    if IN_CI:
+        pytest.fail(f"{reason}; this may not be missing in CI")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and models beside the project."""
+    if not (SHARED / "data").is_dir():
+        absent("no folder ../shared with real data")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def stories(shared) -> Path:
+    """stories260K: a real pretrained LLaMA in Hugging Face form."""
+    return shared / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """PyTorch, for parity with what we didn't write."""
+    try:
+        import torch
+    except ImportError:
+        absent("torch is not installed")
+    torch.manual_seed(0)
+    return torch
+
+
+def pytest_collection_modifyitems(config, items):
+    """Long proofs run only when asked for: `-m slow`, or by their node id."""
+    if config.getoption("-m") or any("::" in argument for argument in config.args):
+        return
+    skip = pytest.mark.skip(reason="long proof; run with -m slow")
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(skip)
