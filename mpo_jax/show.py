@@ -55,9 +55,8 @@ def describe(record: TextRecord, encoded: Encoded, tokenizer) -> str:
         elif not segment:
             mark = "  <- padding"
         text = repr(tokenizer.convert_ids_to_tokens(token))
-        lines.append(
-            f"{column:6}  {row['positions'][column]:8}  {names[segment]:10}  {segment > 0!s:5}  {token:<6}  {text}{mark}"
-        )
+        position, mask = row["positions"][column], str(segment > 0)
+        lines.append(f"{column:6}  {position:8}  {names[segment]:10}  {mask:5}  {token:<6}  {text}{mark}")
     return "\n".join(lines)
 
 

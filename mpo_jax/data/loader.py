@@ -3,10 +3,11 @@
 A process builds exactly the rows that its devices address, as the sharding says; a background thread works ahead.
 """
 
+import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -26,8 +27,9 @@ class Loader:
 
     batch_size: rows of a global batch. form: "tight" (prompt and responses) or "slots" (prompts alone, left-padded).
     mesh: rows go over its data and fsdp axes and are repeated over its tensor axis; None: one device.
-    ref_logps: f32 [rows, 2], put into the batches where given; margins, where the data has any, always are. multiple: what every row length is a multiple of;
-    max_length caps it. shuffle: False for evaluation, which wants one fixed order.
+    ref_logps: f32 [rows, 2], put into the batches where given; margins, where the data has any, always are.
+    multiple: what every row length is a multiple of; max_length caps it.
+    shuffle: False for evaluation, which wants one fixed order.
 
     Raises InputError if the mesh does not divide the batch.
     """
@@ -123,20 +125,18 @@ class Loader:
 
     def shapes(self) -> list[Batch]:
         """An abstract batch for every bucket, with its sharding: what a step is compiled for."""
-        return [
-            Batch(
-                **{
-                    name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
-                    for name, (shape, dtype) in self._shapes(bucket).items()
-                },
-                window=bucket.window,
-            )
+        abstract: list[dict[str, Any]] = [
+            {
+                name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
+                for name, (shape, dtype) in self._shapes(bucket).items()
+            }
             for bucket in self.buckets
         ]
+        return [Batch(**fields, window=bucket.window) for fields, bucket in zip(abstract, self.buckets, strict=True)]
 
     def _shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], type]]:
         size = self.batch_size
-        shapes = {
+        shapes: dict[str, tuple[tuple[int, ...], type]] = {
             name: ((size, bucket.length), np.int32)
             if name in ("tokens", "positions", "segments")
             else ((size,), np.int32)
@@ -171,9 +171,7 @@ class Loader:
             return blocks[start, stop][name]
 
         return {
-            name: jax.make_array_from_callback(
-                shape, self._sharding, lambda index, name=name: block(name, index), dtype=dtype
-            )
+            name: jax.make_array_from_callback(shape, self._sharding, functools.partial(block, name), dtype=dtype)
             for name, (shape, dtype) in self._shapes(bucket).items()
         }
 

@@ -82,7 +82,9 @@ def _kind(value) -> str:
         return "text"
     if isinstance(value, int | float):
         return repr(value)
-    return {list: "a list", dict: "an object"}.get(type(value), type(value).__name__)
+    if isinstance(value, list):
+        return "a list"
+    return "an object" if isinstance(value, dict) else type(value).__name__
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ Nothing of a dataset is executed: files are read as JSON or Parquet, hub dataset
 
 import collections
 import dataclasses
+import functools
 import gzip
 import json
 import re
@@ -260,7 +261,7 @@ def _table_parts(name: str, tables) -> list[Part]:
     if not hasattr(tables, "keys"):
         return [Part(name, str(tables.split) if tables.split else None, lambda: rows(name, tables))]
     return [
-        Part(f"{name}[{split}]", split, lambda split=split: rows(f"{name}[{split}]", tables[split])) for split in tables
+        Part(f"{name}[{split}]", split, functools.partial(rows, f"{name}[{split}]", tables[split])) for split in tables
     ]
 
 
@@ -277,7 +278,8 @@ def _hub_parts(name: str) -> list[Part]:
     """A hub dataset. One that is still a loading script is read from the Parquet branch the hub itself makes of it."""
     import datasets
 
-    repository, data_dir = re.fullmatch(r"([^/]+(?:/[^/]+)?)/?(.*)", name).groups()
+    parts = name.split("/")
+    repository, data_dir = "/".join(parts[:2]), "/".join(parts[2:])
     try:
         try:
             tables = datasets.load_dataset(repository, data_dir=data_dir or None)
@@ -308,7 +310,7 @@ def _tfds_parts(name: str) -> list[Part]:
         for number in range(len(tables[split])):
             yield Row(_python(tables[split][number]), f"tfds:{name}[{split}], row {number + 1}")
 
-    return [Part(f"tfds:{name}[{split}]", split, lambda split=split: rows(split)) for split in splits]
+    return [Part(f"tfds:{name}[{split}]", split, functools.partial(rows, split)) for split in splits]
 
 
 def _python(value):

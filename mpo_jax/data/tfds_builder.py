@@ -59,7 +59,7 @@ class Preferences(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(source: str, kind: str, data_dir: str) -> epath.Path:
-    """Writes the shards, unless `data_dir` has them already; returns their folder, which `sources.load` takes as a path.
+    """Writes the shards, unless `data_dir` has them; returns their folder, which `sources.load` takes as a path.
 
     kind: "hh" (chosen and rejected dialogues), "comparisons" or "posts" (TL;DR). Raises InputError as `load` does.
     """

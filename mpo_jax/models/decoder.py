@@ -7,6 +7,8 @@ D width.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,7 +22,7 @@ from mpo_jax.ops import rope
 from mpo_jax.sharding import constrain
 from mpo_jax.types import PyTree, record
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -68,8 +70,8 @@ def forward(
     slots: the columns of a slot-form row, where they are known beforehand; only the flash backend reads it.
     """
     context = _row_context(config, positions, segments, slots)
-    hidden, _ = _Decoder(config).apply(_trunk(weights), tokens, context)
-    return hidden
+    outputs: Any = _Decoder(config).apply(_trunk(weights), tokens, context)
+    return outputs[0]
 
 
 def prefill(
@@ -86,7 +88,8 @@ def prefill(
     Returns hidden [B,P,D] and the cache, whose cursor is 0.
     """
     context = _row_context(config, positions, segments, None)
-    hidden, (keys, values) = _Decoder(config, keep_kv=True).apply(_trunk(weights), tokens, context)
+    outputs: Any = _Decoder(config, keep_kv=True).apply(_trunk(weights), tokens, context)
+    hidden, (keys, values) = outputs
     empty = jnp.zeros((tokens.shape[0], responses, slots, config.kv_heads, config.head_dim), keys.dtype)
     layers = tuple(LayerCache(keys[i], values[i], empty, empty) for i in range(config.layers))
     return hidden, Cache(layers, positions, segments, jnp.zeros((), jnp.int32))
@@ -108,12 +111,13 @@ def decode_step(
     context = StepContext(cos, sin, positions, cache.prompt_positions, cache.prompt_segments, cache.cursor)
     decoder = _Decoder(config)
     params = {"params": layout["params"]}
-    x = decoder.apply(params, tokens, positions, method=_Decoder.embed)
+    x: Any = decoder.apply(params, tokens, positions, method=_Decoder.embed)
     layers = []
     for kind, layer, layer_cache in zip(attention.layer_kinds(config), layout["layers"], cache.layers, strict=True):
-        x, layer_cache = _Block(config).apply(layer, x, kind, context, layer_cache)
-        layers.append(layer_cache)
-    hidden = decoder.apply(params, x, method=_Decoder.finish)
+        outputs: Any = _Block(config).apply(layer, x, kind, context, layer_cache)
+        x, written = outputs
+        layers.append(written)
+    hidden: Any = decoder.apply(params, x, method=_Decoder.finish)
     return hidden, Cache(tuple(layers), cache.prompt_positions, cache.prompt_segments, cache.cursor + 1)
 
 
@@ -266,12 +270,13 @@ class _Attention(nn.Module):
         if config.qk_norm:
             q = _Norm(config, config.head_dim, name="q_norm")(q)
             k = _Norm(config, config.head_dim, name="k_norm")(k)
-        if context.cos is not None:
+        if context.cos is not None and context.sin is not None:
             q, k = rope.rotate(q, context.cos, context.sin), rope.rotate(k, context.cos, context.sin)
-        if cache is None:
+        kept: Any = (k, v) if self.keep_kv else None
+        if isinstance(context, RowContext):
             out = attention.attend_rows(config, q, k, v, kind, context)
-            kept = (k, v) if self.keep_kv else None
         else:
+            assert cache is not None
             out, kept = attention.attend_step(config, q, k, v, kind, context, cache)
         projection = _Projection(config, (config.heads, config.head_dim), (config.width,), config.o_bias, name="o")
         return projection(out), kept
@@ -307,10 +312,13 @@ class _Projection(nn.Module):
         config = self.config
         kernel = self.param("kernel", nn.initializers.normal(_INIT_STD), self.inputs + self.outputs)
         lead = x.shape[: x.ndim - len(self.inputs)]
-        flat = x.reshape(lead + (-1,))
+        flat = x.reshape((*lead, -1))
         out = flat @ kernel.astype(config.dtype).reshape(flat.shape[-1], -1)
         if self.has_variable("lora", "a"):
-            a, b = (self.get_variable("lora", leaf).astype(config.dtype) for leaf in ("a", "b"))
+            if config.lora is None:
+                raise ValueError("the weights hold adapters, but the config's lora is None")
+            a: jax.Array = self.get_variable("lora", "a").astype(config.dtype)
+            b: jax.Array = self.get_variable("lora", "b").astype(config.dtype)
             rank = b.shape[0]
             out += ((flat @ a.reshape(-1, rank)) @ b.reshape(rank, -1)) * jnp.asarray(config.lora.scale, config.dtype)
         out = out.reshape(lead + self.outputs)

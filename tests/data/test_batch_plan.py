@@ -75,7 +75,7 @@ def test_max_length_caps_the_last_bucket():
 
 @pytest.mark.parametrize("too_long", ["truncate", "drop"])
 def test_padding_efficiency_on_hh_harmless(shared, too_long, capsys):
-    """16 pairs, rows cut to 512 tokens, at most 8 buckets: at least 0.80 real tokens, filler rows counted as padding."""
+    """16 pairs, rows cut to 512 tokens, at most 8 buckets: at least 0.80 real tokens, fillers counted as padding."""
     tokenizer = load_tokenizer(shared / "models/stories260K")
     records, _ = load(str(shared / "data/hh_rlhf/harmless-base"), "test")
     encoded = encode(records, tokenizer, 2, Limits(512, 192, too_long=too_long))

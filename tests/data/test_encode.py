@@ -217,7 +217,7 @@ def test_an_unfinished_cache_is_not_read(stories, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "limits, words",
+    ("limits", "words"),
     [
         (Limits(512, 256), "max_length 512 leaves no room"),
         (Limits(512, 0), "max_response 0"),

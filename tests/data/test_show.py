@@ -15,12 +15,12 @@ def _show(*arguments):
 
 
 def test_show_marks_bos_eos_and_padding(shared, tmp_path):
-    config = tmp_path / "config.py"
+    config, comparisons = tmp_path / "config.py", shared / "data/tldr/comparisons.jsonl"
     config.write_text(
         "import ml_collections\n"
         "def get_config():\n"
         "    config = ml_collections.ConfigDict()\n"
-        f"    config.data = dict(path={str(shared / 'data/tldr/comparisons.jsonl')!r}, max_length=122, max_response=40)\n"
+        f"    config.data = dict(path={str(comparisons)!r}, max_length=122, max_response=40)\n"
         f"    config.model = dict(path={str(shared / 'models/stories260K')!r})\n"
         "    return config\n"
     )
@@ -34,7 +34,7 @@ def test_show_marks_bos_eos_and_padding(shared, tmp_path):
 
 
 def test_show_reports_bad_input_in_one_line(shared):
-    done = _show(f"--data_path={shared / 'data/tldr/comparisons.jsonl'}", f"--tokenizer={shared / 'models/stories260K'}",
-                 "--split=nope")  # fmt: skip
+    comparisons, tokenizer = shared / "data/tldr/comparisons.jsonl", shared / "models/stories260K"
+    done = _show(f"--data_path={comparisons}", f"--tokenizer={tokenizer}", "--split=nope")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.strip().splitlines()[-1].endswith("unknown split 'nope'; it has train, or 'all'")
