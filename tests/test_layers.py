@@ -1,0 +1,83 @@
+"""The package's sources enter; imports that go up the layers, and words that the house does not use, are found."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "mpo_jax"
+LAYERS = [
+    {"errors", "types"},
+    {"ops"},
+    {"sharding"},
+    {"optim", "metrics"},
+    {"models"},
+    {"scoring"},
+    {"sampling"},
+    {"checkpoint"},
+    {"data"},
+    {"stages"},
+    {"evaluation"},
+    {"pipeline"},
+    {"main", "plan", "export", "sample", "show", "annotate"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+COMMANDS = LAYERS[-1]
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room(path: Path) -> str:
+    """The layer's name of a file: its folder in the package, or the file itself."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all that a file imports, inside functions too; `from a import b` counts as a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own(names: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("mpo_jax.")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_only_from_layers_beneath(path):
+    names, here = imports(path), room(path)
+    for other in own(names):
+        assert LEVEL[other] <= LEVEL[here], f"{here} imports {other}, which lies above it"
+    outside = {name.split(".")[0] for name in names}
+    assert "torch" not in outside
+    if here != "models":
+        assert "flax" not in outside, "only models/ knows Flax"
+    if here not in ("data", "export") and path.name != "hf.py":
+        assert not outside & {"transformers", "datasets"}
+    if LEVEL[here] < LEVEL["stages"]:
+        assert "ml_collections" not in outside, "only stages and above read a ConfigDict"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_deprecated_or_unsafe_call(path):
+    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+    names = {part for name in called for part in name.split(".")}
+    assert not names & {"pjit", "pmap", "eval", "exec", "loads_pickle"}
+    assert not {name.split(".")[0] for name in imports(path)} & {"pickle", "cloudpickle", "dill", "marshal"}
+    assert not any(
+        name.startswith(("flax.training", "jax.experimental.pjit", "jax.experimental.maps")) for name in imports(path)
+    )
+    assert "optax.global_norm" not in called
+    if room(path) not in COMMANDS | {"sharding"}:
+        assert "make_mesh" not in names, "only the command lines make a mesh"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            assert isinstance(node.value, ast.Constant) and node.value.value is False
+
+
+def test_every_file_says_what_enters_and_leaves():
+    for path in FILES:
+        assert ast.get_docstring(ast.parse(path.read_text())), path
