@@ -1,0 +1,295 @@
+"""Takes a model's weights and left-padded prompts; gives a Rollout: n responses to each prompt, with the
+log-probabilities of the very distribution they were drawn from. Prefill and decode loop are one jitted call.
+
+Letters: B prompts, N responses to each, P prompt slots, R response slots (max_new_tokens), V padded vocabulary.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mpo_jax import sharding
+from mpo_jax.errors import InputError
+from mpo_jax.models import decoder
+from mpo_jax.models.config import ModelConfig
+from mpo_jax.ops import choose
+from mpo_jax.ops.masks import FIRST_RESPONSE_SEGMENT
+from mpo_jax.sharding import constrain
+from mpo_jax.types import Batch, PyTree, Rollout, record
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How responses are drawn. temperature 0 is greedy; top_k, top_p None: no truncation (see `choose.weights`).
+
+    n: responses to a prompt. stop_ids: a response ends with any of them, which is its last token; none of them is
+    drawn before min_new_tokens. max_new_tokens: R, the stop token included. InputError for what can't be meant.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_new_tokens: int = 0
+    max_new_tokens: int = 64
+    n: int = 1
+    stop_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop_ids", tuple(sorted({int(stop) for stop in self.stop_ids})))
+        if self.n < 1:
+            raise InputError(f"n: {self.n}; expected at least 1 response to a prompt")
+        if not math.isfinite(self.temperature) or 0 < self.temperature < 1e-3 or self.temperature < 0:
+            raise InputError(f"temperature: {self.temperature}; expected 0 (greedy) or a number from 0.001 up")
+        if self.temperature == 0 and self.n > 1:
+            raise InputError(f"temperature: 0 is greedy, so n = {self.n} replies would be equal; take n = 1 or raise it")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k: {self.top_k}; expected at least 1, or None for the whole vocabulary")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p: {self.top_p}; expected above 0 and at most 1, or None for no truncation")
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens: {self.max_new_tokens}; expected at least 1")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise InputError(f"min_new_tokens: {self.min_new_tokens}; expected 0 to max_new_tokens {self.max_new_tokens}")
+
+    def check(self, config: ModelConfig, prompt_len: int) -> None:
+        """InputError where the model can't do this with prompts of `prompt_len` slots."""
+        outside = [stop for stop in self.stop_ids if not 0 <= stop < config.vocab_size]
+        if outside:
+            raise InputError(f"stop_ids: {outside} outside the vocabulary; expected ids below {config.vocab_size}")
+        if self.min_new_tokens and len(self.stop_ids) == config.vocab_size:
+            raise InputError("min_new_tokens: every token is a stop id, so none can be drawn before it")
+        if prompt_len + self.max_new_tokens > config.max_positions:
+            raise InputError(
+                f"max_new_tokens: {prompt_len} prompt tokens and {self.max_new_tokens} new ones are above the model's "
+                f"context of {config.max_positions}; expected at most {max(config.max_positions - prompt_len, 0)}"
+            )
+
+
+@record
+class Decoding:
+    """Responses so far. step: i32 [], tokens drawn for each response. drawn: i32 [B,N,R]; logps: f32 [B,N,R]; lengths:
+    i32 [B,N], real tokens; done, finished: bool [B,N] (finished: by a stop token). last: i32 [B,N], what the next step
+    reads. keys: one for each response, all but the position folded in. prompt_lens: i32 [B]."""
+
+    step: jax.Array
+    drawn: jax.Array
+    logps: jax.Array
+    lengths: jax.Array
+    done: jax.Array
+    finished: jax.Array
+    last: jax.Array
+    keys: jax.Array
+    prompt_lens: jax.Array
+    cache: decoder.Cache
+
+
+def sample(
+    config: ModelConfig,
+    settings: SamplingConfig,
+    weights: PyTree,
+    prompts: Batch,
+    seed: jax.Array | int,
+    round: jax.Array | int,
+) -> Rollout:
+    """N responses to each prompt. Pure; to be jitted with `config` and `settings` static, once for each P.
+
+    prompts: slot form, left-padded to P columns; rows of weight 0 get empty responses. seed, round: i32 []; with the
+    prompt id, the sample index and the position they alone decide every uniform. Returns a Rollout whose batch has
+    P + N x R columns: tokens, positions that continue from the prompt, segment 2 + n up to and with the stop token, 0
+    (like token and position) after it. Under a mesh (`jax.set_mesh`) weights may be laid out as for training; they are
+    resharded once, before the loop. InputError, before anything is computed, where the model can't do this.
+    """
+    weights = decode_weights(config, weights)
+    layout = decode_layout(config, weights)
+    state = begin(config, settings, weights, layout, prompts, seed, round)
+    return rollout(settings, prompts, advance(config, settings, layout, state, settings.max_new_tokens))
+
+
+def begin(
+    config: ModelConfig,
+    settings: SamplingConfig,
+    weights: PyTree,
+    layout: PyTree,
+    prompts: Batch,
+    seed: jax.Array | int,
+    round: jax.Array | int,
+) -> Decoding:
+    """Reads the prompts, once each, and draws every response's first token. weights, layout: `decode_weights`,
+    `decode_layout`."""
+    rows, length = prompts.tokens.shape
+    settings.check(config, length)
+    hidden, cache = decoder.prefill(
+        config, weights, prompts.tokens, prompts.positions, prompts.segments, settings.n, settings.max_new_tokens
+    )
+    layers = tuple(
+        decoder.LayerCache(
+            constrain(layer.prompt_keys, "batch", None, "kv_heads", None),
+            constrain(layer.prompt_values, "batch", None, "kv_heads", None),
+            constrain(layer.keys, "batch", None, None, "kv_heads", None),
+            constrain(layer.values, "batch", None, None, "kv_heads", None),
+        )
+        for layer in cache.layers
+    )
+    shape = (rows, settings.n)
+    room = (*shape, settings.max_new_tokens)
+    filler = jnp.broadcast_to((prompts.weight == 0)[:, None], shape)
+    state = Decoding(
+        step=jnp.zeros((), jnp.int32),
+        drawn=constrain(jnp.zeros(room, jnp.int32), "batch", None, None),
+        logps=constrain(jnp.zeros(room, jnp.float32), "batch", None, None),
+        lengths=jnp.zeros(shape, jnp.int32),
+        done=filler,
+        finished=jnp.zeros(shape, bool),
+        last=jnp.zeros(shape, jnp.int32),
+        keys=response_keys(seed, round, prompts.prompt_id, settings.n),
+        prompt_lens=prompts.positions[:, -1] + 1,
+        cache=dataclasses.replace(cache, layers=layers),
+    )
+    # Every response's first distribution is that of its prompt's last column; only the uniforms differ.
+    last_hidden = jnp.broadcast_to(hidden[:, -1:], (*shape, config.width))
+    return _draw(config, settings, layout, last_hidden, state)
+
+
+def advance(
+    config: ModelConfig, settings: SamplingConfig, layout: PyTree, state: Decoding, until: jax.Array | int
+) -> Decoding:
+    """Decodes until every response is done or has `until` tokens (at most R)."""
+
+    def more(state: Decoding):
+        return (state.step < jnp.minimum(until, settings.max_new_tokens)) & ~jnp.all(state.done)
+
+    def one_token(state: Decoding):
+        positions = state.prompt_lens[:, None] + state.step - 1
+        positions = jnp.broadcast_to(positions, state.last.shape)
+        hidden, cache = decoder.decode_step(config, layout, state.last, positions, state.cache)
+        return _draw(config, settings, layout, hidden, dataclasses.replace(state, cache=cache))
+
+    return jax.lax.while_loop(more, one_token, state)
+
+
+def rollout(settings: SamplingConfig, prompts: Batch, state: Decoding) -> Rollout:
+    """What was decoded, as slots behind the prompts."""
+    rows = prompts.tokens.shape[0]
+    slots = jnp.arange(settings.max_new_tokens, dtype=jnp.int32)[None, None]
+    real = slots < state.lengths[:, :, None]
+    segments = FIRST_RESPONSE_SEGMENT + jnp.arange(settings.n, dtype=jnp.int32)[None, :, None]
+
+    def behind(prompt: jax.Array, responses: jax.Array) -> jax.Array:
+        return jnp.concatenate([prompt, jnp.where(real, responses, 0).reshape(rows, -1)], axis=1)
+
+    batch = dataclasses.replace(
+        prompts,
+        tokens=behind(prompts.tokens, state.drawn),
+        positions=behind(prompts.positions, state.prompt_lens[:, None, None] + slots),
+        segments=behind(prompts.segments, segments),
+        window=settings.n * settings.max_new_tokens,
+    )
+    return Rollout(batch, state.logps, state.finished)
+
+
+def response_keys(seed: jax.Array | int, round: jax.Array | int, prompt_id: jax.Array, n: int) -> jax.Array:
+    """One key for each response, typed keys [B,N], from (seed, round, prompt id, sample index) alone."""
+    key = jax.random.fold_in(jax.random.key(seed), round)
+
+    def of_sample(prompt, index):
+        return jax.random.fold_in(jax.random.fold_in(key, prompt), index)
+
+    over_samples = jax.vmap(of_sample, in_axes=(None, 0))
+    return jax.vmap(over_samples, in_axes=(0, None))(prompt_id, jnp.arange(n, dtype=jnp.int32))
+
+
+def uniforms(keys: jax.Array, positions: jax.Array) -> jax.Array:
+    """The uniform, f32 in [0,1), of each response's token at `positions` (i32, like keys)."""
+
+    def of_token(key, position):
+        return jax.random.uniform(jax.random.fold_in(key, position), (), jnp.float32)
+
+    flat = jax.vmap(of_token)(keys.reshape(-1), positions.reshape(-1))
+    return flat.reshape(positions.shape)
+
+
+def distribution(settings: SamplingConfig, logits: jax.Array, step: jax.Array | int) -> jax.Array:
+    """What a token is drawn from at temperature > 0, unnormalised: logits f32 [...,V] -> f32 [...,V]; `step` tokens of
+    the response came before it."""
+    return choose.weights(_allowed(settings, logits, step), settings.temperature, settings.top_k, settings.top_p)
+
+
+def _allowed(settings: SamplingConfig, logits: jax.Array, step: jax.Array | int) -> jax.Array:
+    """Logits with the stop ids masked before min_new_tokens."""
+    if not (settings.stop_ids and settings.min_new_tokens):
+        return logits
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    stops = _is_stop(settings, ids).reshape((1,) * (logits.ndim - 1) + (-1,))
+    return choose.keep_only(logits, ~stops | (jnp.asarray(step) >= settings.min_new_tokens))
+
+
+def _is_stop(settings: SamplingConfig, tokens: jax.Array) -> jax.Array:
+    found = jnp.zeros(tokens.shape, bool)
+    for stop in settings.stop_ids:
+        found |= tokens == stop
+    return found
+
+
+def _draw(
+    config: ModelConfig, settings: SamplingConfig, layout: PyTree, hidden: jax.Array, state: Decoding
+) -> Decoding:
+    """Draws the next token of every response from hidden states [B,N,D] and writes it down where it isn't done."""
+    products = jnp.einsum("bnd,dv->bnv", hidden, layout["output"], preferred_element_type=jnp.float32)
+    logits = decoder.finish_logits(config, constrain(products, "batch", None, "vocab"))
+    if settings.temperature == 0:
+        tokens, logps = choose.greedy(_allowed(settings, logits, state.step))
+    else:
+        positions = jnp.broadcast_to(state.prompt_lens[:, None] + state.step, state.last.shape)
+        chances = distribution(settings, logits, state.step)
+        tokens, logps = choose.draw(chances, uniforms(state.keys, positions))
+    alive = ~state.done
+    stopped = alive & _is_stop(settings, tokens)
+    tokens = jnp.where(alive, tokens, 0)
+    slot = (0, 0, state.step)
+    return dataclasses.replace(
+        state,
+        step=state.step + 1,
+        drawn=jax.lax.dynamic_update_slice(state.drawn, tokens[:, :, None], slot),
+        logps=jax.lax.dynamic_update_slice(state.logps, jnp.where(alive, logps, jnp.float32(0))[:, :, None], slot),
+        lengths=state.lengths + alive,
+        done=state.done | stopped,
+        finished=state.finished | stopped,
+        last=tokens,
+    )
+
+
+# The weights' layout for decoding -------------------------------------------------------------------------------------
+
+
+def decode_weights(config: ModelConfig, weights: PyTree) -> PyTree:
+    """The trunk in the compute dtype, cut over the tensor axis alone: what fsdp shards is gathered here, once, so that
+    the loop gathers no weight. A scalar head is left out."""
+    trunk = {name: weights[name] for name in ("params", "lora") if name in weights}
+    cast = jax.tree.map(lambda x: x.astype(config.dtype), trunk)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return cast
+    return sharding.map_weights(
+        lambda name, x: jax.lax.with_sharding_constraint(x, decode_spec(name, x.shape, mesh)), cast
+    )
+
+
+def decode_layout(config: ModelConfig, weights: PyTree) -> PyTree:
+    """`decode_weights` as a step reads them: a tree for each layer, and "output", the output matrix as [D,V]."""
+    layout = decoder.decode_layout(config, weights)
+    matrix = decoder.unembedding(config, weights).T
+    # Without the barrier XLA folds the transpose into the product and walks the matrix against its grain every step.
+    return layout | {"output": jax.lax.optimization_barrier(matrix)}
+
+
+def decode_spec(name: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
+    """The PartitionSpec of one weight for decoding: as in training, without the fsdp axis."""
+    return PartitionSpec(*(None if axis == "fsdp" else axis for axis in sharding.weight_spec(name, shape, mesh)))
+
+
+def decode_shardings(weights: PyTree, mesh: Mesh) -> PyTree:
+    """NamedShardings of a weights tree for decoding, for a `jax.device_put` onto a decode mesh."""
+    return sharding.map_weights(lambda name, x: NamedSharding(mesh, decode_spec(name, x.shape, mesh)), weights)
