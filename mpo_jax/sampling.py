@@ -5,10 +5,13 @@ Letters: B prompts, N responses to each, P prompt slots, R response slots (max_n
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mpo_jax import sharding
@@ -44,7 +47,9 @@ class SamplingConfig:
         if not math.isfinite(self.temperature) or 0 < self.temperature < 1e-3 or self.temperature < 0:
             raise InputError(f"temperature: {self.temperature}; expected 0 (greedy) or a number from 0.001 up")
         if self.temperature == 0 and self.n > 1:
-            raise InputError(f"temperature: 0 is greedy, so n = {self.n} replies would be equal; take n = 1 or raise it")
+            raise InputError(
+                f"temperature: 0 is greedy, so n = {self.n} replies would be equal; take n = 1 or raise it"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k: {self.top_k}; expected at least 1, or None for the whole vocabulary")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -52,7 +57,9 @@ class SamplingConfig:
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens: {self.max_new_tokens}; expected at least 1")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise InputError(f"min_new_tokens: {self.min_new_tokens}; expected 0 to max_new_tokens {self.max_new_tokens}")
+            raise InputError(
+                f"min_new_tokens: {self.min_new_tokens}; expected 0 to max_new_tokens {self.max_new_tokens}"
+            )
 
     def check(self, config: ModelConfig, prompt_len: int) -> None:
         """InputError where the model can't do this with prompts of `prompt_len` slots."""
@@ -168,6 +175,38 @@ def advance(
         return _draw(config, settings, layout, hidden, dataclasses.replace(state, cache=cache))
 
     return jax.lax.while_loop(more, one_token, state)
+
+
+def stream(
+    config: ModelConfig, settings: SamplingConfig, weights: PyTree, prompts: Batch, seed: int, round: int, chunk: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The responses of `sample` as they grow, `chunk` tokens at a time.
+
+    Yields the tokens so far i32 [B,N,R], how many of them are real i32 [B,N], and which responses are done bool [B,N].
+    The steps, and so the tokens, are those of `sample`, stopped in between.
+    """
+    layout, state = _begin(config, settings, weights, prompts, seed, round)
+    until = 1
+    while True:
+        # One copy out of the state, which the next step writes over.
+        drawn, lengths, done = jax.device_get((state.drawn, state.lengths, state.done))
+        yield drawn, lengths, done
+        if done.all() or until >= settings.max_new_tokens:
+            return
+        until = min(until + chunk, settings.max_new_tokens)
+        state = _advance(config, settings, layout, state, until)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _begin(config, settings, weights, prompts, seed, round):
+    weights = decode_weights(config, weights)
+    layout = decode_layout(config, weights)
+    return layout, begin(config, settings, weights, layout, prompts, seed, round)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _advance(config, settings, layout, state, until):
+    return advance(config, settings, layout, state, until)
 
 
 def rollout(settings: SamplingConfig, prompts: Batch, state: Decoding) -> Rollout:

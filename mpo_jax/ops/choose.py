@@ -41,7 +41,7 @@ def draw(weights: jax.Array, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]
     cumulative sum of length V is made. V is a multiple of 128, or below it.
     """
     size = min(_BLOCK, weights.shape[-1])
-    blocks = weights.reshape(weights.shape[:-1] + (-1, size))
+    blocks = weights.reshape((*weights.shape[:-1], -1, size))
     sums = jnp.sum(blocks, axis=-1)
     ends = jnp.cumsum(sums, axis=-1)
     total = ends[..., -1]
@@ -77,7 +77,7 @@ def _truncate(w: jax.Array, enough) -> jax.Array:
         fits = enough(jnp.where(w >= _as_float(middle), w, jnp.float32(0)))
         return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
 
-    low = jnp.zeros(w.shape[:-1] + (1,), jnp.int32)
+    low = jnp.zeros((*w.shape[:-1], 1), jnp.int32)
     low, _ = jax.lax.fori_loop(0, 30, halve, (low, jnp.full_like(low, _LARGEST_BITS + 1)))
     return jnp.where(w >= _as_float(low), w, jnp.float32(0))
 
@@ -87,13 +87,14 @@ def _as_float(bits: jax.Array) -> jax.Array:
 
 
 def _first_beyond(ends: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
-    """The first index of non-zero weight whose end is beyond the target, else the last of non-zero weight.
+    """The first index of non-zero weight whose end is beyond the target or already the whole sum (so that rounding
+    hands nothing to a tail too light to count), else the last of non-zero weight.
 
     A parallel prefix sum may rise, by rounding, where a weight is 0; asking for the weight too is what keeps a
     forbidden token from being drawn.
     """
     real = weights > 0
-    beyond = real & (ends > target[..., None])
+    beyond = real & ((ends > target[..., None]) | (ends >= ends[..., -1:]))
     first = jnp.argmax(beyond, axis=-1).astype(jnp.int32)
     last = weights.shape[-1] - 1 - jnp.argmax(real[..., ::-1], axis=-1).astype(jnp.int32)
     return jnp.where(jnp.any(beyond, axis=-1), first, last)
