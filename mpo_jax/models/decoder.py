@@ -212,7 +212,8 @@ class _Decoder(nn.Module):
 
     def embed(self, tokens, positions):
         config = self.config
-        x = self.embed_table()[tokens].astype(config.dtype)
+        table = constrain(self.embed_table(), "vocab", None)  # gathered over fsdp like every other weight
+        x = table[tokens].astype(config.dtype)
         if config.embed_scale is not None:
             x *= jnp.asarray(config.embed_scale, x.dtype)
         if config.learned_positions:

@@ -1,0 +1,180 @@
+"""Takes a model's weights and a batch of rows; gives response log-probs, entropies, values and reward scores.
+
+The output matrix meets the hidden states a chunk of tokens at a time, so that no [B,T,V] array exists in the forward or
+the backward pass. Letters: B rows, T row length, N responses, W response columns (`Batch.window`), V padded vocabulary,
+D width.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from mpo_jax.models import decoder, flash
+from mpo_jax.models.config import ModelConfig
+from mpo_jax.ops import masks
+from mpo_jax.sharding import BATCH_AXES, axis_size
+from mpo_jax.types import Batch, PyTree, record
+
+CHUNK = 512
+"""Tokens of one shard whose logits exist at a time: 512 x V/tensor x 4 bytes, 65 MB at V = 32,000."""
+
+
+@record
+class ResponseLogps:
+    """logps, entropy: f32 [B,W], 0 where a column holds no response token. segment: i32 [B,W], which response each
+    column belongs to (2 + n; 0: none). entropy is None unless asked for."""
+
+    logps: jax.Array
+    segment: jax.Array
+    entropy: jax.Array | None = None
+
+    @property
+    def mask(self) -> jax.Array:
+        return self.segment > 0
+
+    def seq_logps(self, responses: int) -> jax.Array:
+        """Summed over each response: f32 [B,N]."""
+        return masks.by_response(self.logps, self.segment, responses)
+
+
+def response_logps(
+    config: ModelConfig,
+    weights: PyTree,
+    batch: Batch,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    chunk: int = CHUNK,
+    slots: flash.Slots | None = None,
+) -> ResponseLogps:
+    """Log-probs of a batch's response tokens under softmax(logits / temperature).
+
+    Policy, old policy, reference and entropy all come from here, at the sampling temperature.
+    """
+    hidden = decoder.forward(config, weights, batch.tokens, batch.positions, batch.segments, slots)
+    return logps_of_hidden(config, weights, hidden, batch, temperature, entropy, chunk)
+
+
+def logps_of_hidden(
+    config: ModelConfig,
+    weights: PyTree,
+    hidden: jax.Array,
+    batch: Batch,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    chunk: int = CHUNK,
+) -> ResponseLogps:
+    """As `response_logps`, from hidden states [B,T,D] that are at hand."""
+    target_index, source_index, segment = masks.response_columns(batch.segments, batch.window)
+    sources = jnp.take_along_axis(hidden, source_index[:, :, None], axis=1)
+    targets = jnp.take_along_axis(batch.tokens, target_index, axis=1)
+    matrix = decoder.unembedding(config, weights)
+    logps, entropies = token_logps(config, matrix, sources, targets, temperature, entropy, chunk)
+    mask = segment > 0
+    zero = jnp.float32(0)
+    entropies = None if entropies is None else jnp.where(mask, entropies, zero)
+    return ResponseLogps(jnp.where(mask, logps, zero), segment, entropies)
+
+
+def response_values(config: ModelConfig, weights: PyTree, batch: Batch, slots: flash.Slots | None = None) -> jax.Array:
+    """f32 [B,W]: the critic's value of the state in which each response token was chosen (before it was)."""
+    hidden = decoder.forward(config, weights, batch.tokens, batch.positions, batch.segments, slots)
+    return values_of_hidden(weights, hidden, batch)
+
+
+def values_of_hidden(weights: PyTree, hidden: jax.Array, batch: Batch) -> jax.Array:
+    """As `response_values`, from hidden states [B,T,D] that are at hand."""
+    _, source_index, segment = masks.response_columns(batch.segments, batch.window)
+    sources = jnp.take_along_axis(hidden, source_index[:, :, None], axis=1)
+    return jnp.where(segment > 0, decoder.scalar_head(weights, sources), jnp.float32(0))
+
+
+def response_scores(
+    config: ModelConfig, weights: PyTree, batch: Batch, responses: int, slots: flash.Slots | None = None
+) -> jax.Array:
+    """f32 [B,N]: the scalar head at each response's last real token (the prompt's, where the response is empty)."""
+    hidden = decoder.forward(config, weights, batch.tokens, batch.positions, batch.segments, slots)
+    last = masks.last_index(batch.segments, responses)
+    return decoder.scalar_head(weights, jnp.take_along_axis(hidden, last[:, :, None], axis=1))
+
+
+def token_logps(
+    config: ModelConfig,
+    matrix: jax.Array,
+    hidden: jax.Array,
+    targets: jax.Array,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    chunk: int = CHUNK,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Log-probs f32 [B,W] of targets i32 [B,W] after hidden [B,W,D] with output matrix [V,D]; the entropies, if asked.
+
+    Under a mesh (`jax.set_mesh`) the matrix is gathered over data and fsdp once before the loop over chunks, its
+    gradient is accumulated in each shard and reduced once after it; over tensor only [chunk] vectors travel.
+    """
+    local = functools.partial(_local_logps, config, temperature, entropy, chunk)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(None, matrix, hidden, targets)
+    rows = BATCH_AXES if hidden.shape[0] % axis_size(mesh, BATCH_AXES) == 0 else ()
+    by_row = PartitionSpec(rows or None)
+    return jax.shard_map(
+        functools.partial(local, rows),
+        in_specs=(PartitionSpec("tensor", None), by_row, by_row),
+        out_specs=(by_row, by_row if entropy else PartitionSpec()),
+    )(matrix, hidden, targets)
+
+
+def _local_logps(config, temperature, entropy, chunk, rows, matrix, hidden, targets):
+    """One shard's part. rows: the mesh axes that rows are spread over; None: no mesh at all."""
+    first_id = jnp.int32(0)
+    if rows is not None:
+        # Made to vary here, the matrix gets its gradient summed over these axes once, outside the loop.
+        matrix = jax.lax.pcast(matrix, rows, to="varying") if rows else matrix
+        hidden, targets = (jax.lax.pcast(x, ("tensor",), to="varying") for x in (hidden, targets))
+        first_id = jax.lax.axis_index("tensor").astype(jnp.int32) * matrix.shape[0]
+    tensor = None if rows is None else "tensor"
+    shape, width = targets.shape, hidden.shape[-1]
+    tokens = targets.size
+    chunk = min(chunk, tokens)
+    padding = -tokens % chunk
+    chunks = (
+        jnp.pad(hidden.reshape(tokens, width), ((0, padding), (0, 0))).reshape(-1, chunk, width),
+        jnp.pad(targets.reshape(tokens), (0, padding)).reshape(-1, chunk),
+    )
+    one = jax.checkpoint(functools.partial(_chunk_logps, config, temperature, entropy, tensor, first_id))
+    if chunks[1].shape[0] == 1:
+        logps, entropies = one(matrix, chunks[0][0], chunks[1][0])
+    else:
+        _, (logps, entropies) = jax.lax.scan(lambda _, part: (None, one(matrix, *part)), None, chunks)
+
+    def back(x):
+        return x.reshape(-1)[:tokens].reshape(shape)
+
+    return back(logps), back(entropies) if entropy else None
+
+
+def _chunk_logps(config, temperature, entropy, tensor, first_id, matrix, hidden, targets):
+    """hidden [C,D], targets i32 [C] -> logps f32 [C] and, if asked, entropies f32 [C]."""
+    # The matrix is cast here, not before the loop: so its gradient is accumulated in float32.
+    products = jnp.einsum("cd,vd->cv", hidden, matrix.astype(config.dtype), preferred_element_type=jnp.float32)
+    logits = decoder.finish_logits(config, products, first_id) / jnp.float32(temperature)
+    top = _across(jax.lax.pmax, jnp.max(jax.lax.stop_gradient(logits), axis=-1), tensor)
+    shifted = logits - top[:, None]
+    exponentials = jnp.exp(shifted)
+    total = _across(jax.lax.psum, jnp.sum(exponentials, axis=-1), tensor)
+    column = targets - first_id
+    here = (column >= 0) & (column < logits.shape[-1])
+    at_target = jnp.take_along_axis(shifted, jnp.where(here, column, 0)[:, None], axis=-1)[:, 0]
+    at_target = _across(jax.lax.psum, jnp.where(here, at_target, jnp.float32(0)), tensor)
+    log_total = jnp.log(total)
+    if not entropy:
+        return at_target - log_total, None
+    # Shifted logits of padding ids are finite and their exponentials exactly 0.
+    expected = _across(jax.lax.psum, jnp.sum(exponentials * shifted, axis=-1), tensor) / total
+    return at_target - log_total, log_total - expected
+
+
+def _across(reduce, x: jax.Array, tensor: str | None) -> jax.Array:
+    return x if tensor is None else reduce(x, tensor)
