@@ -266,10 +266,8 @@ def _allowed(settings: SamplingConfig, logits: jax.Array, step: jax.Array | int)
 
 
 def _is_stop(settings: SamplingConfig, tokens: jax.Array) -> jax.Array:
-    found = jnp.zeros(tokens.shape, bool)
-    for stop in settings.stop_ids:
-        found |= tokens == stop
-    return found
+    stops = jnp.asarray(settings.stop_ids, jnp.int32).reshape((1,) * tokens.ndim + (-1,))
+    return jnp.any(tokens[..., None] == stops, axis=-1)
 
 
 def _draw(
