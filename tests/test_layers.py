@@ -16,8 +16,8 @@ LAYERS = [
     {"sampling"},
     {"checkpoint"},
     {"data"},
-    {"stages"},
     {"evaluation"},
+    {"stages"},
     {"pipeline"},
     {"main", "plan", "export", "sample", "show", "annotate"},
 ]

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
+from mpo_jax.checkpoint import fingerprint_files
+from mpo_jax.data.encode import records_fingerprint
 from mpo_jax.data.schemas import Drop, Row, Schema, TextRecord, read_row, recognise
 from mpo_jax.errors import InputError
 
@@ -101,6 +103,15 @@ def load(path: str, split: str = "train", tokenizer=None, limit: int | None = No
     if not records:
         raise InputError(f"no record is left: {report.line()}")
     return records, report
+
+
+def fingerprint(path: str) -> str:
+    """A hash of a source's content: of its files, or of its records where they come from the hub or from TFDS."""
+    place = epath.Path(path)
+    if not path.startswith("tfds:") and place.exists():
+        return fingerprint_files(place)
+    records, _ = load(path, ALL)
+    return records_fingerprint(records)
 
 
 def split_of(part: Part, row: Row) -> str:
