@@ -1,0 +1,97 @@
+"""A folder of safetensors enters; its tensors leave slice by slice, from whichever file holds them."""
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mpo_jax.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+class Reader:
+    """The tensors of all safetensors files of a folder. Files are memory-mapped; `read` copies one slice."""
+
+    def __init__(self, folder: Path):
+        self.source, paths = _files(folder)
+        self._files = {}
+        self._where: dict[str, tuple[Path, str]] = {}
+        for path in paths:
+            try:
+                self._files[path] = safe_open(str(path), framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path}: can't be read as safetensors ({error}); fetch it again") from error
+            for tensor in self._files[path].keys():  # noqa: SIM118 (no mapping)
+                if tensor in self._where:
+                    raise InputError(f"{path}: tensor {tensor!r} is a duplicate; {self._where[tensor][0].name} holds "
+                                     "it too")  # fmt: skip
+                self._where[tensor] = (path, tensor)
+
+    def add_prefix(self, prefix: str, outside: Collection[str]) -> None:
+        """Puts the trunk's prefix before all names but those outside it, where no name has it: a checkpoint of the
+        bare trunk (GPT-2's own)."""
+        if not any(tensor.startswith(prefix) for tensor in self._where):
+            self._where = {
+                tensor if tensor in outside else prefix + tensor: place for tensor, place in self._where.items()
+            }
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def file(self, tensor: str) -> Path:
+        return self._where[tensor][0]
+
+    def _slice(self, tensor: str):
+        path, name = self._where[tensor]
+        return self._files[path].get_slice(name)
+
+    def describe(self, tensor: str) -> tuple[tuple[int, ...], str]:
+        part = self._slice(tensor)
+        return tuple(part.get_shape()), part.get_dtype()
+
+    def read(self, tensor: str, slices: tuple[slice, ...]) -> np.ndarray:
+        if any(part.start == part.stop for part in slices):
+            dtype = DTYPES[self.describe(tensor)[1]]
+            return np.zeros([part.stop - part.start for part in slices], dtype)
+        return self._slice(tensor)[slices]
+
+
+def _files(folder: Path) -> tuple[Path, list[Path]]:
+    """What to name in errors about the whole, and the files to read."""
+    single, index = folder / "model.safetensors", folder / INDEX
+    if single.exists():
+        return single, [single]
+    if index.exists():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        for name in names:
+            if not (folder / name).exists():
+                raise InputError(f"{folder / name}: not found, but {INDEX} names it; fetch it again")
+        return index, [folder / name for name in names]
+    found = sorted(folder.glob("model*.safetensors"))
+    if found:
+        return folder, found
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise InputError(f"{folder}: holds {pickles[0]} but no safetensors; pickles are never loaded, convert it first")
+    raise InputError(f"{folder}: no model.safetensors or {INDEX} here")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
