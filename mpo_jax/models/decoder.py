@@ -6,6 +6,7 @@ optional). Letters: B rows, T row length, N responses, P prompt slots, R respons
 D width.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +44,7 @@ class Cache:
 
 def init(config: ModelConfig, key: jax.Array, head: bool = False) -> PyTree:
     """Random weights, f32. With `head`, a scalar head of small standard deviation, so that scores begin near 0."""
+    config = dataclasses.replace(config, attention="xla")  # weights don't depend on it, and one token is no flash row
     tokens = jnp.ones((1, 1), jnp.int32)
     context = _row_context(config, jnp.zeros_like(tokens), tokens, None)
     weights = dict(_Decoder(config).init(key, tokens, context))
@@ -87,7 +89,8 @@ def prefill(
 
     Returns hidden [B,P,D] and the cache, whose cursor is 0.
     """
-    context = _row_context(config, positions, segments, None)
+    # A prompt is contiguous, wherever it lies: columns differ as positions do.
+    context = _row_context(config, positions, segments, flash.Slots(tokens.shape[1], 0, 0))
     outputs: Any = _Decoder(config, keep_kv=True).apply(_trunk(weights), tokens, context)
     hidden, (keys, values) = outputs
     empty = jnp.zeros((tokens.shape[0], responses, slots, config.kv_heads, config.head_dim), keys.dtype)
@@ -182,11 +185,14 @@ class _Decoder(nn.Module):
 
     def setup(self):
         config = self.config
-        self.embed_table = _Table((config.padded_vocab, config.width), "embedding", name="embed")
+        tokens = (config.padded_vocab, config.width)
+        self.embed_table = _Table(tokens, config.vocab_size, "embedding", name="embed")
         if config.learned_positions:
-            self.position_table = _Table((config.max_positions, config.width), "embedding", name="positions")
+            self.position_table = _Table(
+                (config.max_positions, config.width), config.max_positions, "embedding", name="positions"
+            )
         if not config.tied_embeddings:
-            self.lm_head = _Table((config.padded_vocab, config.width), "kernel", name="lm_head")
+            self.lm_head = _Table(tokens, config.vocab_size, "kernel", name="lm_head")
         block = _Block
         if config.remat != "none":
             policies = jax.checkpoint_policies
@@ -225,14 +231,19 @@ class _Decoder(nn.Module):
 
 
 class _Table(nn.Module):
-    """An embedding table [rows, D]."""
+    """An embedding table [rows, D], of which the rows from `used` on are padding and begin at zero."""
 
     shape: tuple[int, int]
+    used: int
     leaf: str
 
     @nn.compact
     def __call__(self):
-        return self.param(self.leaf, nn.initializers.normal(_INIT_STD), self.shape)
+        def init(key, shape):
+            drawn = nn.initializers.normal(_INIT_STD)(key, shape)
+            return jnp.where(jnp.arange(shape[0])[:, None] < self.used, drawn, 0)
+
+        return self.param(self.leaf, init, self.shape)
 
 
 class _Block(nn.Module):
