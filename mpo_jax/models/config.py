@@ -14,6 +14,7 @@ from etils import epath
 from mpo_jax.errors import InputError
 
 VOCAB_MULTIPLE = 128  # lane width of a TPU; the vocabulary is padded to a multiple of it for each tensor shard
+FLASH_MULTIPLE = 128  # what the flash backend's row lengths are a multiple of
 NO_WINDOW = 1 << 30  # a sliding window that every pair of positions lies within
 
 
@@ -114,6 +115,27 @@ class ModelConfig:
         """The same model with its vocabulary padded so that the mesh's tensor axis divides it in whole lanes."""
         multiple = VOCAB_MULTIPLE * mesh.shape.get("tensor", 1)
         return dataclasses.replace(self, padded_vocab=_round_up(self.vocab_size, multiple))
+
+    def check_attention(self, platform: str, tensor: int = 1, row_len: int | None = None) -> None:
+        """InputError where the attention backend can't compute this model there.
+
+        platform: cpu, gpu or tpu; tensor: size of that mesh axis; row_len: columns of a row, where they are known.
+        """
+        if self.attention != "flash":
+            return
+        if self.heads % tensor:
+            raise InputError(f"attention: flash needs heads that mesh tensor={tensor} divides; found {self.heads}")
+        if platform in ("cpu", "tpu"):
+            if row_len is not None and row_len % FLASH_MULTIPLE:
+                raise InputError(
+                    f"attention: flash needs rows of a multiple of {FLASH_MULTIPLE} columns; found {row_len} (set "
+                    f"data.multiple={FLASH_MULTIPLE}; for rollouts the prompt's slots and n x max_new_tokens; or xla)"
+                )
+            return
+        if self.attention_softcap is not None:
+            raise InputError(f"attention: flash on {platform} is cuDNN, which has no soft cap; set attention=xla")
+        if self.dtype != "bfloat16":
+            raise InputError(f"attention: flash on {platform} is cuDNN, which needs dtype=bfloat16; found {self.dtype}")
 
     @property
     def scale(self) -> float:
