@@ -7,7 +7,6 @@ D width.
 """
 
 import dataclasses
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +44,6 @@ class Cache:
 
 def init(config: ModelConfig, key: jax.Array, head: bool = False) -> PyTree:
     """Random weights, f32. With `head`, a scalar head of small standard deviation, so that scores begin near 0."""
-    config = dataclasses.replace(config, attention="xla")  # weights don't depend on it, and one token is no flash row
     config = dataclasses.replace(config, attention="xla")  # weights don't depend on it, and one token is no flash row
     tokens = jnp.ones((1, 1), jnp.int32)
     context = _row_context(config, jnp.zeros_like(tokens), tokens, None)
