@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpo_jax.models import attention, flash
+from mpo_jax import sharding
+from mpo_jax.errors import InputError
+from mpo_jax.models import attention, decoder, flash
 from mpo_jax.models.config import ModelConfig
+from mpo_jax.ops import masks
 
 LENGTH = 128
 CONFIG = ModelConfig("llama", 256, 1, 32, 4, 2, 8, 32, 512)
@@ -127,3 +130,86 @@ def test_rows_of_several_tiles(form):
     else:
         slots = flash.Slots(100, 2, 142)
         agree(config, *slot_batch(slots), slots)
+
+
+# Meshes (data, fsdp, tensor) and key-value heads: divided by the tensor axis; one for each shard's heads; one that
+# two shards share; and 6 heads in 2 groups over 3 shards, where the middle shard reads both.
+@pytest.mark.parametrize(
+    ("sizes", "heads", "kv_heads"), [((2, 1, 2), 4, 2), ((1, 2, 4), 8, 2), ((1, 1, 4), 4, 1), ((2, 1, 3), 6, 2)]
+)
+def test_on_a_mesh_equals_one_device(sizes, heads, kv_heads):
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
+    config = dataclasses.replace(CONFIG, heads=heads, kv_heads=kv_heads, attention="flash")
+    xla = dataclasses.replace(config, attention="xla")
+    positions, segments = tight_batch(2)
+    expected = compute(xla, positions, segments)
+    with jax.set_mesh(mesh):
+        found = compute(config, positions, segments)
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_allclose(b, a, atol=2e-5)
+
+
+def test_slot_rows_and_indivisible_rows_on_a_mesh():
+    slots = flash.Slots(64, 2, 32)
+    positions, segments = slot_batch(slots)  # 3 rows on a batch axis of 2
+    config = dataclasses.replace(CONFIG, windows=(9,), attention="flash")
+    expected = compute(dataclasses.replace(config, attention="xla"), positions, segments)
+    with jax.set_mesh(sharding.make_mesh(2, 1, 2, devices=jax.devices()[:4])):
+        found = compute(config, positions, segments, slots)
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_allclose(b, a, atol=2e-5)
+
+
+def test_alternating_windows_of_a_whole_model_with_remat():
+    """The decoder of two kinds of layers, rematerialised: hidden states and gradients of the weights equal xla's."""
+    config = dataclasses.replace(CONFIG, layers=2, windows=(9, 1 << 30), remat="full")
+    weights = decoder.init(config, jax.random.key(0))
+    positions, segments = tight_batch(2)
+    tokens = jax.random.randint(jax.random.key(1), segments.shape, 0, config.vocab_size)
+
+    def loss(weights, config):
+        hidden = decoder.forward(config, weights, tokens, positions, segments)
+        return jnp.sum(jnp.where((segments > 0)[:, :, None], jnp.sin(hidden), 0))
+
+    step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    expected, found = (step(weights, dataclasses.replace(config, attention=name)) for name in ("xla", "flash"))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), found[1], expected[1])
+
+
+def test_prefill_of_left_padded_prompts_equals_xla():
+    slots = flash.Slots(LENGTH, 0, 0)
+    positions, segments = batch([slot_row(LENGTH, [], slots), slot_row(40, [], slots)])
+    tokens = jax.random.randint(jax.random.key(1), segments.shape, 0, CONFIG.vocab_size)
+    weights = decoder.init(CONFIG, jax.random.key(0))
+    hidden = [
+        decoder.prefill(dataclasses.replace(CONFIG, attention=name), weights, tokens, positions, segments, 1, 8)[0]
+        for name in ("xla", "flash")
+    ]
+    real = np.asarray(segments > 0)
+    np.testing.assert_allclose(np.asarray(hidden[1])[real], np.asarray(hidden[0])[real], atol=2e-5)
+
+
+def test_slot_mask_is_the_visibility_rule():
+    for window in (None, 1, 3, 7):
+        for slots in (flash.Slots(6, 3, 4), flash.Slots(5, 1, 7), flash.Slots(8, 0, 0)):
+            row = slot_row(slots.prompt, [slots.length] * slots.responses, slots)
+            expected = masks.visible(*batch([row]), window)[0]
+            np.testing.assert_array_equal(flash.slot_mask(slots, window), expected)
+
+
+def test_what_flash_cannot_do_is_an_input_error():
+    config = dataclasses.replace(CONFIG, attention="flash")
+    positions, segments = tight_batch(1)
+    with pytest.raises(InputError, match=r"found 100 \(set data.multiple=128"):
+        compute(config, positions[:, :100], segments[:, :100])
+    with pytest.raises(InputError, match="does not make up rows of 128"):
+        compute(config, positions, segments, flash.Slots(64, 1, 32))
+    with pytest.raises(InputError, match="tensor=3 divides; found 4"):
+        config.check_attention("tpu", tensor=3)
+    with pytest.raises(InputError, match="no soft cap; set attention=xla"):
+        dataclasses.replace(config, attention_softcap=30.0, dtype="bfloat16").check_attention("gpu")
+    with pytest.raises(InputError, match="dtype=bfloat16; found float32"):
+        config.check_attention("gpu")
+    dataclasses.replace(config, dtype="bfloat16").check_attention("gpu", row_len=100)
+    dataclasses.replace(config, attention="xla").check_attention("tpu", tensor=3, row_len=100)
