@@ -1,15 +1,19 @@
 """Training states, weights and manifests enter; folders leave that are whole or not there, and restore onto any mesh.
 
-Arrays go through Orbax, written in the background under a temporary name and renamed when complete. JSON files are
-written atomically. All paths go through epath, so that gs:// works.
+Arrays go through Orbax, written in the background and marked as complete at the end; JSON files are written under
+another name, then renamed. All paths go through epath, so that gs:// works.
 """
 
 import hashlib
 import json
+import math
+import os
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -17,99 +21,169 @@ from mpo_jax.errors import InputError
 from mpo_jax.types import PyTree, TrainState
 
 MANIFEST = "manifest.json"
-_BEST = "best"
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", "merges.txt", "vocab.txt")
+"""What a Hugging Face model folder is made of: weights, settings, tokenizer. Not its README, not other frameworks'."""
+
+_VOCAB_LEAVES = (("embed", "embedding"), ("lm_head", "kernel"))
 _BLOCK = 1 << 22
 
 
 class Checkpoints:
-    """The checkpoints of one training stage: the last `keep` states, and the best parameters.
+    """The checkpoints of one training stage: the last `keep` states, and the best parameters apart from them.
 
-    folder/STEP holds a state and a small JSON value beside it; folder/best/STEP the best parameters. Saves run in the
-    background: an error of one is raised at the next call. Closing waits for the last.
+    folder/last/STEP holds a state and a small JSON value beside it; folder/best/STEP the best parameters. Saves run in
+    the background: an error of one is raised at the next call of any method but `latest_step`. Closing waits for the
+    last save. What a killed process left incomplete is not seen, and is removed.
     """
 
     def __init__(self, folder: epath.PathLike, keep: int = 2):
-        self._folder = epath.Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
-            self._folder / "last", options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        )
-        self._best = ocp.CheckpointManager(
-            self._folder / _BEST, options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-        )
+        if keep < 1:
+            raise InputError(f"keep: {keep}; expected at least 1 checkpoint to resume from")
+        folder = epath.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._last, self._best = _manager(folder / "last", keep), _manager(folder / "best", None)
+        # A best that no saved state knows of comes from steps that will be taken again.
+        known = self.latest_step()
+        for step in self._best.all_steps():
+            if known is None or step > known:
+                self._best.delete(step)
 
     def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+        """The step of the newest checkpoint (None: there is none). A save on its way counts."""
+        return self._last.latest_step()
 
     def save(self, step: int, state: TrainState, extra: dict[str, Any]) -> None:
-        """Begins to save; returns as soon as the arrays are copied, so that the next step may donate them."""
-        self._manager.check_for_errors()
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.PyTreeSave(_without_keys(state)), extra=ocp.args.JsonSave(extra)),
-        )
+        """Begins to save; returns as soon as the arrays are copied, so that the next step may donate them.
+
+        extra: a JSON value: the best so far, the data's position. Raises ValueError for a step not after the latest.
+        """
+        self.wait()  # a state may name a best: that best must be on disk before it
+        self._prune_best()
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(_without_keys(state)), extra=ocp.args.JsonSave(extra))
+        if not self._last.save(step, args=args):
+            raise ValueError(f"step {step} is not after the latest checkpoint, {self.latest_step()}; nothing was saved")
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state of a step with the shapes and shardings of `like` (arrays or ShapeDtypeStructs), and its JSON.
+        """The state of a step with the shapes, dtypes and shardings of `like` (arrays or ShapeDtypeStructs), its JSON.
 
         The mesh may be another than that of the save, and so may the padding of the vocabulary: rows that are missing
-        become 0, rows beyond are dropped.
+        become 0, rows beyond are dropped. InputError, naming the leaf, where anything else differs.
         """
-        found = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=_restore_args(_without_keys(like)), extra=ocp.args.JsonRestore()),
-        )
+        self.wait()
+        plain = _without_keys(like)
+        self._check(self._last, step, plain, "state")
+        args = ocp.args.Composite(state=_restore_args(plain), extra=ocp.args.JsonRestore())
+        found = self._last.restore(step, args=args)
         return _with_keys(found.state, like), found.extra
 
     def save_best(self, step: int, params: PyTree) -> None:
-        """Replaces the best parameters."""
-        self._best.check_for_errors()
-        # A stage killed after its best was saved, and before its state was, comes to this step again.
-        self._best.save(
-            step, args=ocp.args.PyTreeSave(params), force=True
-        ) if step not in self._best.all_steps() else None
+        """Begins to save the best parameters; those before are kept as long as a state to resume from names them."""
+        self._best.wait_until_finished()
+        # A step taken again after a resume replaces its best.
+        if step in self._best.all_steps():
+            self._best.delete(step)
+        self._best.save(step, args=ocp.args.Composite(params=ocp.args.PyTreeSave(params)), force=True)
 
     def restore_best(self, step: int, like: PyTree) -> PyTree:
-        """The best parameters, saved at `step`."""
+        """The best parameters, saved at `step`; shapes, dtypes and shardings as in `restore`."""
         self._best.wait_until_finished()
-        return self._best.restore(step, args=_restore_args(like))
+        self._check(self._best, step, like, "params")
+        return self._best.restore(step, args=ocp.args.Composite(params=_restore_args(like))).params
+
+    def check(self) -> None:
+        """Raises what a save in the background met, without waiting: cheap enough for every step."""
+        for manager in (self._best, self._last):
+            if not manager.is_saving_in_progress():
+                manager.wait_until_finished()  # at rest: waits for nothing, but hands over the error
 
     def wait(self) -> None:
         """Until all saves are on disk; raises what went wrong."""
-        for manager in (self._manager, self._best):
-            manager.wait_until_finished()
-            manager.check_for_errors()
+        self._best.wait_until_finished()
+        self._last.wait_until_finished()
 
     def close(self) -> None:
-        self.wait()
-        self._manager.close()
-        self._best.close()
+        """Waits for all saves, raises what went wrong, and ends the background threads."""
+        try:
+            self.wait()
+            self._prune_best()
+        finally:
+            self._best.close()
+            self._last.close()
+
+    def _prune_best(self) -> None:
+        """Keeps the newest best, and for every kept state the newest that it can name; both managers are at rest."""
+        bests, states = sorted(self._best.all_steps()), self._last.all_steps()
+        named = {max((best for best in bests if best <= state), default=None) for state in states}
+        for step in bests[:-1]:
+            if step not in named:
+                self._best.delete(step)
+
+    def _check(self, manager: ocp.CheckpointManager, step: int, like: PyTree, item: str) -> None:
+        place = epath.Path(manager.directory) / str(step) / item
+        if step not in manager.all_steps():
+            raise InputError(f"{place}: not found; complete are the steps {sorted(manager.all_steps())}")
+        _check_shapes(place, like)
+
+
+def _manager(folder: epath.Path, keep: int | None) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def save_weights(folder: epath.PathLike, weights: PyTree) -> None:
-    """Writes weights to a folder of their own, complete on return."""
+    """Writes weights to a folder of their own, complete on return; weights that were there are replaced."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(epath.Path(folder), args=ocp.args.PyTreeSave(weights), force=True)
+        checkpointer.save(_absolute(folder), args=ocp.args.PyTreeSave(weights), force=True)
 
 
 def restore_weights(folder: epath.PathLike, like: PyTree) -> PyTree:
-    """Reads weights with the shapes, dtypes and shardings of `like`. InputError where the folder has none."""
-    folder = epath.Path(folder)
-    if not folder.exists():
-        raise InputError(f"{folder}: not found; expected the weights of a finished stage")
+    """Reads weights with the shapes, dtypes and shardings of `like`, by the rules of `Checkpoints.restore`.
+
+    InputError where the folder has none, or others.
+    """
+    place = _absolute(folder)
+    if not place.exists():
+        raise InputError(f"{place}: not found; expected the weights of a finished stage")
+    _check_shapes(place, like)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(folder, args=_restore_args(like))
+        return checkpointer.restore(place, args=_restore_args(like))
+
+
+def _absolute(folder: epath.PathLike) -> epath.Path:
+    path = epath.Path(folder)
+    return path if _remote(path) else path.absolute()  # Orbax refuses relative paths
 
 
 def _restore_args(like: PyTree) -> ocp.args.PyTreeRestore:
-    """strict=False lets a leaf be cut or zero-padded to its shape: how a vocabulary padded for another mesh fits."""
+    """strict=False cuts or zero-pads a leaf to its shape; `_check_shapes` allows that to vocabularies alone."""
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     arguments = jax.tree.map(
         lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype, strict=False),
         abstract,
     )
     return ocp.args.PyTreeRestore(item=abstract, restore_args=arguments)
+
+
+def _check_shapes(place: epath.Path, like: PyTree) -> None:
+    saved = _shapes(ocp.PyTreeCheckpointHandler().metadata(place).tree)
+    wanted = _shapes(like)
+    for name in sorted(saved.keys() ^ wanted.keys()):
+        which = (
+            "is in the checkpoint, but is not expected" if name in saved else "is expected, but not in the checkpoint"
+        )
+        raise InputError(f"{place}: {'/'.join(name)} {which}; was it saved with other settings?")
+    for name, shape in wanted.items():
+        skip = int(name[-2:] in _VOCAB_LEAVES and len(shape) == len(saved[name]))
+        if shape[skip:] != saved[name][skip:]:
+            raise InputError(f"{place}: {'/'.join(name)} has shape {saved[name]}; expected {shape}")
+
+
+def _shapes(tree: PyTree) -> dict[tuple[str, ...], tuple[int, ...]]:
+    return {
+        tuple(jax.tree_util.keystr((key,), simple=True) for key in path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+        if hasattr(leaf, "shape")
+    }
 
 
 def _is_key(leaf) -> bool:
@@ -130,9 +204,15 @@ def _without_keys(tree: PyTree) -> PyTree:
     return jax.tree.map(data, tree)
 
 
+def _key_impl(key) -> str:
+    names: list[Any] = []  # `key_impl` takes keys and tracers, but no ShapeDtypeStruct
+    jax.eval_shape(lambda traced: names.append(jax.random.key_impl(traced)), key)
+    return names[0]
+
+
 def _with_keys(found: PyTree, like: PyTree) -> PyTree:
     leaves = [
-        jax.random.wrap_key_data(leaf) if _is_key(old) else leaf
+        jax.random.wrap_key_data(leaf, impl=_key_impl(old)) if _is_key(old) else leaf
         for leaf, old in zip(jax.tree.leaves(found), jax.tree.leaves(like), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -147,45 +227,99 @@ def write_manifest(folder: epath.PathLike, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: epath.PathLike) -> dict[str, Any] | None:
-    """The manifest of a finished stage; None for an unfinished one. InputError if it is not valid JSON."""
+    """The manifest of a finished stage; None for an unfinished one. InputError if it is not a JSON object."""
     path = epath.Path(folder) / MANIFEST
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        manifest = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}); delete the folder to run the stage again") from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path}: holds a {type(manifest).__name__}; expected an object")
+    return manifest
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """A JSON file, whole or not there: written under another name, then renamed."""
+    """A JSON file, on disk when this returns, whole or not there: written under another name, then renamed.
+
+    Scalars of NumPy and JAX become numbers, paths text; a number that is not finite is written as text, for JSON has
+    none. Raises TypeError for what JSON can't hold.
+    """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    temporary.write_text(json.dumps(value, indent=1, default=str))
+    text = json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
+    if _remote(path):
+        temporary.write_text(text)
+        temporary.replace(path)
+        return
+    with open(temporary, "w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
     temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name itself
+    finally:
+        os.close(folder)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic) or (isinstance(value, jax.Array | np.ndarray) and value.ndim == 0):
+        value = value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _remote(path: epath.Path) -> bool:
+    return "://" in str(path)
 
 
 def hash_settings(value: Any) -> str:
-    """A stable hash of a JSON-able value; the order of keys does not matter, tuples are lists."""
+    """A stable hash of a JSON-able value: 32 hex digits. The order of keys does not matter; tuples are lists."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def fingerprint_files(path: epath.PathLike) -> str:
     """A hash of a file's content, or of the names and contents of all files beneath a folder."""
-    path = epath.Path(path)
+    return _fingerprint(_files(epath.Path(path)))
+
+
+def fingerprint_weights_folder(path: epath.PathLike) -> str:
+    """A hash of what a Hugging Face model folder says and computes: its `MODEL_FILES`, by name and content.
+
+    A README, a download's cache or another framework's weights in the folder don't count. InputError where there is
+    nothing to hash.
+    """
+    files = [(name, file) for name, file in _files(epath.Path(path)) if name.endswith(MODEL_FILES) and "/." not in name]
+    if not files:
+        raise InputError(f"{path}: no model files ({', '.join(MODEL_FILES)}); expected a Hugging Face model folder")
+    return _fingerprint(files)
+
+
+def _fingerprint(files) -> str:
     state = hashlib.blake2b(digest_size=16)
-    for name, file in sorted(_files(path)):
-        state.update(name.encode() + b"\0")
+    for name, file in sorted(files, key=lambda entry: entry[0]):
+        # Name and digest, each ended: no two folders give the same stream of bytes.
+        content = hashlib.blake2b(digest_size=32)
         with file.open("rb") as stream:
             while block := stream.read(_BLOCK):
-                state.update(block)
+                content.update(block)
+        state.update(name.encode() + b"\0" + content.digest())
     return state.hexdigest()
 
 
-def _files(path: epath.Path, prefix: str = ""):
+def _files(path: epath.Path, prefix: str = "") -> Iterator[tuple[str, epath.Path]]:
+    """(name, file) of a file ("" its name: renaming changes nothing), or of all beneath a folder ("/a/b")."""
     if not path.is_dir():
-        yield prefix + path.name, path
+        yield prefix, path
         return
     for child in path.iterdir():
-        yield from _files(child, f"{prefix}{path.name}/" if prefix else "/")
+        yield from _files(child, f"{prefix}/{child.name}")
