@@ -85,10 +85,9 @@ def main(argv) -> None:
 
 
 def _run() -> None:
-    for flag in (_MODEL, _PROMPT):
-        if not flag.value:
-            raise InputError(f"--{flag.name} is missing; give --model=FOLDER --prompt=TEXT")
-    folder = _MODEL.value
+    folder, prompt = _MODEL.value, _PROMPT.value
+    if not folder or not prompt:
+        raise InputError(f"--{'prompt' if folder else 'model'} is missing; give --model=FOLDER --prompt=TEXT")
     config = from_folder(folder)
     settings = SamplingConfig(
         temperature=_TEMPERATURE.value,
@@ -104,7 +103,7 @@ def _run() -> None:
     check_vocabulary(tokenizer, config.vocab_size, folder)
     weights = hf.import_weights(folder, config)
     unfinished = [""] * settings.n
-    for index, piece, ended in replies(config, settings, weights, tokenizer, _PROMPT.value, _SEED.value):
+    for index, piece, ended in replies(config, settings, weights, tokenizer, prompt, _SEED.value):
         if settings.n == 1:
             print(piece, end="\n" if ended else "", flush=True)
             continue
