@@ -1,9 +1,11 @@
 """Settings enter; a learning-rate schedule, an optax optimizer and the shardings of its state leave."""
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mpo_jax import sharding
@@ -16,21 +18,39 @@ _UNDECAYED = ("scale", "bias", "embedding")
 
 
 def schedule(kind: str, peak: float, warmup_steps: int, total_steps: int, end_fraction: float = 0.0) -> Callable:
-    """step -> learning rate: linear warm-up from 0 to `peak`, then constant, or down to peak * end_fraction at
-    total_steps, by a line or half a cosine. The first step has a rate above 0."""
+    """step -> learning rate: a linear warm-up to `peak`, then constant, or down to peak * end_fraction by a line or
+    half a cosine.
+
+    Step s of the warm-up has the rate peak * (s + 1) / (warmup_steps + 1), so that the first step is not wasted; step
+    `warmup_steps` has the peak, step `total_steps` and all later the end. A Python int gives a float without asking a
+    device, for logging; an array gives an f32 array. InputError for settings that make no schedule.
+    """
     if kind not in SCHEDULES:
         raise InputError(f"schedule: {kind!r}; expected one of {', '.join(SCHEDULES)}")
+    if not 0 <= warmup_steps <= total_steps:
+        raise InputError(f"warmup: {warmup_steps} steps; expected 0 to the {total_steps} steps of the run")
+    if not 0 <= end_fraction <= 1:
+        raise InputError(f"end_fraction: {end_fraction}; expected a share of the peak, 0 to 1")
+    if not (math.isfinite(peak) and peak >= 0):
+        raise InputError(f"learning_rate: {peak}; expected a finite number, at least 0")
     rest = max(1, total_steps - warmup_steps)
-    if kind == "constant":
-        after: Callable = optax.constant_schedule(peak)
-    elif kind == "linear":
-        after = optax.linear_schedule(peak, peak * end_fraction, rest)
-    else:
-        after = optax.cosine_decay_schedule(peak, rest, alpha=end_fraction)
+
+    def share(progress, cos):
+        """Of the peak, at a share of the way down."""
+        if kind == "constant":
+            return 1.0
+        falling = 1 - progress if kind == "linear" else 0.5 * (1 + cos(math.pi * progress))
+        return end_fraction + (1 - end_fraction) * falling
 
     def rate(step):
+        if isinstance(step, int | np.integer):
+            if step < warmup_steps:
+                return float(peak * (step + 1) / (warmup_steps + 1))
+            return float(peak * share(min((step - warmup_steps) / rest, 1.0), math.cos))
+        step = jnp.asarray(step, jnp.float32)
         warm = peak * (step + 1) / (warmup_steps + 1)
-        return jnp.where(step < warmup_steps, warm, after(step - warmup_steps))
+        down = peak * share(jnp.clip((step - warmup_steps) / rest, 0, 1), jnp.cos)
+        return jnp.where(step < warmup_steps, warm, down)
 
     return rate
 
@@ -45,16 +65,21 @@ def make_optimizer(
     clip_norm: float | None = None,
     moments: str = "float32",
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm.
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101; as in PyTorch, the decay is multiplied by the rate) after
+    clipping by the global norm.
 
-    weight_decay touches matrices only: no norm scales, no biases, no embeddings. moments: "float32"; "bfloat16" stores
-    the first moment in bfloat16 (the second needs its precision); "factored" replaces the second by its row and column
-    means (Adafactor, Shazeer & Stern 2018) and keeps no first.
+    weight_decay touches what `decayed` says. clip_norm: None does not clip. moments: "float32"; "bfloat16" stores the
+    first moment so (the second, whose steps of 1 - beta2 are below bfloat16's resolution, stays f32: 6 bytes for each
+    parameter instead of 8); "factored" replaces the second by its row and column means where both dimensions have at
+    least 128 entries, bounds the root mean square of each weight's update to 1, and keeps no first, nor reads the betas
+    and eps (Adafactor, Shazeer & Stern 2018, arXiv 1804.04235, sections 3 and 6; rate and decay are as for AdamW).
     """
     if moments not in MOMENTS:
         raise InputError(f"moments: {moments!r}; expected one of {', '.join(MOMENTS)}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise InputError(f"clip_norm: {clip_norm}; expected above 0, or none")
     if moments == "factored":
-        scale = optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30)
+        scale = optax.chain(optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0))
     else:
         scale = optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps, mu_dtype=moments)
     return optax.chain(
@@ -66,29 +91,40 @@ def make_optimizer(
 
 
 def by_label(optimizers: dict[str, optax.GradientTransformation]) -> optax.GradientTransformation:
-    """One optimizer for each key at the top of the parameters, as PPO's {"policy": ..., "value": ...}."""
+    """One optimizer for each key at the top of the parameters, as PPO's {"policy": ..., "value": ...}.
+
+    Each clips by the norm of its own gradients. Raises ValueError for parameters with other keys.
+    """
+
     return optax.partition(optimizers, lambda params: {name: name for name in params})
 
 
 def decayed(params: PyTree) -> PyTree:
-    """Which weights decay: True for matrices."""
+    """Which weights decay: True for the kernels, the scalar head and the adapters.
+
+    Not the scales of norms, nor biases, nor embeddings: a row of an embedding meets a gradient only where its token
+    occurs, and would shrink in all other steps. A separate output matrix decays.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, _: sharding.weight_name(path).rsplit("/", 1)[-1] not in _UNDECAYED, params
     )
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: PyTree, mesh) -> PyTree:
-    """Shardings of the optimizer's state for sharded `params`: moments lie as their parameters do; counts and the
-    factored moments' vectors, which are small, on every device."""
+    """Shardings of the optimizer's state for `params` (arrays or ShapeDtypeStructs, with shardings).
+
+    A leaf whose path ends like a parameter's, and which has its shape, lies as that parameter does. Everything else,
+    which is small, is on every device: counts, and the vectors of a factored moment.
+    """
     everywhere = sharding.replicated(mesh)
-    where = jax.tree.map(lambda leaf: leaf.sharding, params)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    state = jax.eval_shape(optimizer.init, params)
-    return optax.tree.map_params(
-        optimizer,
-        lambda leaf, place, shape: place if leaf.shape == shape.shape else everywhere,
-        state,
-        where,
-        shapes,
-        transform_non_params=lambda _: everywhere,
-    )
+    known = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def place(path, leaf):
+        # Paths in a state: (where in the chain, "mu" or the like, then the parameter's own path).
+        for start in range(len(path)):
+            param = known.get(path[start:])
+            if param is not None and param.shape == leaf.shape:
+                return param.sharding
+        return everywhere
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
