@@ -38,11 +38,13 @@ def check(pattern: str, **arrays: jax.Array | None) -> dict[str, int]:
                 raise ValueError(f"{found}; expected the shape of the others, {list(common)}")
             continue
         dims = letters.split(",") if letters else []
-        expected = [int(dim) if dim.isdigit() else sizes.get(dim, dim) for dim in dims]
+        bound = dict(sizes)
         fits = len(dims) == len(array.shape) and all(
-            isinstance(want, str) or want == have for want, have in zip(expected, array.shape, strict=True)
+            have == (int(dim) if dim.isdigit() else bound.setdefault(dim, have))
+            for dim, have in zip(dims, array.shape, strict=True)
         )
         if not fits:
-            raise ValueError(f"{found}; expected [{', '.join(dims)}] = {expected}")
-        sizes |= {dim: have for dim, have in zip(dims, array.shape, strict=True) if not dim.isdigit()}
+            known = ", ".join(f"{dim} = {sizes[dim]}" for dim in dict.fromkeys(dims) if dim in sizes)
+            raise ValueError(f"{found}; expected [{letters}]" + (f" with {known}" if known else ""))
+        sizes = bound
     return sizes
