@@ -1,6 +1,7 @@
 """The flash backend against the xla one, in value and gradient, on slot and tight rows, on meshes; its errors."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ from mpo_jax.errors import InputError
 from mpo_jax.models import attention, decoder, flash
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import masks
+from tests.tpu import compile_for_tpu
 
 LENGTH = 128
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # a fifth of the time to compile
 CONFIG = ModelConfig("llama", 256, 1, 32, 4, 2, 8, 32, 512)
 VARIANTS = {
     "plain": {},
@@ -50,7 +53,7 @@ def slot_row(prompt: int, responses: list[int], slots: flash.Slots):
 
 def batch(rows):
     positions, segments = zip(*rows, strict=True)
-    return jnp.asarray(np.stack(positions)), jnp.asarray(np.stack(segments))
+    return np.stack(positions), np.stack(segments)
 
 
 def tight_batch(responses: int, length: int = LENGTH):
@@ -71,17 +74,17 @@ def slot_batch(slots: flash.Slots):
     )
 
 
-def compute(config, positions, segments, slots=None, seed=0):
+def compute(config, positions, segments, slots=None):
     """Values and the gradients of q, k, v, all zero at padding."""
     rows, length = segments.shape
-    keys = jax.random.split(jax.random.key(seed), 4)
+    rng = np.random.default_rng(0)
     q, k, v, cotangent = (
-        jax.random.normal(key, (rows, length, heads, config.head_dim))
-        for key, heads in zip(keys, (config.heads, config.kv_heads, config.kv_heads, config.heads), strict=True)
+        rng.standard_normal((rows, length, heads, config.head_dim), np.float32)
+        for heads in (config.heads, config.kv_heads, config.kv_heads, config.heads)
     )
     real = (segments > 0)[:, :, None, None]
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def values_and_gradients(q, k, v):
         masks = attention.row_masks(config, positions, segments)
         context = attention.RowContext(None, None, positions, segments, masks, slots)
@@ -94,8 +97,9 @@ def compute(config, positions, segments, slots=None, seed=0):
         return out, gradients
 
     out, gradients = values_and_gradients(q, k, v)
-    assert all(bool(jnp.isfinite(x).all()) for x in (out, *gradients))
-    return [np.asarray(x) for x in (jnp.where(real, out, 0), *gradients)]
+    found = [np.asarray(x) for x in (out, *gradients)]
+    assert all(np.isfinite(x).all() for x in found)
+    return [np.where(real, found[0], 0), *found[1:]]
 
 
 def agree(config, positions, segments, slots=None):
@@ -163,15 +167,15 @@ def test_slot_rows_and_indivisible_rows_on_a_mesh():
 def test_alternating_windows_of_a_whole_model_with_remat():
     """The decoder of two kinds of layers, rematerialised: hidden states and gradients of the weights equal xla's."""
     config = dataclasses.replace(CONFIG, layers=2, windows=(9, 1 << 30), remat="full")
-    weights = decoder.init(config, jax.random.key(0))
+    weights = jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(0))
     positions, segments = tight_batch(2)
-    tokens = jax.random.randint(jax.random.key(1), segments.shape, 0, config.vocab_size)
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, segments.shape, np.int32)
 
     def loss(weights, config):
         hidden = decoder.forward(config, weights, tokens, positions, segments)
         return jnp.sum(jnp.where((segments > 0)[:, :, None], jnp.sin(hidden), 0))
 
-    step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    step = jax.jit(jax.value_and_grad(loss), static_argnums=1, compiler_options=QUICK)
     expected, found = (step(weights, dataclasses.replace(config, attention=name)) for name in ("xla", "flash"))
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), found[1], expected[1])
@@ -180,10 +184,11 @@ def test_alternating_windows_of_a_whole_model_with_remat():
 def test_prefill_of_left_padded_prompts_equals_xla():
     slots = flash.Slots(LENGTH, 0, 0)
     positions, segments = batch([slot_row(LENGTH, [], slots), slot_row(40, [], slots)])
-    tokens = jax.random.randint(jax.random.key(1), segments.shape, 0, CONFIG.vocab_size)
-    weights = decoder.init(CONFIG, jax.random.key(0))
+    tokens = np.random.default_rng(1).integers(0, CONFIG.vocab_size, segments.shape, np.int32)
+    weights = jax.jit(decoder.init, static_argnums=0)(CONFIG, jax.random.key(0))
+    prefill = jax.jit(decoder.prefill, static_argnums=(0, 5, 6), compiler_options=QUICK)
     hidden = [
-        decoder.prefill(dataclasses.replace(CONFIG, attention=name), weights, tokens, positions, segments, 1, 8)[0]
+        prefill(dataclasses.replace(CONFIG, attention=name), weights, tokens, positions, segments, 1, 8)[0]
         for name in ("xla", "flash")
     ]
     real = np.asarray(segments > 0)
@@ -191,11 +196,12 @@ def test_prefill_of_left_padded_prompts_equals_xla():
 
 
 def test_slot_mask_is_the_visibility_rule():
-    for window in (None, 1, 3, 7):
-        for slots in (flash.Slots(6, 3, 4), flash.Slots(5, 1, 7), flash.Slots(8, 0, 0)):
-            row = slot_row(slots.prompt, [slots.length] * slots.responses, slots)
-            expected = masks.visible(*batch([row]), window)[0]
-            np.testing.assert_array_equal(flash.slot_mask(slots, window), expected)
+    visible = jax.jit(masks.visible)
+    for slots in (flash.Slots(6, 3, 4), flash.Slots(5, 1, 13), flash.Slots(18, 0, 0)):
+        row = batch([slot_row(slots.prompt, [slots.length] * slots.responses, slots)])
+        for window in (1, 3, 7, 100):
+            np.testing.assert_array_equal(flash.slot_mask(slots, window), visible(*row, window)[0])
+        np.testing.assert_array_equal(flash.slot_mask(slots, None), visible(*row, 100)[0])
 
 
 def test_what_flash_cannot_do_is_an_input_error():
@@ -213,3 +219,84 @@ def test_what_flash_cannot_do_is_an_input_error():
         config.check_attention("gpu")
     dataclasses.replace(config, dtype="bfloat16").check_attention("gpu", row_len=100)
     dataclasses.replace(config, attention="xla").check_attention("tpu", tensor=3, row_len=100)
+
+
+TPU_STEP = """
+import dataclasses
+from mpo_jax.models import decoder, flash
+from mpo_jax.models.config import ModelConfig
+
+base = ModelConfig("llama", 1024, 1, 256, 8, 2, 64, 256, 4096, dtype="bfloat16", attention="flash")
+
+def step(config, mesh, rows, length, slots):
+    config = config.for_mesh(mesh)
+    shapes = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
+    shardings = sharding.tree_shardings(shapes, mesh)
+    weights = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    row = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding.batch_sharding(mesh))
+
+    def loss(weights, tokens, positions, segments):
+        hidden = decoder.forward(config, weights, tokens, positions, segments, slots)
+        return jnp.sum(jnp.where((segments > 0)[:, :, None], hidden, 0).astype(jnp.float32) ** 2)
+
+    with jax.set_mesh(mesh):
+        return compiled(jax.value_and_grad(loss), weights, row, row, row)
+
+def kernels(program):
+    return program.as_text().count('custom_call_target="tpu_custom_call"')
+"""
+
+
+def test_compiles_for_tpu():
+    """Forward and gradient over 2 x 2 x 2 chips: three kernels, none of them run twice."""
+    report = compile_for_tpu(
+        TPU_STEP
+        + """
+config = dataclasses.replace(base, windows=(100,), attention_softcap=30.0)
+report["tight"] = kernels(step(config, mesh(2, 2, 2), 8, 512, None))
+report["slots"] = kernels(step(config, mesh(2, 2, 2), 8, 512, flash.Slots(256, 2, 128)))
+"""
+    )
+    assert report == {"tight": 3, "slots": 3}
+
+
+@pytest.mark.slow
+def test_compiles_for_tpu_whatever_the_heads_windows_and_remat():
+    report = compile_for_tpu(
+        TPU_STEP
+        + """
+variants = {
+    "head_dim 8": {"head_dim": 8}, "head_dim 80": {"head_dim": 80}, "head_dim 96": {"head_dim": 96},
+    "head_dim 128": {"head_dim": 128}, "head_dim 256": {"head_dim": 256},
+    "one key-value head": {"kv_heads": 1}, "as many key-value heads": {"kv_heads": 8},
+    "two windows": {"layers": 2, "windows": (100, 1 << 30)}, "remat": {"remat": "full"}, "f32": {"dtype": "float32"},
+}
+for name, fields in variants.items():
+    config = dataclasses.replace(base, **fields)
+    for slots in (None, flash.Slots(256, 2, 128)):
+        report[f"{name}, {slots}"] = kernels(step(config, mesh(2, 2, 2), 8, 512, slots))
+"""
+    )
+    assert len(report) == 20
+    for name, count in report.items():
+        # A second window's kernels are a branch beside the first's; remat runs the forward kernel again.
+        assert count == (6 if "two windows" in name else 4 if "remat" in name else 3), (name, count)
+
+
+@pytest.mark.slow
+def test_memory_on_tpu_is_linear_in_the_row():
+    """A layer of LLaMA-2-7B: temporary bytes of forward and gradient, flash against xla's [B,H,T,T] logits."""
+    report = compile_for_tpu(
+        TPU_STEP
+        + """
+seven = dataclasses.replace(base, width=4096, heads=32, kv_heads=32, head_dim=128, mlp_width=11008, remat="full")
+for backend in ("flash", "xla"):
+    for length in (1024, 2048, 4096):
+        config = dataclasses.replace(seven, attention=backend)
+        program = step(config, mesh(1, 4, 2), 8, length, None)
+        report[f"{backend} {length}"] = program.memory_analysis().temp_size_in_bytes
+"""
+    )
+    print(report)
+    assert report["flash 4096"] < 2.5 * report["flash 2048"]
+    assert report["flash 4096"] < report["xla 4096"] / 2
