@@ -4,9 +4,13 @@ A step's scalars are read when the next step's are handed over, so that the loop
 process 0 writes.
 """
 
+import contextlib
 import json
 import math
+import os
 import sys
+import time
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,37 +18,45 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
+from mpo_jax.errors import InputError
+
 FILE = "metrics.jsonl"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_REMOTE_SECONDS = 60  # an object store can't append: there the whole file is written again, this often
+_NOT_FINITE = {text: float(text) for text in ("nan", "inf", "-inf")}
 _compiled = [0]
 
 
 class MetricsWriter:
     """Writes the metrics of one stage into its folder.
 
-    start: the step that the run resumes from: lines of later steps, left by a killed run, are cut away. total: steps of
-    the whole run, for the progress bar. wandb: log to Weights & Biases too, where it is installed.
+    start: the step that the run resumes from: lines and events of later steps, left by a killed run, are cut away.
+    total: steps of the whole run, for the progress bar (None: no bar). wandb: log to Weights & Biases too; InputError
+    where it is not installed. As a context manager, it closes also when the loop fails.
     """
 
     def __init__(self, folder: epath.PathLike, start: int = 0, total: int | None = None, wandb: bool = False):
         self._folder = epath.Path(folder)
         self._waiting: tuple[int, Mapping[str, Any]] | None = None
         self.last: tuple[int, dict[str, float]] | None = None
-        self._own = jax.process_index() == 0
+        self._lines: _Lines | None = None
         self._events = self._wandb = None
-        if not self._own:
+        self._clock: tuple[int, float] | None = None
+        if jax.process_index() != 0:
             return
+        self._wandb = _start_wandb(self._folder) if wandb else None
         self._folder.mkdir(parents=True, exist_ok=True)
         cut_to(self._folder, start)
-        self._lines = (self._folder / FILE).open("a")
-        if "://" not in str(folder):
+        self._lines = _Lines(self._folder / FILE)
+        if not _is_remote(self._folder):
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(self._folder / "events"), purge_step=start + 1 if start else None)
-        if wandb:
-            import wandb as wandb_module
-
-            self._wandb = wandb_module.init(dir=str(self._folder), name=self._folder.name, resume="allow")
+            # Readers drop the events at and after purge_step that stand in older files of the folder. Files are named by
+            # the second: without a suffix, a quick restart would write over the file before.
+            self._events = SummaryWriter(
+                str(self._folder / "events"), purge_step=start + 1, filename_suffix=f".{uuid.uuid4().hex[:8]}"
+            )
+        # Off where no one looks (disable=None: no terminal), so that logs hold no bars.
         self._bar = tqdm(
             total=total,
             initial=start,
@@ -66,61 +78,105 @@ class MetricsWriter:
         self._put(step, values, is_step=False)
 
     def flush(self) -> None:
-        """Reads and writes what is still waiting."""
+        """Reads and writes what is still waiting; the lines are on disk when this returns."""
         before, self._waiting = self._waiting, None
         if before is not None:
             self._put(*before)
+        if self._lines is not None:
+            self._lines.sync()
 
     def close(self) -> None:
-        self.flush()
-        if self._own:
-            self._lines.close()
-            self._bar.close()
-            if self._events is not None:
-                self._events.close()
-            if self._wandb is not None:
-                self._wandb.finish()
+        """Writes the last step and closes; a second call does nothing."""
+        try:
+            self.flush()
+        finally:
+            self._close_all()
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, kind, *_) -> None:
         if kind is None:
-            self.close()
-        elif self._own:
-            self._lines.close()
-            self._bar.close()
+            return self.close()
+        # The loop failed: the step that waits may explain it, unless its values are what can't be read.
+        with contextlib.suppress(RuntimeError, ValueError):
+            self.flush()
+        return self._close_all()
+
+    def _close_all(self) -> None:
+        lines, self._lines = self._lines, None
+        if lines is None:
+            return
+        lines.close()
+        self._bar.close()
+        if self._events is not None:
+            self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def _put(self, step: int, values: Mapping[str, Any], is_step: bool = True) -> None:
-        found = {name: float(value) for name, value in jax.device_get(dict(values)).items()}
+        read = jax.device_get(dict(values))  # all at once; it sorts the names
+        found = {name: float(read[name]) for name in values}
         if is_step:
             self.last = step, found
-        if not self._own:
+        if self._lines is None:
             return
-        # JSON has no NaN: a value that is not finite is written as text.
+        # JSON has no NaN: a value that is not finite is written as text, which `read` turns back.
         shown = {name: value if math.isfinite(value) else str(value) for name, value in found.items()}
-        self._lines.write(json.dumps({"step": step} | shown) + "\n")
-        self._lines.flush()
-        for name, value in found.items():
-            if self._events is not None:
+        self._lines.append(json.dumps({"step": step} | shown))
+        if self._events is not None:
+            for name, value in found.items():
                 self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(found, step=step)
         if is_step:
             self._progress(step, found)
+        else:
+            self._clock = None  # an evaluation's time is not the steps'
 
     def _progress(self, step: int, found: dict[str, float]) -> None:
-        shown: dict[str, str] = {
-            name: f"{found[name]:.4f}" for name in ("loss", "accuracy", "padding_efficiency") if name in found
-        }
-        if "tokens" in found and found.get("seconds"):
-            shown["tokens/s"] = f"{found['tokens'] / found['seconds']:,.0f}"
+        names: tuple[str, ...] = ("loss", "accuracy", "padding_efficiency")
+        shown = {name: f"{found[name]:.4f}" for name in names if name in found}
+        before, self._clock = self._clock, (step, time.perf_counter())
+        if before is not None and "tokens" in found:
+            steps, seconds = step - before[0], max(self._clock[1] - before[1], 1e-9)
+            shown["tokens/s"] = f"{found['tokens'] * steps / seconds:,.0f}"
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(step - self._bar.n)
 
 
+class _Lines:
+    """Appends lines to a file, each by one write, so that a kill can tear the last alone."""
+
+    def __init__(self, path: epath.Path):
+        remote = _is_remote(path)
+        self._path, self._written = path, time.monotonic()
+        self._text = path.read_text() if remote and path.exists() else ""
+        self._file = None if remote else open(path, "ab", buffering=0)  # noqa: SIM115, closed by `close`
+
+    def append(self, line: str) -> None:
+        if self._file is not None:
+            self._file.write(f"{line}\n".encode())
+            return
+        self._text += f"{line}\n"
+        if time.monotonic() - self._written > _REMOTE_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            return
+        self._path.write_text(self._text)
+        self._written = time.monotonic()
+
+    def close(self) -> None:
+        self.sync()
+        if self._file is not None:
+            self._file.close()
+
+
 def cut_to(folder: epath.PathLike, step: int) -> None:
-    """Drops the lines of steps after `step`, and a last line that a kill left incomplete."""
+    """Drops the lines of steps after `step`, and a last line that a kill left incomplete; whole or not at all."""
     path = epath.Path(folder) / FILE
     if not path.exists():
         return
@@ -131,7 +187,7 @@ def cut_to(folder: epath.PathLike, step: int) -> None:
 
 
 def read(folder: epath.PathLike) -> list[dict[str, float]]:
-    """All complete lines of a stage's metrics, in order."""
+    """All complete lines of a stage's metrics, in order; none where there is no file."""
     path = epath.Path(folder) / FILE
     lines = path.read_text().splitlines() if path.exists() else []
     return [row for line in lines if (row := _parse(line)) is not None]
@@ -143,7 +199,7 @@ def curve(folder: epath.PathLike, name: str) -> list[tuple[int, float]]:
 
 
 def compiles() -> int:
-    """Programs this process has compiled since the first call; a step that adds to it after warm-up is a bug."""
+    """How many programs this process compiled since the first call; a step that adds to it after warm-up is a bug."""
     if not _compiled[1:]:
         _compiled.append(1)
         jax.monitoring.register_event_duration_secs_listener(_count)
@@ -159,4 +215,23 @@ def _parse(line: str) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    if not isinstance(row, dict) or "step" not in row:
+        return None
+    return {name: _NOT_FINITE.get(value, value) for name, value in row.items()}
+
+
+def _is_remote(path: epath.Path) -> bool:
+    return "://" in str(path)
+
+
+def _start_wandb(folder: epath.Path):
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError("wandb: true, but wandb is not installed; pip install wandb, or set it to false") from error
+    # The id lies beside the metrics, so that a resumed stage goes on in its own run.
+    path = folder / "wandb_id"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(uuid.uuid4().hex)
+    return wandb.init(project="mpo_jax", dir=str(folder), name=folder.name, id=path.read_text(), resume="allow")

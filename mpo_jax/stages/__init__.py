@@ -1,0 +1,1 @@
+"""The stages of a run: each takes a job, trains or computes, and leaves one artifact folder."""

@@ -1,0 +1,189 @@
+"""Takes a run's config and the folders of a stage's inputs; gives the stage its model, weights, records and rows.
+
+A `Job` is all that a stage is handed. Weights travel as the collections that a stage trained: {"params"} or, under
+LoRA, {"lora"} over the base model's frozen {"params"}, and {"head"} for reward and value models.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from ml_collections import ConfigDict
+
+from mpo_jax import checkpoint, sharding
+from mpo_jax.data import division, encode, sources, tokenizer
+from mpo_jax.data.loader import Loader
+from mpo_jax.data.schemas import TextRecord
+from mpo_jax.errors import InputError
+from mpo_jax.models import config as model_config
+from mpo_jax.models import decoder, hf, lora
+from mpo_jax.models.config import LoraConfig, ModelConfig
+from mpo_jax.types import PyTree
+
+WEIGHTS = "weights"
+"""The folder, within an artifact, that holds a trained stage's final weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """An input of a stage. kind: of the stage that made it, or "base". part: what is taken of it ("easy"), or ""."""
+
+    name: str
+    kind: str
+    folder: epath.Path
+    part: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """settings: the stage's own keys, all of them. config: the whole run's. folder: where its artifact goes.
+    inputs: role ("init", "reference", "reward", "pairs", ...) → artifact."""
+
+    name: str
+    settings: ConfigDict
+    config: ConfigDict
+    folder: epath.Path
+    workdir: epath.Path
+    inputs: Mapping[str, Artifact]
+    mesh: jax.sharding.Mesh
+
+
+def key(job: Job) -> jax.Array:
+    """The stage's PRNG key: from the run's seed and the stage's name, so that no two stages share one."""
+    return jax.random.fold_in(jax.random.key(job.config.seed), int.from_bytes(job.name.encode()[-4:]) & 0x7FFFFFFF)
+
+
+def model(job: Job) -> ModelConfig:
+    """The decoder's config, for the job's mesh. InputError for what the model or a backend can't do."""
+    settings = job.config.model
+    folder = hf.resolve(settings.path)
+    adapters = settings.lora
+    return dataclasses.replace(
+        model_config.from_folder(folder).for_mesh(job.mesh),
+        dtype=_dtype(settings.dtype, "model.dtype"),
+        remat=settings.remat,
+        attention=settings.attention,
+        lora=LoraConfig(adapters.rank, adapters.alpha, tuple(adapters.targets)) if adapters.rank else None,
+    )
+
+
+def frozen_dtype(job: Job) -> str:
+    return _dtype(job.config.model.frozen_dtype, "model.frozen_dtype")
+
+
+def _dtype(name: str, key: str) -> str:
+    if name == "auto":
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in model_config.DTYPES:
+        raise InputError(f"{key}: {name!r}; expected auto or one of {list(model_config.DTYPES)}")
+    return name
+
+
+def base_weights(job: Job, model: ModelConfig) -> PyTree:
+    """What lies beneath every policy: the base model's frozen {"params"} under LoRA, {} without."""
+    if model.lora is None:
+        return {}
+    return hf.import_weights(job.config.model.path, model, job.mesh, frozen_dtype(job))
+
+
+def load_weights(job: Job, artifact: Artifact, model: ModelConfig, dtype: str = "float32") -> PyTree:
+    """The collections an artifact adds to `base_weights`, sharded over the job's mesh, in `dtype`."""
+    if artifact.kind == "base":
+        if model.lora is None:
+            return hf.import_weights(job.config.model.path, model, job.mesh, dtype)
+        return lora.init(model, jax.random.fold_in(key(job), 0), job.mesh)
+    head = artifact.kind == "reward"
+    abstract = abstract_weights(model, job.mesh, head=head, dtype=dtype)
+    return checkpoint.restore_weights(artifact.folder / WEIGHTS, abstract)
+
+
+def abstract_weights(model: ModelConfig, mesh, head: bool = False, dtype: str = "float32") -> PyTree:
+    """Shapes and shardings of the collections that a stage trains: the trunk or the adapters, and the scalar head."""
+
+    def shapes():
+        whole = decoder.init(model, jax.random.key(0), head=head)
+        if model.lora is not None:
+            adapters = lora.init(model, jax.random.key(0))
+            return adapters | {name: tree for name, tree in whole.items() if name != "params"}
+        return without_output(whole) if head else whole
+
+    abstract = jax.eval_shape(shapes)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=where),
+        abstract,
+        sharding.tree_shardings(abstract, mesh),
+    )
+
+
+def with_head(job: Job, model: ModelConfig, weights: PyTree) -> PyTree:
+    """The weights with a scalar head in place of an output matrix: their own head, or a fresh one of small standard
+    deviation."""
+    weights = without_output(weights)
+    if "head" in weights:
+        return weights
+    head = decoder.init_head(model, jax.random.fold_in(key(job), 1))
+    return weights | jax.device_put(head, sharding.tree_shardings(head, job.mesh))
+
+
+def without_output(weights: PyTree) -> PyTree:
+    """The weights without an output matrix of their own, which a model with a scalar head never reads."""
+    if "params" not in weights:
+        return weights
+    return weights | {"params": {name: tree for name, tree in weights["params"].items() if name != "lm_head"}}
+
+
+def load_tokenizer(job: Job, model: ModelConfig):
+    """The base model's tokenizer. InputError if it can name ids that the model has not."""
+    folder = str(hf.resolve(job.config.model.path))
+    loaded = tokenizer.load_tokenizer(folder)
+    tokenizer.check_vocabulary(loaded, model.vocab_size, folder)
+    return loaded
+
+
+def records(job: Job, share: str, loaded_tokenizer=None) -> list[TextRecord]:
+    """The text records of a share: "sft_reward", "policy" or "eval"."""
+    data = job.config.data
+    limit = data.limit or None
+    if share == "eval" and data.eval_split:
+        return sources.load(data.path, data.eval_split, loaded_tokenizer, limit)[0]
+    fractions = {name: float(part) for name, part in data.shares.items()}
+    if data.eval_split:
+        fractions = {name: part for name, part in fractions.items() if name != "eval"}
+        fractions = {name: part / sum(fractions.values()) for name, part in fractions.items()}
+    read, report = sources.load(data.path, data.split, loaded_tokenizer, limit)
+    if jax.process_index() == 0:
+        print(report.line())
+    return division.select(read, share, fractions)
+
+
+def encode_rows(job: Job, model: ModelConfig, rows: list[TextRecord], replies: int, loaded_tokenizer) -> encode.Encoded:
+    """Records as token rows within the config's limits, cached in the workdir."""
+    data = job.config.data
+    if data.max_length > model.max_positions:
+        raise InputError(
+            f"data.max_length: {data.max_length} is above the model's context of {model.max_positions} tokens"
+        )
+    limits = encode.Limits(data.max_length, data.max_response, too_long=data.too_long)
+    cache = str(job.workdir / "cache") if data.cache and "://" not in str(job.workdir) else None
+    return encode.encode(rows, loaded_tokenizer, replies, limits, cache)
+
+
+def loader(job: Job, encoded: encode.Encoded, batch_size: int, **options) -> Loader:
+    """Batches of encoded rows on the job's mesh, in the config's buckets."""
+    data = job.config.data
+    return Loader(
+        encoded,
+        batch_size,
+        **({"seed": job.config.seed, "max_buckets": data.max_buckets, "multiple": data.multiple} | options),
+        mesh=job.mesh,
+        max_length=data.max_length,
+    )
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """A small JSON file, whole or not at all; process 0 alone writes it."""
+    if jax.process_index() == 0:
+        checkpoint.write_json(path, value)

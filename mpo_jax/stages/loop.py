@@ -1,0 +1,315 @@
+"""Takes a loss, an optimizer, a loader and a starting state; gives trained parameters and the run's summary.
+
+The only training loop: SFT, reward model and DPO differ in their loss alone. Killed at any instant, the next run
+continues from the last checkpoint and ends with the same numbers.
+"""
+
+import dataclasses
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.experimental import multihost_utils
+
+from mpo_jax import metrics as metrics_log
+from mpo_jax import optim, sharding
+from mpo_jax.checkpoint import Checkpoints
+from mpo_jax.data.loader import Loader
+from mpo_jax.errors import InputError
+from mpo_jax.types import Batch, PyTree, TrainState
+
+PREEMPTED = 75
+"""Exit code of a run that was told to stop and saved: run the same command again to go on (EX_TEMPFAIL)."""
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+"""name -> (sum, weight): sums add over microbatches and batches, so that their quotient is the exact mean."""
+
+Loss = Callable[[PyTree, PyTree, Batch, jax.Array], tuple[jax.Array, jax.Array, Metrics]]
+"""(params, frozen, batch, key) -> (sum, weight, metrics)."""
+
+
+class NonFinite(RuntimeError):
+    """The loss or the gradient became NaN or infinite; the message names the step and the batch's ids."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What tells one training stage from another, and how long it runs.
+
+    params: the trainable weights, on the mesh. frozen: all other arrays that the loss reads. evaluation: held-out
+    batches for the same loss, or None. best: the evaluation's metric whose minimum (or, with a leading "-", maximum)
+    marks the best checkpoint. settings: the stage's ConfigDict with the keys of `configs/base.py` TRAINING.
+    """
+
+    loss: Loss
+    params: PyTree
+    frozen: PyTree
+    loader: Loader
+    evaluation: Loader | None
+    settings: Any
+    key: jax.Array
+    best: str = "loss"
+
+
+def total_steps(settings, loader: Loader) -> int:
+    """Optimizer steps of a run: `steps`, or what `epochs` gives."""
+    steps = settings.steps or round(settings.epochs * loader.steps_per_epoch)
+    if steps < 1:
+        raise InputError(f"epochs {settings.epochs}: no step to take; give steps or more epochs")
+    return steps
+
+
+def make_optimizer(settings, steps: int) -> tuple[optax.GradientTransformation, Callable]:
+    """The stage's optimizer and its learning rate as a function of the step."""
+    rate = optim.schedule(
+        settings.schedule, settings.learning_rate, round(settings.warmup * steps), steps, settings.end_fraction
+    )
+    return optim.make_optimizer(
+        rate,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm or None,
+        moments=settings.moments,
+    ), rate
+
+
+def train_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches: int = 1):
+    """`(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    Gradients of the loss's sum are added over microbatches and divided by the total weight once, so that accumulated
+    equals full batch under masks. metrics: f32 scalars; "grad_norm" is the norm before clipping.
+    """
+
+    def step(state: TrainState, frozen: PyTree, batch: Batch):
+        key = jax.random.fold_in(state.key, state.step)
+        grads, total, weight, sums = accumulate(loss, state.params, frozen, batch, key, microbatches)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        out = means(sums) | {"loss": total / jnp.maximum(weight, 1e-8), "grad_norm": optax.tree.norm(grads)}
+        return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), out
+
+    return step
+
+
+def accumulate(loss: Loss, params, frozen, batch: Batch, key, microbatches: int):
+    """Gradient, loss, weight and metrics, each a sum over the batch's microbatches."""
+
+    def one(part: Batch, index):
+        def scalar(params):
+            total, weight, sums = loss(params, frozen, part, jax.random.fold_in(key, index))
+            return total, (weight, sums)
+
+        (total, (weight, sums)), grads = jax.value_and_grad(scalar, has_aux=True)(params)
+        return grads, total, weight, sums
+
+    if microbatches == 1:
+        return one(batch, 0)
+    parts = split_batch(batch, microbatches)
+    first = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts), 0)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+
+    def add(sums, part_and_index):
+        return jax.tree.map(jnp.add, sums, one(*part_and_index)), None
+
+    return jax.lax.scan(add, zeros, (parts, jnp.arange(microbatches)))[0]
+
+
+def split_batch(batch: Batch, parts: int) -> Batch:
+    """Rows dealt out to `parts` microbatches, a leading axis; every shard keeps its rows and gives each its share."""
+
+    def split(x):
+        dealt = x.reshape((x.shape[0] // parts, parts, *x.shape[1:])).swapaxes(0, 1)
+        return sharding.constrain(dealt, None, "batch", *(None,) * (x.ndim - 1))
+
+    return jax.tree.map(split, batch)
+
+
+def means(sums: Metrics) -> dict[str, jax.Array]:
+    return {name: total / jnp.maximum(weight, 1e-8) for name, (total, weight) in sums.items()}
+
+
+def evaluate(
+    loss: Loss, params: PyTree, frozen: PyTree, loader: Loader, batches: int, step_fn=None
+) -> dict[str, float]:
+    """Means of the loss and its metrics over the first `batches` batches of a loader (one epoch at most)."""
+    step_fn = step_fn or evaluation_step(loss)
+    sums: Metrics = {}
+    with loader.batches(0, min(batches, loader.steps_per_epoch)) as stream:
+        for batch in stream:
+            new = step_fn(params, frozen, batch)
+            sums = new if not sums else jax.tree.map(jnp.add, sums, new)
+    return {name: float(total) / max(float(weight), 1e-8) for name, (total, weight) in sums.items()}
+
+
+def evaluation_step(loss: Loss):
+    """Jitted `(params, frozen, batch) -> metrics`, without gradient; the key is fixed, losses here draw nothing."""
+
+    def step(params, frozen, batch):
+        total, weight, sums = loss(params, frozen, batch, jax.random.key(0))
+        return sums | {"loss": (total, weight)}
+
+    return jax.jit(step)
+
+
+def init_state(optimizer, params: PyTree, key: jax.Array, mesh) -> TrainState:
+    """A fresh state on the mesh; moments are sharded like their parameters.
+
+    Nothing in it aliases what was given: the step donates its state, and the caller's arrays may serve others too (the
+    parameters as a reference, say).
+    """
+    where = optim.state_shardings(optimizer, params, mesh)
+    return TrainState(
+        step=jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh)),
+        params=jax.tree.map(jnp.copy, params),
+        opt_state=jax.jit(optimizer.init, out_shardings=where)(params),
+        key=jax.random.wrap_key_data(jax.device_put(np.asarray(jax.random.key_data(key)), sharding.replicated(mesh))),
+    )
+
+
+def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[str, Any]]:
+    """Trains to the end, from the last checkpoint in `folder` if there is one.
+
+    Returns the parameters and a summary: steps, final and best evaluation, padding efficiency, compiles after warm-up.
+    Exits with PREEMPTED after a SIGTERM, having saved. Raises NonFinite, with the last good checkpoint kept.
+    """
+    settings, loader = training.settings, training.loader
+    steps = total_steps(settings, loader)
+    microbatches = _microbatches(settings, mesh)
+    optimizer, rate = make_optimizer(settings, steps)
+    step_fn = jax.jit(train_step(training.loss, optimizer, microbatches), donate_argnums=0)
+    eval_fn = evaluation_step(training.loss)
+    state = init_state(optimizer, training.params, training.key, mesh)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=settings.keep)
+    progress: dict[str, Any] = {"best": None, "best_step": None, "evaluation": {}}
+    if (latest := checkpoints.latest_step()) is not None:
+        state, progress = checkpoints.restore(latest, state)
+    start = int(state.step)
+    eval_every = settings.eval_every or max(1, steps // 10)
+    save_every = settings.save_every or max(1, steps // 10)
+    stop = _StopNotice()
+    compiles = {"first": 0, "late": 0}
+    with metrics_log.MetricsWriter(folder, start, steps, wandb=settings.wandb) as log, stop:
+        seen: set[Any] = set()
+        last_time = time.perf_counter()
+        for step, batch in _numbered(loader, start, steps):
+            bucket = jax.tree.structure(batch), batch.tokens.shape
+            before = metrics_log.compiles()
+            state, out = step_fn(state, training.frozen, batch)
+            compiles["late" if bucket in seen else "first"] += metrics_log.compiles() - before
+            seen.add(bucket)
+            done = step + 1
+            now = time.perf_counter()
+            if done % settings.log_every == 0 or done == steps:
+                out |= {
+                    "learning_rate": float(rate(step)),
+                    "tokens": loader.real_tokens(step),
+                    "padding_efficiency": loader.real_tokens(step) / batch.tokens.size,
+                    "seconds": now - last_time,
+                }
+                log.write(done, out)
+                _check_finite(log.last, loader)
+            last_time = now
+            if training.evaluation is not None and (done % eval_every == 0 or done == steps):
+                found = evaluate(
+                    training.loss, state.params, training.frozen, training.evaluation, settings.eval_batches, eval_fn
+                )
+                log.write_now(done, {f"eval/{name}": value for name, value in found.items()})
+                progress["evaluation"] = found
+                if _better(found, progress["best"], training.best):
+                    progress |= {"best": found, "best_step": done}
+                    checkpoints.save_best(done, state.params)
+            stopping = stop.at(done)
+            if done % save_every == 0 or done == steps or stopping:
+                log.flush()
+                _check_finite(log.last, loader)
+                checkpoints.save(done, state, progress)
+            if stopping and done < steps:
+                checkpoints.close()
+                log.close()
+                _say(f"stopped at step {done} of {steps}; run the same command again to continue")
+                sys.exit(PREEMPTED)
+    checkpoints.close()
+    summary = {
+        "steps": steps,
+        "evaluation": progress["evaluation"],
+        "best": progress["best"],
+        "best_step": progress["best_step"],
+        "padding_efficiency": loader.padding_efficiency,
+        "buckets": len(loader.buckets),
+        "compiles": compiles["first"],
+        "compiles_after_warmup": compiles["late"],
+    }
+    _say(
+        f"{steps} steps; padding efficiency {loader.padding_efficiency:.3f} in {len(loader.buckets)} buckets; "
+        f"{compiles['late']} compiles after warm-up"
+    )
+    return state.params, summary
+
+
+def _numbered(loader: Loader, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
+    with loader.batches(start, stop) as stream:
+        yield from zip(range(start, stop), stream, strict=True)
+
+
+def _microbatches(settings, mesh) -> int:
+    rows = settings.microbatch or settings.batch_size
+    sharding.check_batch(rows, mesh, "microbatch" if settings.microbatch else "batch_size")
+    if settings.batch_size % rows:
+        raise InputError(f"microbatch: {rows} rows do not divide batch_size {settings.batch_size}")
+    return settings.batch_size // rows
+
+
+def _better(found: dict[str, float], best: dict[str, float] | None, name: str) -> bool:
+    sign, name = (-1, name[1:]) if name.startswith("-") else (1, name)
+    value = sign * found[name]
+    return math.isfinite(value) and (best is None or value < sign * best[name])
+
+
+def _check_finite(last: tuple[int, dict[str, float]] | None, loader: Loader) -> None:
+    if last is None:
+        return
+    step, values = last
+    bad = [name for name in ("loss", "grad_norm") if name in values and not math.isfinite(values[name])]
+    if bad:
+        _, rows = loader.rows(step - 1)
+        ids = loader.encoded.id[rows[rows >= 0]].tolist()
+        raise NonFinite(f"step {step}: {bad[0]} is {values[bad[0]]}; batch ids {ids}; the last good checkpoint is kept")
+
+
+class _StopNotice:
+    """Whether SIGTERM (a preemption notice) has come; on several hosts, all learn of it at the same step."""
+
+    def __init__(self):
+        self._told = threading.Event()
+        self._before: Any = None
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            self._before = signal.signal(signal.SIGTERM, lambda *_: self._told.set())
+        return self
+
+    def __exit__(self, *exception):
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def at(self, step: int) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._told.is_set()
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)

@@ -1,0 +1,112 @@
+"""A policy and preference pairs enter; a reward model leaves: the policy's trunk with a scalar head.
+
+Trained with the Bradley-Terry loss; its mean and standard deviation over the training pairs are stored with it, and its
+report says what its scores are worth on held-out pairs.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpo_jax import checkpoint, scoring, sharding
+from mpo_jax.data.encode import Encoded
+from mpo_jax.data.loader import Loader
+from mpo_jax.data.plan import FILLER
+from mpo_jax.evaluation import pairs as pair_tables
+from mpo_jax.models.config import ModelConfig
+from mpo_jax.ops import losses
+from mpo_jax.stages import job as jobs
+from mpo_jax.stages import loop
+from mpo_jax.stages.job import Job
+
+STATISTICS = "scores.json"
+"""The file, beside the weights, with the training scores' mean and standard deviation, in reward units."""
+
+
+def make_loss(model: ModelConfig, margin: bool = False) -> loop.Loss:
+    """Bradley-Terry on (chosen, rejected) rows; with `margin`, the annotator's margin is asked of the gap."""
+
+    def loss(params, frozen, batch, key):
+        scores = scoring.response_scores(model, frozen["base"] | params, batch, 2)
+        return losses.reward(scores, batch.weight, batch.margin if margin else None)
+
+    return loss
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Trains, writes weights and statistics, returns the summary with the held-out report."""
+    model = jobs.model(job)
+    tokenizer = jobs.load_tokenizer(job, model)
+    settings = job.settings
+    records = {share: jobs.records(job, share, tokenizer) for share in (settings.share, "eval")}
+    encoded = {share: jobs.encode_rows(job, model, rows, 2, tokenizer) for share, rows in records.items()}
+    train, heldout = (
+        jobs.loader(job, rows, settings.batch_size, shuffle=share != "eval") for share, rows in encoded.items()
+    )
+    params = jobs.with_head(job, model, jobs.load_weights(job, job.inputs["init"], model))
+    base = jobs.base_weights(job, model)
+    training = loop.Training(
+        loss=make_loss(model, settings.margin),
+        params=params,
+        frozen={"base": base},
+        loader=train,
+        evaluation=heldout,
+        settings=settings,
+        key=jobs.key(job),
+    )
+    params, summary = loop.train(training, job.folder, job.mesh)
+    checkpoint.save_weights(job.folder / jobs.WEIGHTS, params)
+    score = functools.partial(score_rows, job, model, base | params)
+    trained, held = score(encoded[settings.share]), score(encoded["eval"])
+    statistics = {"mean": float(trained.mean()), "std": float(trained.std())}
+    jobs.write_json(job.folder / STATISTICS, statistics)
+    report = pair_tables.pair_report(held, encoded["eval"].piece_lens[:, 1:], encoded["eval"].confidence)
+    report["baselines"] = {
+        "shorter_wins": pair_tables.shorter_wins(encoded["eval"].piece_lens[:, 1:]),
+        "tfidf_bradley_terry": pair_tables.tfidf_bradley_terry(
+            _texts(records[settings.share]), _texts(records["eval"])
+        ),
+    }
+    report["training_accuracy"] = pair_tables.accuracy(trained[:, 0] - trained[:, 1])
+    if jax.process_index() == 0:
+        print(_sentence(report), flush=True)
+    return summary | {"statistics": statistics, "report": report}
+
+
+def score_rows(job: Job, model: ModelConfig, weights, encoded: Encoded) -> np.ndarray:
+    """Scores of every row's responses, f32 [rows,N], in the rows' own order; equal on every process."""
+    loader = jobs.loader(job, encoded, job.settings.score_batch or job.settings.batch_size, shuffle=False)
+    everywhere = sharding.replicated(job.mesh)
+    step = jax.jit(
+        lambda weights, batch: scoring.response_scores(model, weights, batch, encoded.replies),
+        out_shardings=everywhere,
+    )
+    return collect(step, weights, loader, encoded.replies)
+
+
+def collect(step, weights, loader: Loader, columns: int) -> np.ndarray:
+    """`step(weights, batch)` f32 [B,columns], replicated, over one epoch: f32 [rows,columns] in the rows' own order."""
+    found = np.full((len(loader.encoded), columns), np.nan, np.float32)
+    with loader.batches(0, loader.steps_per_epoch) as stream:
+        for number, batch in enumerate(stream):
+            _, rows = loader.rows(number)
+            real = rows != FILLER
+            found[rows[real]] = np.asarray(step(weights, batch))[real]
+    return found
+
+
+def _texts(records) -> list[tuple[str, str]]:
+    return [(record.chosen, record.rejected) for record in records]
+
+
+def _sentence(report: dict[str, Any]) -> str:
+    baselines = report["baselines"]
+    words = baselines["tfidf_bradley_terry"]
+    return (
+        f"reward model: {report['accuracy']:.3f} ± {report['accuracy_se']:.3f} right of {report['pairs']} held-out "
+        f"pairs; "
+        f"'the shorter reply wins' {baselines['shorter_wins']:.3f}, "
+        f"TF-IDF Bradley-Terry {'not computed (no scikit-learn)' if words is None else f'{words:.3f}'}"
+    )

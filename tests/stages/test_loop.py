@@ -1,0 +1,250 @@
+"""A tiny random decoder and random rows enter the training loop; its promises about steps and resumes are checked."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpo_jax import metrics, sharding
+from mpo_jax.data.encode import Encoded
+from mpo_jax.data.loader import Loader
+from mpo_jax.data.tokenizer import Conventions
+from mpo_jax.errors import InputError
+from mpo_jax.models import decoder
+from mpo_jax.models.config import ModelConfig
+from mpo_jax.stages import loop, reward, sft
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CONFIG = ModelConfig("llama", 100, 2, 16, 4, 2, 4, 32, 64)
+SETTINGS = {
+    "batch_size": 8, "microbatch": 0, "epochs": 1.0, "steps": 12, "learning_rate": 1e-2, "schedule": "cosine",
+    "warmup": 0.1, "end_fraction": 0.1, "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8,
+    "clip_norm": 1.0, "moments": "float32", "eval_every": 5, "eval_batches": 3, "save_every": 3, "keep": 2,
+    "log_every": 1, "wandb": False,
+}  # fmt: skip
+
+
+def random_rows(count=45, replies=2, seed=0) -> Encoded:
+    random = np.random.default_rng(seed)
+    lens = random.integers(2, 10, (count, 1 + replies))
+    unknown = np.full(count, np.nan, np.float32)
+    return Encoded(
+        tokens=random.integers(0, 100, lens.sum()).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lens)]),
+        id=np.arange(count, dtype=np.int32) + 1000,
+        prompt_id=np.arange(count, dtype=np.int32),
+        confidence=unknown,
+        margin=unknown,
+        replies=replies,
+        conventions=Conventions(1, 2, 2, False),
+        counts={},
+        key="",
+    )
+
+
+@functools.cache
+def start():
+    return jax.device_get(jax.jit(lambda: decoder.init(CONFIG, jax.random.key(0), head=True))())
+
+
+def training(mesh, loss=None, **settings) -> loop.Training:
+    settings = SimpleNamespace(**(SETTINGS | settings))
+    config = CONFIG.for_mesh(mesh)
+    extra = config.padded_vocab - CONFIG.padded_vocab
+
+    def pad(name, leaf):
+        whole = "embed/" in name or "lm_head" in name
+        return np.pad(leaf, ((0, extra if whole else 0),) + ((0, 0),) * (leaf.ndim - 1))
+
+    weights = sharding.map_weights(pad, start())
+    rows = functools.partial(Loader, batch_size=settings.batch_size, mesh=mesh, max_buckets=2)
+    return loop.Training(
+        loss=loss or reward.make_loss(config),
+        params=jax.device_put(weights, sharding.tree_shardings(weights, mesh)),
+        frozen={"base": {}},
+        loader=rows(random_rows()),
+        evaluation=rows(random_rows(20, seed=1), shuffle=False),
+        settings=settings,
+        key=jax.random.key(3),
+    )
+
+
+def one_device():
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def train(folder, mesh=None, **settings):
+    mesh = one_device() if mesh is None else mesh
+    with jax.set_mesh(mesh):
+        return loop.train(training(mesh, **settings), folder, mesh)
+
+
+def equal(left, right) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), left, right)))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    params, summary = train(folder)
+    return params, summary, metrics.read(folder)
+
+
+def test_summary_and_metrics(uninterrupted):
+    _, summary, lines = uninterrupted
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert {"accuracy", "grad_norm", "learning_rate", "tokens", "padding_efficiency"} <= set(steps[0])
+    assert [line["step"] for line in lines if "eval/loss" in line] == [5, 10, 12]
+    assert summary["compiles_after_warmup"] == 0
+    assert summary["compiles"] == summary["buckets"] == 2
+    assert summary["best"]["loss"] == min(line["eval/loss"] for line in lines if "eval/loss" in line)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, tmp_path, monkeypatch):
+    params, summary, lines = uninterrupted
+    stopped = loop.Loader.batch
+
+    def stop_at_eight(self, step):
+        if step == 8 and self.steps_per_epoch == training_steps:
+            raise KeyboardInterrupt
+        return stopped(self, step)
+
+    training_steps = training(one_device()).loader.steps_per_epoch
+    monkeypatch.setattr(loop.Loader, "batch", stop_at_eight)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path)
+    monkeypatch.setattr(loop.Loader, "batch", stopped)
+    resumed, again = train(tmp_path)
+    assert equal(resumed, params)
+    assert again["best"] == summary["best"]
+    timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(tmp_path)]
+    assert timeless == [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def test_accumulated_equals_full_batch(tmp_path, uninterrupted):
+    params, _, _ = uninterrupted
+    accumulated, _ = train(tmp_path, microbatch=2)
+    worst = max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), params, accumulated)))
+    assert worst < 2e-4
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_loss_curve_is_that_of_one_device(tmp_path, uninterrupted, shape):
+    lines = uninterrupted[2]
+    train(tmp_path, sharding.make_mesh(*shape))
+    one = [line["loss"] for line in lines if "loss" in line]
+    many = [line["loss"] for line in metrics.read(tmp_path) if "loss" in line]
+    np.testing.assert_allclose(many, one, atol=1e-4)
+
+
+def test_state_moves_to_another_mesh(tmp_path, uninterrupted):
+    """orbax #332: saved on eight devices, continued on one; the vocabulary was padded otherwise there."""
+    eight = sharding.make_mesh(2, 2, 2)
+    whole = training(eight)
+    with jax.set_mesh(eight):
+        optimizer, _ = loop.make_optimizer(whole.settings, 12)
+        state = loop.init_state(optimizer, whole.params, whole.key, eight)
+        checkpoints = loop.Checkpoints(tmp_path / "checkpoints")
+        checkpoints.save(0, state, {"best": None, "best_step": None, "evaluation": {}})
+        checkpoints.close()
+    train(tmp_path)
+    losses = [line["loss"] for line in metrics.read(tmp_path) if "loss" in line]
+    np.testing.assert_allclose(losses, [line["loss"] for line in uninterrupted[2] if "loss" in line], atol=1e-4)
+
+
+def test_memorises_64_pairs(tmp_path):
+    """A broken loss cannot."""
+    mesh = one_device()
+    whole = training(mesh, steps=150, learning_rate=3e-3, save_every=1000, eval_every=1000, weight_decay=0.0)
+    rows = Loader(random_rows(64), batch_size=8, mesh=mesh, max_buckets=1)
+    with jax.set_mesh(mesh):
+        whole = loop.Training(**{**vars(whole), "loader": rows, "evaluation": None})
+        params, _ = loop.train(whole, tmp_path, mesh)
+        found = loop.evaluate(whole.loss, params, whole.frozen, rows, 1000)
+    assert found["accuracy"] >= 0.99
+
+
+def test_sft_lowers_the_loss(tmp_path):
+    mesh = one_device()
+    rows = Loader(random_rows(32, replies=1), batch_size=8, mesh=mesh, max_buckets=1)
+    whole = training(mesh, loss=sft.make_loss(CONFIG), steps=20)
+    with jax.set_mesh(mesh):
+        loop.train(loop.Training(**{**vars(whole), "loader": rows, "evaluation": None}), tmp_path, mesh)
+    losses = [line["loss"] for line in metrics.read(tmp_path)]
+    assert losses[0] == pytest.approx(np.log(100), abs=0.1)
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_non_finite_loss_stops_and_names_the_rows(tmp_path):
+    mesh = one_device()
+
+    def poisoned(params, frozen, batch, key):
+        total, weight, sums = reward.make_loss(CONFIG)(params, frozen, batch, key)
+        return jnp.where((batch.id == 1007).any(), jnp.nan, total), weight, sums
+
+    whole = training(mesh, loss=poisoned, save_every=1)
+    with jax.set_mesh(mesh), pytest.raises(loop.NonFinite, match=r"loss is nan; batch ids \[.*1007.*\]"):
+        loop.train(whole, tmp_path, mesh)
+    found = loop.Checkpoints(tmp_path / "checkpoints")
+    step = found.latest_step()
+    if step is not None:
+        with jax.set_mesh(mesh):
+            optimizer, _ = loop.make_optimizer(whole.settings, 12)
+            state, _ = found.restore(step, loop.init_state(optimizer, whole.params, whole.key, mesh))
+        assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"microbatch": 3}, "microbatch: 3 rows do not divide batch_size 8"),
+        ({"schedule": "cosin"}, "schedule: 'cosin'"),
+        ({"moments": "int8"}, "moments: 'int8'"),
+        ({"steps": 0, "epochs": 0.0}, "no step to take"),
+    ],
+)
+def test_bad_settings(tmp_path, settings, words):
+    with pytest.raises(InputError, match=words):
+        train(tmp_path, **settings)
+
+
+def run_script(folder) -> subprocess.Popen:
+    code = (
+        "import sys; sys.path[:0] = ['.', 'tests/stages']\n"
+        "import jax; jax.config.update('jax_num_cpu_devices', 8)\n"
+        f"import test_loop; test_loop.train({str(folder)!r} and __import__('etils.epath').epath.Path({str(folder)!r}), "
+        "steps=400, save_every=5, eval_every=50)\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE
+    )
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        lines = metrics.read(folder)
+        if lines and lines[-1]["step"] >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run never got there")
+
+
+def test_sigterm_saves_and_says_so(tmp_path):
+    process = run_script(tmp_path)
+    wait_for_step(tmp_path, 12)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    assert process.returncode == loop.PREEMPTED, process.stderr.read().decode()[-2000:]
+    saved = loop.Checkpoints(tmp_path / "checkpoints").latest_step()
+    assert saved == max(int(line["step"]) for line in metrics.read(tmp_path))
