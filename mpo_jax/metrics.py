@@ -51,8 +51,8 @@ class MetricsWriter:
         if not _is_remote(self._folder):
             from tensorboardX import SummaryWriter
 
-            # Readers drop the events at and after purge_step that stand in older files of the folder. Files are named by
-            # the second: without a suffix, a quick restart would write over the file before.
+            # Readers drop the events at and after purge_step that stand in older files. A file is named by its second:
+            # without a suffix, a quick restart would write over the file before.
             self._events = SummaryWriter(
                 str(self._folder / "events"), purge_step=start + 1, filename_suffix=f".{uuid.uuid4().hex[:8]}"
             )
