@@ -81,7 +81,9 @@ def teacher_forced(config, settings, weights, batch):
     [
         SamplingConfig(max_new_tokens=24, n=3, stop_ids=(EOS, 426)),
         SamplingConfig(temperature=0.7, max_new_tokens=24, stop_ids=(EOS, 426)),
-        SamplingConfig(temperature=0.7, top_k=20, max_new_tokens=16, n=2, stop_ids=(EOS,)),
+        pytest.param(
+            SamplingConfig(temperature=0.7, top_k=20, max_new_tokens=16, n=2, stop_ids=(EOS,)), marks=pytest.mark.slow
+        ),
         SamplingConfig(top_k=30, top_p=0.9, max_new_tokens=16, n=2, stop_ids=(EOS,)),
         SamplingConfig(temperature=1.3, top_p=0.8, min_new_tokens=12, max_new_tokens=16, n=2, stop_ids=(BOS, EOS, 426)),
     ],
@@ -402,7 +404,7 @@ def test_settings_that_the_model_cannot_do(config, weights, tokenizer):
             run(config, SamplingConfig(**fields), weights, prompts, 0, 0)
 
 
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("n", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_streamed_replies_are_those_of_one_call(config, weights, tokenizer, n):
     settings = SamplingConfig(temperature=0.8, max_new_tokens=40, n=n, stop_ids=(EOS,))
     pieces = list(replies(config, settings, weights, tokenizer, PROMPTS[0], seed=5))
