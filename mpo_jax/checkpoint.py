@@ -4,6 +4,7 @@ Arrays go through Orbax, written in the background and marked as complete at the
 another name, then renamed. All paths go through epath, so that gs:// works.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -33,7 +34,8 @@ class Checkpoints:
 
     folder/last/STEP holds a state and a small JSON value beside it; folder/best/STEP the best parameters. Saves run in
     the background: an error of one is raised at the next call of any method but `latest_step`. Closing waits for the
-    last save. What a killed process left incomplete is not seen, and is removed.
+    last save. What a killed process left incomplete is not seen, and is removed. One process at a time writes a folder;
+    opening it again, after a loop that failed without closing, finishes and closes what was open before.
     """
 
     def __init__(self, folder: epath.PathLike, keep: int = 2):
@@ -41,6 +43,12 @@ class Checkpoints:
             raise InputError(f"keep: {keep}; expected at least 1 checkpoint to resume from")
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        self._name = str(folder)
+        if (abandoned := _open.get(self._name)) is not None:
+            # Its save may be on its way still: it completes rather than being removed beneath its writer.
+            with contextlib.suppress(Exception):
+                abandoned.close()
+        _open[self._name] = self
         self._last, self._best = _manager(folder / "last", keep), _manager(folder / "best", None)
         # A best that no saved state knows of comes from steps that will be taken again.
         known = self.latest_step()
@@ -107,8 +115,18 @@ class Checkpoints:
             self.wait()
             self._prune_best()
         finally:
+            if _open.get(self._name) is self:
+                del _open[self._name]
             self._best.close()
             self._last.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        # An error of the loop is not hidden by one of a save.
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
+            self.close()
 
     def _prune_best(self) -> None:
         """Keeps the newest best, and for every kept state the newest that it can name; both managers are at rest."""
@@ -123,6 +141,9 @@ class Checkpoints:
         if step not in manager.all_steps():
             raise InputError(f"{place}: not found; complete are the steps {sorted(manager.all_steps())}")
         _check_shapes(place, like)
+
+
+_open: dict[str, Checkpoints] = {}
 
 
 def _manager(folder: epath.Path, keep: int | None) -> ocp.CheckpointManager:

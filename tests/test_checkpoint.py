@@ -264,6 +264,40 @@ def test_an_error_in_the_background_is_raised_at_the_next_call(tmp_path, monkeyp
     assert Checkpoints(tmp_path).latest_step() == 1
 
 
+def abandon(folder) -> None:
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, tiny(1), {})
+    large = TrainState(jnp.int32(2), {"w": np.full((1 << 23,), 2, np.float32)}, (), jax.random.key(0))
+    checkpoints.save(2, large, {})
+    raise KeyboardInterrupt
+
+
+def test_opened_again_after_a_loop_that_failed_without_closing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        abandon(tmp_path)
+    again = Checkpoints(tmp_path)  # while the save of step 2 is on its way
+    assert again.latest_step() == 2
+    again.save(3, tiny(3), {})
+    again.close()
+    assert sorted(p.name for p in (tmp_path / "last").iterdir() if p.name[0].isdigit()) == ["2", "3"]
+
+
+def save_one_and(folder, error) -> None:
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, tiny(1), {})
+        if error is not None:
+            raise error
+
+
+def test_as_context_manager_it_finishes_its_save(tmp_path):
+    save_one_and(tmp_path / "fine", None)
+    with pytest.raises(KeyError):
+        save_one_and(tmp_path / "failing", KeyError())
+    for name in ("fine", "failing"):
+        with Checkpoints(tmp_path / name) as checkpoints:
+            assert checkpoints.latest_step() == 1
+
+
 KILLED = """
 import os, signal, sys, threading, time
 import jax, jax.numpy as jnp
