@@ -19,8 +19,9 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 class Reader:
     """The tensors of all safetensors files of a folder. Files are memory-mapped; `read` copies one slice."""
 
-    def __init__(self, folder: Path):
-        self.source, paths = _files(folder)
+    def __init__(self, folder: Path, only: str | None = None):
+        """only: the one file to read, where it has another name than a model's."""
+        self.source, paths = _files(folder) if only is None else (folder / only, [folder / only])
         self._files = {}
         self._where: dict[str, tuple[Path, str]] = {}
         for path in paths:
