@@ -10,7 +10,7 @@ import ml_collections
 
 OPERATIONAL = (
     "mesh", "decode_mesh", "remat", "attention", "microbatch", "log_every", "save_every", "keep", "path",
-    "cache", "prefetch", "table_every", "wandb", "score_batch",
+    "cache", "time_every", "wandb", "score_batch",
 )  # fmt: skip
 """Keys that say how a run is computed, not what: they don't enter an artifact's hash, so a run goes on elsewhere."""
 
@@ -71,7 +71,16 @@ TRAINING = {
     "save_every": 0,  # steps; 0: a tenth of the run
     "keep": 2,  # checkpoints
     "log_every": 1,  # steps
+    "select": "last",  # last | best: which parameters the stage leaves
     "wandb": False,  # also log to Weights & Biases, where installed
+}
+
+SAMPLING = {
+    "temperature": 1.0,
+    "top_k": 0,  # 0: the whole vocabulary
+    "top_p": 0.0,  # 0: no truncation
+    "min_new_tokens": 0,
+    "max_new_tokens": 64,
 }
 
 KINDS = {
@@ -87,7 +96,93 @@ KINDS = {
         "share": "sft_reward",
         "margin": False,  # subtract the annotator's margin inside the sigmoid, where the data has one
         "learning_rate": 1e-5,  # ours
+        "pairs": "",  # a pairs stage to learn from; empty: the data's own pairs
         "score_batch": 0,  # rows scored at a time for the statistics; 0: batch_size
+    },
+    "pairs": SAMPLING
+    | {
+        "policy": "sft",
+        "labeller": "vader",  # who says which reply is better
+        "label_temperature": 0.1,  # of the Bradley-Terry noise, in the labeller's units; 0: none
+        "samples": 2,  # replies to a prompt
+        "pairing": "all",  # all: every two replies | best_worst
+        "batch_size": 32,  # prompts sampled at a time
+    },
+    "split": SAMPLING
+    | {
+        "reward": "reward",
+        "policy": "sft",
+        "pairs": "",  # a pairs stage to read; empty: the data's own pairs
+        "share": "policy",
+        "pair_source": "dataset",  # dataset | sampled (the policy's own replies) | both
+        "samples": 4,  # sampled replies to a prompt
+        "pairing": "best_worst",  # best_worst (by reward) | all
+        "labeller": "reward",  # who orders sampled replies: reward | vader
+        "label_temperature": 0.1,
+        "threshold": 1.0,  # gap, reward units: the paper tests 1 and 2
+        "quantile": 0.0,  # share of pairs beneath the threshold, instead of it; 0: use threshold
+        "flipped": "hard",  # where pairs go whose gap is at most -threshold: hard | drop | swap; ours
+        "batch_size": 32,
+        "score_batch": 0,
+    },
+    "dpo": TRAINING
+    | {
+        "init": "sft",
+        "reference": "sft",
+        "pairs": "split/easy",
+        "algorithm": "dpo",  # dpo | ipo
+        "beta": 0.1,  # ours
+        "label_smoothing": 0.0,  # assumed share of flipped labels (cDPO)
+        "sft": 0.0,  # weight of the chosen reply's mean log-likelihood
+        "learning_rate": 5e-7,  # ours
+    },
+    "ppo": TRAINING
+    | {
+        "init": "dpo",
+        "reference": "dpo",
+        "reward": "reward",
+        "prompts": "split/hard",
+        "sft": "",  # a policy whose KL is logged too
+        "algorithm": "ppo",  # ppo | rloo
+        "labeller": "reward",  # who scores: the reward model | vader, for studies
+        "samples": 1,  # replies to a prompt
+        "temperature": 1.0,
+        "max_new_tokens": 64,
+        "inner_epochs": 4,  # passes over each rollout
+        "minibatches": 1,  # updates in a pass
+        "clip": 0.2,  # of the ratio
+        "value_clip": 0.2,  # 0: none
+        "value_learning_rate": 0.0,  # peak; 0: learning_rate
+        "critic": "separate",  # separate | shared (a head on the policy's trunk)
+        "critic_warmup": 0,  # steps before the policy moves
+        "entropy": 0.0,  # coefficient of the entropy bonus
+        "gamma": 1.0,
+        "lam": 0.95,
+        "whiten": True,  # advantages to mean 0, variance 1
+        "kl_term": "k1",  # k1: inside the reward | k2: a term of the loss
+        "kl_coefficient": 0.05,  # ours
+        "kl_target": 0.0,  # nats per response, for an adaptive coefficient; 0: fixed
+        "kl_gain": 0.1,  # of the adaptive coefficient
+        "target_kl": 0.0,  # stops the inner epochs above this k3 per token; 0: never
+        "missing_eos_penalty": 0.0,  # taken off the score of a reply without a stop token
+        "normalise_scores": False,  # by the reward model's stored mean and standard deviation
+        "score_clip": 0.0,  # 0: none
+        "eval_prompts": 64,  # held-out prompts of the mid-run evaluation
+        "best_kl": 0.0,  # nats: the best checkpoint may not be further from the reference; 0: any
+        "table_rows": 4,  # replies kept as text at each evaluation
+        "time_every": 0,  # steps between those whose three phases are timed one by one; 0: never
+        "learning_rate": 1e-6,  # ours
+    },
+    "evaluate": SAMPLING
+    | {
+        "policies": ("sft", "dpo", "mpo"),
+        "reward": "reward",
+        "baseline": "sft",  # whom the others are compared with
+        "prompts": "split/all",  # whose held-out prompts
+        "count": 128,  # of them
+        "labeller": "",  # a gold labeller beside the reward model, for studies: vader
+        "bootstrap": 2000,  # resamples of an interval
+        "batch_size": 32,
     },
 }
 

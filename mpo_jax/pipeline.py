@@ -29,6 +29,7 @@ PRODUCES = {
     BASE: "policy",
     "sft": "policy",
     "reward": "reward",
+    "pairs": "samples",
     "split": "pairs",
     "dpo": "policy",
     "ppo": "policy",
@@ -38,11 +39,12 @@ PRODUCES = {
 
 ROLES: dict[str, dict[str, str]] = {
     "sft": {"init": "policy"},
-    "reward": {"init": "policy"},
-    "split": {"reward": "reward", "policy": "policy"},
+    "reward": {"init": "policy", "pairs": "samples"},
+    "pairs": {"policy": "policy"},
+    "split": {"reward": "reward", "policy": "policy", "pairs": "samples"},
     "dpo": {"init": "policy", "reference": "policy", "pairs": "pairs"},
-    "ppo": {"init": "policy", "reference": "policy", "reward": "reward", "prompts": "pairs"},
-    "evaluate": {"policies": "policy", "reward": "reward"},
+    "ppo": {"init": "policy", "reference": "policy", "reward": "reward", "prompts": "pairs", "sft": "policy"},
+    "evaluate": {"policies": "policy", "reward": "reward", "prompts": "pairs"},
 }
 """What each kind takes: role -> what must be named there. An empty name leaves a role out, where the stage can."""
 
@@ -243,7 +245,7 @@ def _shared_hash(config) -> str:
         "seed": config.seed,
         "model": {key: value for key, value in model.items() if key not in config.operational},
         "data": {key: value for key, value in data.items() if key not in config.operational},
-        "base": checkpoint.fingerprint_files(hf.resolve(config.model.path)),
+        "base": checkpoint.fingerprint_weights_folder(hf.resolve(config.model.path)),
         "content": data_sources.fingerprint(config.data.path),
     }
     return checkpoint.hash_settings(kept)

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any, dataclass_transform
 
 import jax
+import numpy as np
 
 PyTree = Any
 """A nest of dicts, tuples and records whose leaves are arrays (or their shapes)."""
@@ -92,12 +93,12 @@ class GapTable:
     """Scored pairs, a row each. id, prompt_id: i32 [rows]. score_chosen, score_rejected, gap: f32 [rows], reward units
     (gap = chosen - rejected). bucket: i8 [rows], an index into `BUCKETS`."""
 
-    id: jax.Array
-    prompt_id: jax.Array
-    score_chosen: jax.Array
-    score_rejected: jax.Array
-    gap: jax.Array
-    bucket: jax.Array
+    id: np.ndarray
+    prompt_id: np.ndarray
+    score_chosen: np.ndarray
+    score_rejected: np.ndarray
+    gap: np.ndarray
+    bucket: np.ndarray
 
 
 BUCKETS = ("easy", "hard", "flipped")

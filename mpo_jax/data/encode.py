@@ -90,12 +90,12 @@ def encode(
     key = cache_key(records, tokenizer, replies, limits)
     folder = None if cache is None else Path(cache) / key
     if folder is not None and (folder / "manifest.json").exists():
-        return _read(folder)
+        return read(folder)
     encoded = _encode(records, tokenizer, replies, limits, key)
     if folder is None:
         return encoded
-    _write(encoded, folder)
-    return _read(folder)
+    write(encoded, folder)
+    return read(folder)
 
 
 def cache_key(records: Sequence[TextRecord], tokenizer, replies: int, limits: Limits) -> str:
@@ -243,10 +243,79 @@ def _fit(row: Sequence[list[int]], limits: Limits, known: Conventions, counts) -
     return [prompt, *cut]
 
 
+def take(encoded: Encoded, rows: np.ndarray, swapped: np.ndarray | None = None, replies: int | None = None) -> Encoded:
+    """Some rows, in the order given; of those marked in `swapped` (bool [rows]), the two replies change places.
+
+    replies: keep only the first so many (0: prompts alone).
+    """
+    replies = encoded.replies if replies is None else replies
+    swapped = np.zeros(len(rows), bool) if swapped is None else swapped
+    pieces: list[np.ndarray] = []
+    for row, swap in zip(rows, swapped, strict=True):
+        prompt, *answers = encoded.row(int(row))
+        pieces += [prompt, *(answers[::-1] if swap else answers)[:replies]]
+    columns = {name: np.asarray(getattr(encoded, name))[rows] for name in ("id", "prompt_id", "confidence", "margin")}
+    return assemble(pieces, replies, encoded.conventions, encoded.key, **columns)
+
+
+def assemble(
+    pieces: Sequence[np.ndarray],
+    replies: int,
+    known: Conventions,
+    key: str,
+    id: np.ndarray,
+    prompt_id: np.ndarray,
+    confidence: np.ndarray | None = None,
+    margin: np.ndarray | None = None,
+) -> Encoded:
+    """Rows from their pieces, each a prompt and `replies` replies as token ids. key: what the rows came from."""
+    unknown = np.full(len(id), np.nan, np.float32)
+    return Encoded(
+        tokens=np.concatenate([np.zeros(0, np.int32), *pieces]).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64),
+        id=np.asarray(id, np.int32),
+        prompt_id=np.asarray(prompt_id, np.int32),
+        confidence=unknown if confidence is None else confidence,
+        margin=unknown if margin is None else margin,
+        replies=replies,
+        conventions=known,
+        counts={"rows": len(id), "kept": len(id)},
+        key=key,
+    )
+
+
+def join(left: Encoded, right: Encoded) -> Encoded:
+    """The rows of both, of equally many replies, one after the other; ids are numbered anew, as both may use the same.
+    InputError if the replies differ in number."""
+    if left.replies != right.replies:
+        raise InputError(f"rows of {left.replies} and of {right.replies} replies cannot stand in one set")
+    pieces = [piece for part in (left, right) for row in range(len(part)) for piece in part.row(row)]
+    columns = {
+        name: np.concatenate([getattr(left, name), getattr(right, name)])
+        for name in ("prompt_id", "confidence", "margin")
+    }
+    ids = np.arange(len(left) + len(right), dtype=np.int32)
+    return assemble(pieces, left.replies, left.conventions, f"{left.key}+{right.key}", id=ids, **columns)
+
+
+def rows_fingerprint(encoded: Encoded) -> str:
+    """A hash of the rows: tokens, where they begin, ids."""
+    state = hashlib.blake2b(digest_size=16)
+    for name in ("tokens", "offsets", "id", "prompt_id"):
+        state.update(np.ascontiguousarray(getattr(encoded, name)).tobytes())
+    return state.hexdigest()
+
+
+def first_of_prompt(encoded: Encoded) -> np.ndarray:
+    """The first row of every prompt id, i64, in order: prompts without repeats."""
+    _, first = np.unique(encoded.prompt_id, return_index=True)
+    return np.sort(first)
+
+
 # Cache ----------------------------------------------------------------------------------------------------------------
 
 
-def _write(encoded: Encoded, folder: Path) -> None:
+def write(encoded: Encoded, folder: Path) -> None:
     """Writes beside the folder and renames: a reader sees all or nothing. Whoever comes second leaves the first's."""
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
@@ -267,7 +336,7 @@ def _write(encoded: Encoded, folder: Path) -> None:
             raise
 
 
-def _read(folder: Path) -> Encoded:
+def read(folder: Path) -> Encoded:
     rest = json.loads((folder / "manifest.json").read_text())
     rest["conventions"] = Conventions(**rest["conventions"])
     return Encoded(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}, **rest)

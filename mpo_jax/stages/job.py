@@ -6,6 +6,7 @@ LoRA, {"lora"} over the base model's frozen {"params"}, and {"head"} for reward 
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -167,8 +168,42 @@ def encode_rows(job: Job, model: ModelConfig, rows: list[TextRecord], replies: i
             f"data.max_length: {data.max_length} is above the model's context of {model.max_positions} tokens"
         )
     limits = encode.Limits(data.max_length, data.max_response, too_long=data.too_long)
-    cache = str(job.workdir / "cache") if data.cache and "://" not in str(job.workdir) else None
-    return encode.encode(rows, loaded_tokenizer, replies, limits, cache)
+    return encode.encode(rows, loaded_tokenizer, replies, limits, _cache(job))
+
+
+def share_pairs(job: Job, model: ModelConfig, loaded_tokenizer, share: str) -> encode.Encoded:
+    """The pairs of a share: from the stage that made them, if the job's inputs name one, or from the data."""
+    made = job.inputs.get("pairs")
+    if made is not None:
+        return read_rows(made.folder / share)
+    return encode_rows(job, model, records(job, share, loaded_tokenizer), 2, loaded_tokenizer)
+
+
+def read_rows(folder: epath.Path) -> encode.Encoded:
+    """Encoded rows that a stage wrote."""
+    return encode.read(local(folder))
+
+
+def local(folder: epath.Path) -> Path:
+    """Encoded rows are memory-mapped: InputError for a folder that no file system holds."""
+    if "://" in str(folder):
+        raise InputError(f"{folder}: encoded pairs are memory-mapped; expected a workdir on a file system (mount it)")
+    return Path(folder)
+
+
+def share_prompts(job: Job, model: ModelConfig, loaded_tokenizer, share: str) -> encode.Encoded:
+    """The prompts of a share, each once, with room left for a reply within the row."""
+    data = job.config.data
+    rows = division.unique_prompts(records(job, share, loaded_tokenizer))
+    limits = encode.Limits(
+        data.max_length, data.max_response, max_prompt=data.max_length - data.max_response, too_long=data.too_long
+    )
+    return encode.encode(rows, loaded_tokenizer, 0, limits, _cache(job))
+
+
+def _cache(job: Job) -> str | None:
+    """Where encoded rows are kept; memory-mapped, so on a local disk only."""
+    return str(job.workdir / "cache") if job.config.data.cache and "://" not in str(job.workdir) else None
 
 
 def loader(job: Job, encoded: encode.Encoded, batch_size: int, **options) -> Loader:
@@ -177,9 +212,16 @@ def loader(job: Job, encoded: encode.Encoded, batch_size: int, **options) -> Loa
     return Loader(
         encoded,
         batch_size,
-        **({"seed": job.config.seed, "max_buckets": data.max_buckets, "multiple": data.multiple} | options),
+        **(
+            {
+                "seed": job.config.seed,
+                "max_buckets": data.max_buckets,
+                "multiple": data.multiple,
+                "max_length": data.max_length,
+            }
+            | options
+        ),
         mesh=job.mesh,
-        max_length=data.max_length,
     )
 
 

@@ -41,23 +41,57 @@ class NonFinite(RuntimeError):
     """The loss or the gradient became NaN or infinite; the message names the step and the batch's ids."""
 
 
+Step = Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, Any]]]
+"""(state, frozen, batch) -> (state, metrics); the state is donated."""
+
+Evaluate = Callable[[PyTree, PyTree], dict[str, float]]
+"""(params, frozen) -> metrics on held-out data."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Training:
     """What tells one training stage from another, and how long it runs.
 
-    params: the trainable weights, on the mesh. frozen: all other arrays that the loss reads. evaluation: held-out
-    batches for the same loss, or None. best: the evaluation's metric whose minimum (or, with a leading "-", maximum)
-    marks the best checkpoint. settings: the stage's ConfigDict with the keys of `configs/base.py` TRAINING.
+    params: the trainable weights, on the mesh. frozen: all other arrays that the step reads. extra: see
+    `types.TrainState`. best: the evaluation's metric whose minimum (or, with a leading "-", maximum) marks the best
+    checkpoint. settings: the stage's ConfigDict with the keys of `configs/base.py` TRAINING.
     """
 
-    loss: Loss
+    step: Step
+    optimizer: optax.GradientTransformation
+    rate: Callable
     params: PyTree
     frozen: PyTree
     loader: Loader
-    evaluation: Loader | None
+    evaluate: Evaluate | None
     settings: Any
     key: jax.Array
+    extra: PyTree = dataclasses.field(default_factory=dict)
     best: str = "loss"
+
+
+def supervised(
+    loss: Loss, params: PyTree, frozen: PyTree, loader: Loader, heldout: Loader | None, settings, key, mesh
+) -> Training:
+    """The training of a stage that minimises `loss` over a loader's batches, judged by the same loss on `heldout`."""
+    optimizer, rate = make_optimizer(settings, total_steps(settings, loader))
+    evaluation = evaluation_step(loss)
+
+    def judged(params, frozen):
+        assert heldout is not None
+        return evaluate(evaluation, params, frozen, heldout, settings.eval_batches)
+
+    return Training(
+        step=jax.jit(train_step(loss, optimizer, _microbatches(settings, mesh)), donate_argnums=0),
+        optimizer=optimizer,
+        rate=rate,
+        params=params,
+        frozen=frozen,
+        loader=loader,
+        evaluate=None if heldout is None else judged,
+        settings=settings,
+        key=key,
+    )
 
 
 def total_steps(settings, loader: Loader) -> int:
@@ -103,10 +137,10 @@ def train_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches
     return step
 
 
-def accumulate(loss: Loss, params, frozen, batch: Batch, key, microbatches: int):
+def accumulate(loss: Callable, params, frozen, batch: PyTree, key, microbatches: int):
     """Gradient, loss, weight and metrics, each a sum over the batch's microbatches."""
 
-    def one(part: Batch, index):
+    def one(part, index):
         def scalar(params):
             total, weight, sums = loss(params, frozen, part, jax.random.fold_in(key, index))
             return total, (weight, sums)
@@ -126,7 +160,7 @@ def accumulate(loss: Loss, params, frozen, batch: Batch, key, microbatches: int)
     return jax.lax.scan(add, zeros, (parts, jnp.arange(microbatches)))[0]
 
 
-def split_batch(batch: Batch, parts: int) -> Batch:
+def split_batch(batch: PyTree, parts: int) -> PyTree:
     """Rows dealt out to `parts` microbatches, a leading axis; every shard keeps its rows and gives each its share."""
 
     def split(x):
@@ -140,15 +174,15 @@ def means(sums: Metrics) -> dict[str, jax.Array]:
     return {name: total / jnp.maximum(weight, 1e-8) for name, (total, weight) in sums.items()}
 
 
-def evaluate(
-    loss: Loss, params: PyTree, frozen: PyTree, loader: Loader, batches: int, step_fn=None
-) -> dict[str, float]:
-    """Means of the loss and its metrics over the first `batches` batches of a loader (one epoch at most)."""
-    step_fn = step_fn or evaluation_step(loss)
+def evaluate(step: Callable, params: PyTree, frozen: PyTree, loader: Loader, batches: int) -> dict[str, float]:
+    """Means of the loss and its metrics over the first `batches` batches of a loader (one epoch at most).
+
+    step: an `evaluation_step`, compiled once for a run.
+    """
     sums: Metrics = {}
     with loader.batches(0, min(batches, loader.steps_per_epoch)) as stream:
         for batch in stream:
-            new = step_fn(params, frozen, batch)
+            new = step(params, frozen, batch)
             sums = new if not sums else jax.tree.map(jnp.add, sums, new)
     return {name: float(total) / max(float(weight), 1e-8) for name, (total, weight) in sums.items()}
 
@@ -163,18 +197,20 @@ def evaluation_step(loss: Loss):
     return jax.jit(step)
 
 
-def init_state(optimizer, params: PyTree, key: jax.Array, mesh) -> TrainState:
+def init_state(optimizer, params: PyTree, key: jax.Array, mesh, extra: PyTree = None) -> TrainState:
     """A fresh state on the mesh; moments are sharded like their parameters.
 
     Nothing in it aliases what was given: the step donates its state, and the caller's arrays may serve others too (the
     parameters as a reference, say).
     """
     where = optim.state_shardings(optimizer, params, mesh)
+    everywhere = sharding.replicated(mesh)
     return TrainState(
-        step=jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh)),
+        step=jax.device_put(np.zeros((), np.int32), everywhere),
         params=jax.tree.map(jnp.copy, params),
         opt_state=jax.jit(optimizer.init, out_shardings=where)(params),
-        key=jax.random.wrap_key_data(jax.device_put(np.asarray(jax.random.key_data(key)), sharding.replicated(mesh))),
+        key=jax.random.wrap_key_data(jax.device_put(np.asarray(jax.random.key_data(key)), everywhere)),
+        extra=jax.tree.map(lambda x: jax.device_put(np.array(x), everywhere), extra or {}),
     )
 
 
@@ -186,11 +222,9 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
     """
     settings, loader = training.settings, training.loader
     steps = total_steps(settings, loader)
-    microbatches = _microbatches(settings, mesh)
-    optimizer, rate = make_optimizer(settings, steps)
-    step_fn = jax.jit(train_step(training.loss, optimizer, microbatches), donate_argnums=0)
-    eval_fn = evaluation_step(training.loss)
-    state = init_state(optimizer, training.params, training.key, mesh)
+    if settings.select not in ("last", "best"):
+        raise InputError(f"select: {settings.select!r}; expected last or best")
+    state = init_state(training.optimizer, training.params, training.key, mesh, training.extra)
     checkpoints = Checkpoints(folder / "checkpoints", keep=settings.keep)
     progress: dict[str, Any] = {"best": None, "best_step": None, "evaluation": {}}
     if (latest := checkpoints.latest_step()) is not None:
@@ -200,31 +234,35 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
     save_every = settings.save_every or max(1, steps // 10)
     stop = _StopNotice()
     compiles = {"first": 0, "late": 0}
-    with metrics_log.MetricsWriter(folder, start, steps, wandb=settings.wandb) as log, stop:
+    # Whatever ends the loop, saves that have begun are waited for.
+    with (
+        checkpoints,
+        metrics_log.MetricsWriter(folder, start, steps, wandb=settings.wandb) as log,
+        stop,
+    ):
         seen: set[Any] = set()
-        last_time = time.perf_counter()
+        last_time, last_done = time.perf_counter(), start
         for step, batch in _numbered(loader, start, steps):
             bucket = jax.tree.structure(batch), batch.tokens.shape
             before = metrics_log.compiles()
-            state, out = step_fn(state, training.frozen, batch)
+            state, out = training.step(state, training.frozen, batch)
             compiles["late" if bucket in seen else "first"] += metrics_log.compiles() - before
             seen.add(bucket)
             done = step + 1
-            now = time.perf_counter()
+            checkpoints.check()
             if done % settings.log_every == 0 or done == steps:
+                now = time.perf_counter()
                 out |= {
-                    "learning_rate": float(rate(step)),
+                    "learning_rate": float(training.rate(step)),
                     "tokens": loader.real_tokens(step),
                     "padding_efficiency": loader.real_tokens(step) / batch.tokens.size,
-                    "seconds": now - last_time,
+                    "seconds": (now - last_time) / (done - last_done),
                 }
                 log.write(done, out)
                 _check_finite(log.last, loader)
-            last_time = now
-            if training.evaluation is not None and (done % eval_every == 0 or done == steps):
-                found = evaluate(
-                    training.loss, state.params, training.frozen, training.evaluation, settings.eval_batches, eval_fn
-                )
+                last_time, last_done = now, done
+            if training.evaluate is not None and (done % eval_every == 0 or done == steps):
+                found = training.evaluate(state.params, training.frozen)
                 log.write_now(done, {f"eval/{name}": value for name, value in found.items()})
                 progress["evaluation"] = found
                 if _better(found, progress["best"], training.best):
@@ -236,11 +274,11 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
                 _check_finite(log.last, loader)
                 checkpoints.save(done, state, progress)
             if stopping and done < steps:
-                checkpoints.close()
-                log.close()
                 _say(f"stopped at step {done} of {steps}; run the same command again to continue")
                 sys.exit(PREEMPTED)
-    checkpoints.close()
+    params = state.params
+    if settings.select == "best" and progress["best_step"] is not None:
+        params = _best_params(folder, progress["best_step"], params)
     summary = {
         "steps": steps,
         "evaluation": progress["evaluation"],
@@ -255,7 +293,12 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
         f"{steps} steps; padding efficiency {loader.padding_efficiency:.3f} in {len(loader.buckets)} buckets; "
         f"{compiles['late']} compiles after warm-up"
     )
-    return state.params, summary
+    return params, summary
+
+
+def _best_params(folder: epath.Path, step: int, like: PyTree) -> PyTree:
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        return checkpoints.restore_best(step, like)
 
 
 def _numbered(loader: Loader, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
@@ -281,7 +324,7 @@ def _check_finite(last: tuple[int, dict[str, float]] | None, loader: Loader) -> 
     if last is None:
         return
     step, values = last
-    bad = [name for name in ("loss", "grad_norm") if name in values and not math.isfinite(values[name])]
+    bad = [name for name in ("score", "loss", "grad_norm") if name in values and not math.isfinite(values[name])]
     if bad:
         _, rows = loader.rows(step - 1)
         ids = loader.encoded.id[rows[rows >= 0]].tolist()
@@ -308,6 +351,13 @@ class _StopNotice:
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._told.is_set()
+
+
+def on_host(tree: PyTree) -> PyTree:
+    """A tree's arrays as NumPy, whole on every process."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_get(tree)
 
 
 def _say(line: str) -> None:

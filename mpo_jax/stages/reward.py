@@ -40,21 +40,14 @@ def run(job: Job) -> dict[str, Any]:
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
     settings = job.settings
-    records = {share: jobs.records(job, share, tokenizer) for share in (settings.share, "eval")}
-    encoded = {share: jobs.encode_rows(job, model, rows, 2, tokenizer) for share, rows in records.items()}
+    encoded = {share: jobs.share_pairs(job, model, tokenizer, share) for share in (settings.share, "eval")}
     train, heldout = (
         jobs.loader(job, rows, settings.batch_size, shuffle=share != "eval") for share, rows in encoded.items()
     )
     params = jobs.with_head(job, model, jobs.load_weights(job, job.inputs["init"], model))
     base = jobs.base_weights(job, model)
-    training = loop.Training(
-        loss=make_loss(model, settings.margin),
-        params=params,
-        frozen={"base": base},
-        loader=train,
-        evaluation=heldout,
-        settings=settings,
-        key=jobs.key(job),
+    training = loop.supervised(
+        make_loss(model, settings.margin), params, {"base": base}, train, heldout, settings, jobs.key(job), job.mesh
     )
     params, summary = loop.train(training, job.folder, job.mesh)
     checkpoint.save_weights(job.folder / jobs.WEIGHTS, params)
@@ -66,7 +59,7 @@ def run(job: Job) -> dict[str, Any]:
     report["baselines"] = {
         "shorter_wins": pair_tables.shorter_wins(encoded["eval"].piece_lens[:, 1:]),
         "tfidf_bradley_terry": pair_tables.tfidf_bradley_terry(
-            _texts(records[settings.share]), _texts(records["eval"])
+            _texts(encoded[settings.share], tokenizer), _texts(encoded["eval"], tokenizer)
         ),
     }
     report["training_accuracy"] = pair_tables.accuracy(trained[:, 0] - trained[:, 1])
@@ -77,7 +70,9 @@ def run(job: Job) -> dict[str, Any]:
 
 def score_rows(job: Job, model: ModelConfig, weights, encoded: Encoded) -> np.ndarray:
     """Scores of every row's responses, f32 [rows,N], in the rows' own order; equal on every process."""
-    loader = jobs.loader(job, encoded, job.settings.score_batch or job.settings.batch_size, shuffle=False)
+    # Rows of many samples may be longer than those of the data; no position in them is.
+    batch_size = job.settings.score_batch or job.settings.batch_size
+    loader = jobs.loader(job, encoded, batch_size, shuffle=False, max_length=None)
     everywhere = sharding.replicated(job.mesh)
     step = jax.jit(
         lambda weights, batch: scoring.response_scores(model, weights, batch, encoded.replies),
@@ -97,8 +92,12 @@ def collect(step, weights, loader: Loader, columns: int) -> np.ndarray:
     return found
 
 
-def _texts(records) -> list[tuple[str, str]]:
-    return [(record.chosen, record.rejected) for record in records]
+def _texts(encoded: Encoded, tokenizer) -> list[tuple[str, str]]:
+    rows = (encoded.row(index)[1:] for index in range(len(encoded)))
+    return [
+        (tokenizer.decode(a.tolist(), skip_special_tokens=True), tokenizer.decode(b.tolist(), skip_special_tokens=True))
+        for a, b in rows
+    ]
 
 
 def _sentence(report: dict[str, Any]) -> str:

@@ -38,14 +38,15 @@ def run(job: Job) -> dict[str, Any]:
         for share in (settings.share, "eval")
     )
     params = jobs.load_weights(job, job.inputs["init"], model)
-    training = loop.Training(
-        loss=make_loss(model),
-        params=params,
-        frozen={"base": jobs.base_weights(job, model)},
-        loader=train,
-        evaluation=heldout,
-        settings=settings,
-        key=jobs.key(job),
+    training = loop.supervised(
+        make_loss(model),
+        params,
+        {"base": jobs.base_weights(job, model)},
+        train,
+        heldout,
+        settings,
+        jobs.key(job),
+        job.mesh,
     )
     params, summary = loop.train(training, job.folder, job.mesh)
     checkpoint.save_weights(job.folder / jobs.WEIGHTS, params)

@@ -29,7 +29,7 @@ SETTINGS = {
     "batch_size": 8, "microbatch": 0, "epochs": 1.0, "steps": 12, "learning_rate": 1e-2, "schedule": "cosine",
     "warmup": 0.1, "end_fraction": 0.1, "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8,
     "clip_norm": 1.0, "moments": "float32", "eval_every": 5, "eval_batches": 3, "save_every": 3, "keep": 2,
-    "log_every": 1, "wandb": False,
+    "log_every": 1, "wandb": False, "select": "last",
 }  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def start():
     return jax.device_get(jax.jit(lambda: decoder.init(CONFIG, jax.random.key(0), head=True))())
 
 
-def training(mesh, loss=None, **settings) -> loop.Training:
+def training(mesh, loss=None, train_rows=None, **settings) -> loop.Training:
     settings = SimpleNamespace(**(SETTINGS | settings))
     config = CONFIG.for_mesh(mesh)
     extra = config.padded_vocab - CONFIG.padded_vocab
@@ -66,15 +66,19 @@ def training(mesh, loss=None, **settings) -> loop.Training:
         return np.pad(leaf, ((0, extra if whole else 0),) + ((0, 0),) * (leaf.ndim - 1))
 
     weights = sharding.map_weights(pad, start())
-    rows = functools.partial(Loader, batch_size=settings.batch_size, mesh=mesh, max_buckets=2)
-    return loop.Training(
-        loss=loss or reward.make_loss(config),
-        params=jax.device_put(weights, sharding.tree_shardings(weights, mesh)),
-        frozen={"base": {}},
-        loader=rows(random_rows()),
-        evaluation=rows(random_rows(20, seed=1), shuffle=False),
-        settings=settings,
-        key=jax.random.key(3),
+
+    def rows(encoded, max_buckets=2, shuffle=True):
+        return Loader(encoded, settings.batch_size, mesh=mesh, max_buckets=max_buckets, shuffle=shuffle)
+
+    return loop.supervised(
+        loss or reward.make_loss(config),
+        jax.device_put(weights, sharding.tree_shardings(weights, mesh)),
+        {"base": {}},
+        rows(random_rows()) if train_rows is None else rows(train_rows, max_buckets=1),
+        rows(random_rows(20, seed=1), shuffle=False) if train_rows is None else None,
+        settings,
+        jax.random.key(3),
+        mesh,
     )
 
 
@@ -152,8 +156,7 @@ def test_state_moves_to_another_mesh(tmp_path, uninterrupted):
     eight = sharding.make_mesh(2, 2, 2)
     whole = training(eight)
     with jax.set_mesh(eight):
-        optimizer, _ = loop.make_optimizer(whole.settings, 12)
-        state = loop.init_state(optimizer, whole.params, whole.key, eight)
+        state = loop.init_state(whole.optimizer, whole.params, whole.key, eight)
         checkpoints = loop.Checkpoints(tmp_path / "checkpoints")
         checkpoints.save(0, state, {"best": None, "best_step": None, "evaluation": {}})
         checkpoints.close()
@@ -165,21 +168,19 @@ def test_state_moves_to_another_mesh(tmp_path, uninterrupted):
 def test_memorises_64_pairs(tmp_path):
     """A broken loss cannot."""
     mesh = one_device()
-    whole = training(mesh, steps=150, learning_rate=3e-3, save_every=1000, eval_every=1000, weight_decay=0.0)
-    rows = Loader(random_rows(64), batch_size=8, mesh=mesh, max_buckets=1)
+    whole = training(mesh, train_rows=random_rows(64), steps=150, learning_rate=3e-3, save_every=1000, weight_decay=0.0)
     with jax.set_mesh(mesh):
-        whole = loop.Training(**{**vars(whole), "loader": rows, "evaluation": None})
         params, _ = loop.train(whole, tmp_path, mesh)
-        found = loop.evaluate(whole.loss, params, whole.frozen, rows, 1000)
+        judge = loop.evaluation_step(reward.make_loss(CONFIG))
+        found = loop.evaluate(judge, params, whole.frozen, whole.loader, 1000)
     assert found["accuracy"] >= 0.99
 
 
 def test_sft_lowers_the_loss(tmp_path):
     mesh = one_device()
-    rows = Loader(random_rows(32, replies=1), batch_size=8, mesh=mesh, max_buckets=1)
-    whole = training(mesh, loss=sft.make_loss(CONFIG), steps=20)
+    whole = training(mesh, loss=sft.make_loss(CONFIG), train_rows=random_rows(32, replies=1), steps=20)
     with jax.set_mesh(mesh):
-        loop.train(loop.Training(**{**vars(whole), "loader": rows, "evaluation": None}), tmp_path, mesh)
+        loop.train(whole, tmp_path, mesh)
     losses = [line["loss"] for line in metrics.read(tmp_path)]
     assert losses[0] == pytest.approx(np.log(100), abs=0.1)
     assert losses[-1] < losses[0] - 0.3
@@ -199,8 +200,7 @@ def test_non_finite_loss_stops_and_names_the_rows(tmp_path):
     step = found.latest_step()
     if step is not None:
         with jax.set_mesh(mesh):
-            optimizer, _ = loop.make_optimizer(whole.settings, 12)
-            state, _ = found.restore(step, loop.init_state(optimizer, whole.params, whole.key, mesh))
+            state, _ = found.restore(step, loop.init_state(whole.optimizer, whole.params, whole.key, mesh))
         assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.params))
 
 

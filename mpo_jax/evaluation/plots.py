@@ -1,0 +1,85 @@
+"""Tables enter; PNG files leave. Drawn without a display."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+
+def save(path: epath.PathLike, figure) -> None:
+    """Writes a figure as PNG and closes it."""
+    from matplotlib import pyplot
+
+    with epath.Path(path).open("wb") as file:
+        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def new(width: float = 6.0, height: float = 3.6) -> tuple[Any, Any]:
+    """A figure with one pair of axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(width, height))
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def gap_histogram(path: epath.PathLike, gap: np.ndarray, threshold: float) -> None:
+    """Reward gaps, with the thresholds that part flipped, hard and easy pairs."""
+    figure, axes = new()
+    axes.hist(gap, bins=min(60, max(10, len(gap) // 20)), color="#4878a8")
+    for place in (-threshold, threshold):
+        axes.axvline(place, color="#b04030", linestyle="--")
+    top = axes.get_ylim()[1]
+    edge = max(float(np.abs(gap).max()), threshold * 1.2)
+    axes.set_xlim(-edge * 1.05, edge * 1.05)
+    for place, word in ((-(threshold + edge) / 2, "flipped"), (0, "hard"), ((threshold + edge) / 2, "easy")):
+        axes.text(place, top * 0.95, word, ha="center", va="top", bbox={"color": "white", "alpha": 0.7})
+    axes.set_xlabel("gap: score of chosen - score of rejected, reward units")
+    axes.set_ylabel("pairs")
+    save(path, figure)
+
+
+def easy_share(path: epath.PathLike, gap: np.ndarray, threshold: float) -> None:
+    """What share of the pairs each threshold would call easy, and flipped."""
+    figure, axes = new()
+    places = np.linspace(0, max(float(np.abs(gap).max()), threshold), 200)
+    axes.plot(places, [(gap >= place).mean() for place in places], label="easy (gap ≥ γ)", color="#4878a8")
+    axes.plot(places, [(gap <= -place).mean() for place in places], label="flipped (gap ≤ -γ)", color="#b04030")
+    axes.axvline(threshold, color="black", linestyle="--", label=f"γ = {threshold:.3g}")
+    axes.set_xlabel("threshold γ, reward units")
+    axes.set_ylabel("share of pairs")
+    axes.set_ylim(0, 1)
+    axes.legend()
+    save(path, figure)
+
+
+def bars(path: epath.PathLike, labels: Sequence[str], values: Sequence[float], xlabel: str, ylabel: str) -> None:
+    """One bar for each label, with a line at 0.5."""
+    figure, axes = new()
+    axes.bar(range(len(labels)), values, color="#4878a8")
+    axes.axhline(0.5, color="black", linestyle="--")
+    axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_ylim(0, 1)
+    save(path, figure)
+
+
+def curves(
+    path: epath.PathLike, lines: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, marker: str = ""
+) -> None:
+    """Lines of (x, y) points, one for each name."""
+    figure, axes = new()
+    for name, points in lines.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, marker=marker or None)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    if len(lines) > 1:
+        axes.legend()
+    save(path, figure)

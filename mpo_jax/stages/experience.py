@@ -1,0 +1,229 @@
+"""A rollout, the policy's weights and the frozen models enter; an Experience leaves, with the metrics of the rollout.
+
+Old and reference log-probs both come from the scorer, the same forward as the update, so that before the first update
+the ratio is 1 and the KL to a reference equal to the policy 0. Letters as in `types`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mpo_jax import scoring
+from mpo_jax.models import decoder
+from mpo_jax.models.config import ModelConfig
+from mpo_jax.models.flash import Slots
+from mpo_jax.ops import losses, masks, policy, returns, statistics
+from mpo_jax.types import Experience, PyTree, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How rollouts become rewards and advantages; hashable, so that a jitted function may close over it.
+
+    temperature: that of sampling. algorithm: ppo | rloo. kl_term: k1 (inside the reward) | k2 (a term of the loss).
+    mean, std: the reward model's, to normalise scores by; None: raw. score_clip: None: none.
+    """
+
+    temperature: float = 1.0
+    algorithm: str = "ppo"
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: bool = True
+    kl_term: str = "k1"
+    missing_eos_penalty: float = 0.0
+    mean: float | None = None
+    std: float | None = None
+    score_clip: float | None = None
+    shared_critic: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """The policy's view of a rollout: logps, entropy, values f32 [B,N,R], mask bool [B,N,R]."""
+
+    logps: jax.Array
+    entropy: jax.Array | None
+    values: jax.Array | None
+    mask: jax.Array
+
+
+def slots_of(rollout: Rollout) -> Slots:
+    _, responses, length = rollout.logps.shape
+    return Slots(rollout.batch.tokens.shape[1] - responses * length, responses, length)
+
+
+def response_mask(rollout: Rollout) -> jax.Array:
+    """bool [B,N,R]: real response tokens of rows of positive weight."""
+    rows, responses, length = rollout.logps.shape
+    segments = rollout.batch.segments[:, -responses * length :].reshape(rows, responses, length)
+    return (segments > 0) & (rollout.batch.weight > 0)[:, None, None]
+
+
+def judge(
+    model: ModelConfig, params: PyTree, base: PyTree, rollout: Rollout, rules: Rules, entropy: bool = False
+) -> Judged:
+    """Log-probs of a rollout's tokens under params["policy"] and, where there is a critic, its values."""
+    slots = slots_of(rollout)
+    batch, shape = rollout.batch, rollout.logps.shape
+    weights = base | params["policy"]
+    hidden = decoder.forward(model, weights, batch.tokens, batch.positions, batch.segments, slots)
+    out = scoring.logps_of_hidden(model, weights, hidden, batch, rules.temperature, entropy)
+    values = None
+    if "value" in params:
+        if rules.shared_critic:
+            values = scoring.values_of_hidden(params["value"], hidden, batch)
+        else:
+            values = scoring.response_values(model, base | params["value"], batch, slots)
+    return Judged(
+        out.logps.reshape(shape),
+        None if out.entropy is None else out.entropy.reshape(shape),
+        None if values is None else values.reshape(shape),
+        response_mask(rollout),
+    )
+
+
+def reference_logps(model: ModelConfig, weights: PyTree, rollout: Rollout, temperature: float) -> jax.Array:
+    """f32 [B,N,R], at the sampling temperature."""
+    out = scoring.response_logps(model, weights, rollout.batch, temperature, slots=slots_of(rollout))
+    return out.logps.reshape(rollout.logps.shape)
+
+
+def score(model: ModelConfig, frozen: PyTree, rollout: Rollout) -> jax.Array:
+    """The reward model's scores f32 [B,N], raw, at the last real token."""
+    responses = rollout.logps.shape[1]
+    return scoring.response_scores(
+        model, frozen["base"] | frozen["reward"], rollout.batch, responses, slots_of(rollout)
+    )
+
+
+def make(
+    model: ModelConfig,
+    rules: Rules,
+    params: PyTree,
+    frozen: PyTree,
+    rollout: Rollout,
+    given: jax.Array | None,
+    coefficient: jax.Array,
+) -> tuple[Experience, dict[str, jax.Array]]:
+    """The experience of a rollout and its metrics, f32 scalars.
+
+    frozen: {"base", "reference", "reward"?, "sft"?}. given: scores f32 [B,N] from a labeller instead of the reward
+    model, or None. coefficient: f32 [], of the KL penalty inside the reward (k1).
+    """
+    seen = judge(model, params, frozen["base"], rollout, rules, entropy=True)
+    mask = seen.mask
+    reference = reference_logps(model, frozen["base"] | frozen["reference"], rollout, rules.temperature)
+    raw = score(model, frozen, rollout) if given is None else given
+    scores = raw
+    if rules.mean is not None and rules.std is not None:
+        scores = returns.normalise(raw, rules.mean, rules.std, rules.score_clip)
+    elif rules.score_clip is not None:
+        scores = jnp.clip(raw, -rules.score_clip, rules.score_clip)
+    inside = coefficient if rules.kl_term == "k1" else jnp.float32(0)
+    rewards = returns.kl_rewards(
+        scores, seen.logps, reference, mask, rollout.finished, inside, rules.missing_eos_penalty
+    )
+    if rules.algorithm == "rloo":
+        whole = policy.leave_one_out(jnp.sum(rewards, axis=2), rollout.batch.weight)
+        advantages = jnp.where(mask, whole[:, :, None], jnp.float32(0))
+        targets = values = jnp.zeros_like(rewards)
+    else:
+        assert seen.values is not None
+        values = seen.values
+        advantages, targets = returns.gae(rewards, values, mask, rules.gamma, rules.lam)
+    metrics = _metrics(rollout, seen, reference, raw, advantages, targets)
+    if "sft" in frozen:
+        sft = reference_logps(model, frozen["base"] | frozen["sft"], rollout, rules.temperature)
+        metrics["kl_sft"] = _mean(policy.kl_metrics(seen.logps, sft, mask)["kl"])
+    if rules.whiten:
+        advantages = returns.whiten(advantages, mask)
+    experience = Experience(rollout, seen.logps, reference, values, advantages, targets, raw)
+    return experience, metrics
+
+
+def measure(
+    model: ModelConfig, rules: Rules, params: PyTree, frozen: PyTree, rollout: Rollout, given: jax.Array | None
+) -> tuple[losses.Metrics, jax.Array]:
+    """What an evaluation keeps of a rollout, as sums with their weights, and its scores f32 [B,N]."""
+    own = {"policy": params["policy"]}
+    seen = judge(model, own, frozen["base"], rollout, rules)
+    reference = reference_logps(model, frozen["base"] | frozen["reference"], rollout, rules.temperature)
+    raw = score(model, frozen, rollout) if given is None else given
+    real = jnp.any(seen.mask, axis=2)
+    count = losses.count(real)
+    lens = jnp.sum(seen.mask.astype(jnp.float32), axis=2)
+    repeated = statistics.repeated_ngram_share(_response_tokens(rollout), seen.mask)
+    kept = {
+        "score": raw,
+        "response_len": lens,
+        "finished": rollout.finished.astype(jnp.float32),
+        "repetition": repeated,
+    }
+    sums = {name: (masks.masked_sum(values, real), count) for name, values in kept.items()}
+    kl = policy.kl_metrics(seen.logps, reference, seen.mask)
+    sums |= {"kl": kl["kl"], "kl_k3": kl["kl_k3"]}
+    if given is not None and "reward" in frozen:
+        sums["reward_score"] = (masks.masked_sum(score(model, frozen, rollout), real), count)
+    return sums, raw
+
+
+def _metrics(rollout: Rollout, seen: Judged, reference, raw, advantages, targets) -> dict[str, jax.Array]:
+    mask = seen.mask
+    real = jnp.any(mask, axis=2)
+    lens = jnp.sum(mask.astype(jnp.float32), axis=2)
+    score_mean, score_variance = statistics.moments(raw, real)
+    advantage_mean, advantage_variance = statistics.moments(advantages, mask)
+    tokens = _response_tokens(rollout)
+    found = {name: _mean(pair) for name, pair in policy.kl_metrics(seen.logps, reference, mask).items()}
+    found |= {
+        "score": score_mean,
+        "score_std": jnp.sqrt(score_variance),
+        "advantage": advantage_mean,
+        "advantage_std": jnp.sqrt(advantage_variance),
+        "response_len": masks.masked_mean(lens, real),
+        "finished": masks.masked_mean(rollout.finished.astype(jnp.float32), real),
+        "score_length_correlation": statistics.correlation(raw, lens, real),
+        "repetition": masks.masked_mean(statistics.repeated_ngram_share(tokens, mask), real),
+        "sampler_scorer_difference": jnp.max(jnp.where(mask, jnp.abs(rollout.logps - seen.logps), jnp.float32(0))),
+        "response_tokens": jnp.sum(lens),
+    }
+    if seen.entropy is not None:
+        found["entropy"] = masks.masked_mean(seen.entropy, mask)
+    if seen.values is not None:
+        found["explained_variance"] = returns.explained_variance(seen.values, targets, mask)
+    return found
+
+
+def _response_tokens(rollout: Rollout) -> jax.Array:
+    rows, responses, length = rollout.logps.shape
+    return rollout.batch.tokens[:, -responses * length :].reshape(rows, responses, length)
+
+
+def _mean(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+    return pair[0] / jnp.maximum(pair[1], 1e-8)
+
+
+def make_loss(model: ModelConfig, rules: Rules, clip: float, value_clip: float | None, entropy: float, kl_loss: float):
+    """The loss of one minibatch of experience, for `loop.accumulate`: policy, critic, entropy bonus, k2 term.
+
+    entropy, kl_loss: coefficients; 0 leaves the term out.
+    """
+
+    def loss(params: PyTree, frozen: PyTree, experience: Experience, key: jax.Array) -> losses.Loss:
+        rollout = experience.rollout
+        seen = judge(model, params, frozen["base"], rollout, rules, entropy=entropy != 0)
+        mask = seen.mask
+        found = policy.ppo(seen.logps, experience.old_logps, experience.advantages, mask, clip)
+        terms: list = []
+        if seen.entropy is not None:
+            terms.append((entropy, policy.entropy_bonus(seen.entropy, mask)))
+        if kl_loss:
+            terms.append((kl_loss, policy.kl_k2(seen.logps, experience.ref_logps, mask)))
+        warm = frozen["policy_weight"]
+        found = (found[0] * warm, found[1], found[2])
+        if seen.values is not None:
+            terms.append((1.0, policy.value(seen.values, experience.values, experience.returns, mask, value_clip)))
+        return losses.add(found, *terms)
+
+    return loss
