@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mpo_jax.data.encode import Limits, cache_key, encode, encode_prompts, encode_replies
+from mpo_jax.data.encode import Limits, cache_key, encode, encode_prompts, encode_replies, write
 from mpo_jax.data.rows import tight_rows
 from mpo_jax.data.schemas import TextRecord
 from mpo_jax.data.sources import load
@@ -206,10 +206,7 @@ def test_an_unfinished_cache_is_not_read(stories, tmp_path, monkeypatch):
     assert not (tmp_path / key).exists()
     assert len(encode([_record()], stories, 2, LIMITS, tmp_path)) == 1
     # whoever comes second with the same key leaves the first's arrays in place
-    encoded = encode([_record()], stories, 2, LIMITS)
-    from mpo_jax.data.encode import _write
-
-    _write(encoded, tmp_path / key)
+    write(encode([_record()], stories, 2, LIMITS), tmp_path / key)
     assert len(encode([_record()], stories, 2, LIMITS, tmp_path)) == 1
 
 

@@ -1,5 +1,6 @@
 """Takes the losses of `ops.losses`; gives proof by hand, by identities and by torch formulations of the papers."""
 
+import functools
 import math
 
 import jax
@@ -150,12 +151,15 @@ def _vectors(seed, rows):
     return [jnp.asarray(each) for each in drawn]
 
 
-def _loss_and_gradient(name, arrays, weight):
-    def loss(arrays):
+@functools.cache
+def _compiled(name):
+    """`(arrays, weight) -> ((sum, [weight, metrics]), gradients)`."""
+
+    def loss(arrays, weight):
         total, *rest = LOSSES[name](*arrays, weight)
         return total, rest
 
-    return jax.value_and_grad(loss, has_aux=True)(arrays)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -163,20 +167,20 @@ def test_rows_of_weight_0_contribute_nothing(name):
     weight = f32(1, 1, 1, 1, 0, 0, 0, 0)
     clean = [jnp.where(weight > 0, each, 0) for each in _vectors(0, 8)]
     dirty = [each.at[4:].set(f32(NAN, INF, -INF, 1e38)) for each in clean]
-    wanted, wanted_grads = _loss_and_gradient(name, clean, weight)
-    found, grads = _loss_and_gradient(name, dirty, weight)
+    wanted, wanted_grads = _compiled(name)(clean, weight)
+    found, grads = _compiled(name)(dirty, weight)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), found, wanted)
     for grad, want in zip(grads, wanted_grads, strict=True):
         np.testing.assert_array_equal(np.asarray(grad), np.asarray(want))
         np.testing.assert_array_equal(np.asarray(grad[4:]), 0)
     # And the zeros in their place are nothing too: the four real rows alone give the same.
-    alone = LOSSES[name](*(each[:4] for each in clean), weight[:4])
-    jax.tree.map(close, [found[0], *found[1]], list(alone))
+    alone, _ = _compiled(name)([each[:4] for each in clean], weight[:4])
+    jax.tree.map(close, found, alone)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_batch_of_filler_has_weight_0_and_gradient_0(name):
-    out = _loss_and_gradient(name, [jnp.full(8, NAN, jnp.float32)] * 4, jnp.zeros(8, jnp.float32))
+    out = _compiled(name)([jnp.full(8, NAN, jnp.float32)] * 4, jnp.zeros(8, jnp.float32))
     for leaf in jax.tree.leaves(out):
         np.testing.assert_array_equal(np.asarray(leaf), 0)
 
@@ -184,8 +188,8 @@ def test_a_batch_of_filler_has_weight_0_and_gradient_0(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_microbatches_add_up_to_the_full_batch(name):
     arrays, weight = _vectors(1, 8), f32(1, 0, 1, 1, 0, 0, 1, 1)
-    whole = LOSSES[name](*arrays, weight)
-    parts = [LOSSES[name](*(each[rows] for each in arrays), weight[rows]) for rows in (slice(0, 4), slice(4, 8))]
+    whole, _ = _compiled(name)(arrays, weight)
+    parts = [_compiled(name)([each[rows] for each in arrays], weight[rows])[0] for rows in (slice(0, 4), slice(4, 8))]
     jax.tree.map(lambda all_, *some: close(sum(some), all_, atol=1e-4), whole, *parts)
 
 

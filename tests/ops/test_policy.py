@@ -1,5 +1,6 @@
 """Takes the losses of PPO and RLOO; gives proof by hand, by identities and by a torch formulation of the papers."""
 
+import functools
 import math
 
 import jax
@@ -225,12 +226,15 @@ ALL = {
 }
 
 
-def _loss_and_gradient(name, arrays, mask):
-    def loss(first):
-        total, *rest = ALL[name](first, *arrays[1:], mask)
+@functools.cache
+def _compiled(name):
+    """`(arrays, mask) -> ((sum, [weight, metrics]), gradients of all arrays)`."""
+
+    def loss(arrays, mask):
+        total, *rest = ALL[name](*arrays, mask)
         return total, rest
 
-    return jax.value_and_grad(loss, has_aux=True)(arrays[0])
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -239,14 +243,15 @@ def test_what_lies_under_the_mask_does_nothing(name):
     rubbish = jnp.resize(f32(NAN, INF, -INF, 1e38), SHAPE)
     clean = [jnp.where(mask, draw(seed, *SHAPE), 0) for seed in range(3)]
     dirty = [jnp.where(mask, each, rubbish) for each in clean]
-    wanted, found = _loss_and_gradient(name, clean, mask), _loss_and_gradient(name, dirty, mask)
+    wanted, found = _compiled(name)(clean, mask), _compiled(name)(dirty, mask)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), found, wanted)
-    np.testing.assert_array_equal(np.asarray(found[1])[~np.asarray(mask)], 0)
+    for grad in found[1]:
+        np.testing.assert_array_equal(np.asarray(grad)[~np.asarray(mask)], 0)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_an_all_masked_batch_has_weight_0_and_gradient_0(name):
-    out = _loss_and_gradient(name, [jnp.full(SHAPE, NAN, jnp.float32)] * 3, jnp.zeros(SHAPE, bool))
+    out = _compiled(name)([jnp.full(SHAPE, NAN, jnp.float32)] * 3, jnp.zeros(SHAPE, bool))
     for leaf in jax.tree.leaves(out):
         np.testing.assert_array_equal(np.asarray(leaf), 0)
 
@@ -254,17 +259,17 @@ def test_an_all_masked_batch_has_weight_0_and_gradient_0(name):
 @pytest.mark.parametrize("name", ALL)
 def test_microbatches_add_up_to_the_full_batch(name):
     arrays, mask = [draw(seed, *SHAPE) for seed in range(3)], some(9, *SHAPE)
-    whole = ALL[name](*arrays, mask)
-    parts = [ALL[name](*(each[rows] for each in arrays), mask[rows]) for rows in (slice(0, 2), slice(2, 4))]
+    whole, _ = _compiled(name)(arrays, mask)
+    parts = [_compiled(name)([each[rows] for each in arrays], mask[rows])[0] for rows in (slice(0, 2), slice(2, 4))]
     jax.tree.map(lambda all_, *few: close(sum(few), all_, atol=1e-4), whole, *parts)
 
 
-def test_nothing_flows_into_what_the_rollout_fixed():
-    logps, old, gains, mask = draw(0, *SHAPE), draw(1, *SHAPE), draw(2, *SHAPE), jnp.ones(SHAPE, bool)
-    for name in ("ppo", "value_clipped", "k2", "reinforce"):
-        for which in (1, 2):
-            grad = jax.grad(lambda *a, name=name: ALL[name](*a, mask)[0], argnums=which)(logps, old, gains)
-            np.testing.assert_array_equal(np.asarray(grad), 0)
+@pytest.mark.parametrize("name", ["ppo", "value_clipped", "k2", "reinforce"])
+def test_nothing_flows_into_what_the_rollout_fixed(name):
+    _, grads = _compiled(name)([draw(seed, *SHAPE) for seed in range(3)], jnp.ones(SHAPE, bool))
+    assert np.abs(np.asarray(grads[0])).max() > 0
+    for grad in grads[1:]:
+        np.testing.assert_array_equal(np.asarray(grad), 0)
 
 
 def test_bad_settings_and_shapes_are_named():

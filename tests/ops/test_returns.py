@@ -99,10 +99,11 @@ def test_gae_equals_the_papers_sum(seed, discounts):
     """Eq. 16 as it stands: the sum of (gamma lam)^l delta_{t+l}, in float64."""
     gamma, lam = discounts
     rewards, values = draw(seed, *SHAPE), draw(seed + 1, *SHAPE)
-    advantages, _ = returns.gae(rewards, values, MASK, gamma, lam)
+    advantages = np.asarray(returns.gae(rewards, values, MASK, gamma, lam)[0])
+    wide = [np.asarray(each, np.float64) for each in (rewards, values)]
     for row, column in np.ndindex(SHAPE[:2]):
-        size = int(MASK[row, column].sum())
-        r, v = (np.asarray(each[row, column, :size], np.float64) for each in (rewards, values))
+        size = int(np.asarray(MASK)[row, column].sum())
+        r, v = (each[row, column, :size] for each in wide)
         deltas = [r[t] + gamma * (v[t + 1] if t + 1 < size else 0) - v[t] for t in range(size)]
         wanted = [sum((gamma * lam) ** k * deltas[t + k] for k in range(size - t)) for t in range(size)]
         close(advantages[row, column, :size], wanted, atol=1e-5)
@@ -135,6 +136,7 @@ def test_adaptive_kl_coefficient_by_hand():
     assert after(6.0) == pytest.approx(0.2)
     assert after(60.0, gain=0.0) == np.float32(0.2)  # a fixed coefficient
     assert after(60.0, gain=1.0, most=0.5) == pytest.approx(0.3)
+    assert after(0.0, gain=1.0, most=0.5) == pytest.approx(0.1)
     with pytest.raises(ValueError, match="KL target is 0"):
         returns.adapt_kl_coefficient(jnp.float32(0.2), jnp.float32(1.0), 0.0)
 
