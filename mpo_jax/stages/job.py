@@ -5,6 +5,7 @@ LoRA, {"lora"} over the base model's frozen {"params"}, and {"head"} for reward 
 """
 
 import dataclasses
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Job:
 
 def key(job: Job) -> jax.Array:
     """The stage's PRNG key: from the run's seed and the stage's name, so that no two stages share one."""
-    return jax.random.fold_in(jax.random.key(job.config.seed), int.from_bytes(job.name.encode()[-4:]) & 0x7FFFFFFF)
+    return jax.random.fold_in(jax.random.key(job.config.seed), zlib.crc32(job.name.encode()))
 
 
 def model(job: Job) -> ModelConfig:
