@@ -23,6 +23,7 @@ from mpo_jax.errors import InputError
 from mpo_jax.models import config as model_config
 from mpo_jax.models import decoder, hf, lora
 from mpo_jax.models.config import LoraConfig, ModelConfig
+from mpo_jax.models.presets import Preset
 from mpo_jax.types import PyTree
 
 WEIGHTS = "weights"
@@ -42,7 +43,8 @@ class Artifact:
 @dataclasses.dataclass(frozen=True)
 class Job:
     """settings: the stage's own keys, all of them. config: the whole run's. folder: where its artifact goes.
-    inputs: role ("init", "reference", "reward", "pairs", ...) → artifact."""
+    inputs: role ("init", "reference", "reward", "pairs", ...) → artifact. preset: the base model where it is known by
+    its numbers alone, as a plan knows it."""
 
     name: str
     settings: ConfigDict
@@ -51,6 +53,12 @@ class Job:
     workdir: epath.Path
     inputs: Mapping[str, Artifact]
     mesh: jax.sharding.Mesh
+    preset: Preset | None = None
+
+    @property
+    def platform(self) -> str:
+        """Of the devices that the stage runs on: cpu, gpu or tpu."""
+        return self.mesh.devices.flat[0].platform
 
 
 def key(job: Job) -> jax.Array:
@@ -61,27 +69,31 @@ def key(job: Job) -> jax.Array:
 def model(job: Job) -> ModelConfig:
     """The decoder's config, for the job's mesh. InputError for what the model or a backend can't do."""
     settings = job.config.model
-    folder = hf.resolve(settings.path)
+    if job.preset is None:
+        architecture = model_config.from_folder(hf.resolve(settings.path))
+    else:
+        architecture = job.preset.architecture
     adapters = settings.lora
     return dataclasses.replace(
-        model_config.from_folder(folder).for_mesh(job.mesh),
-        dtype=_dtype(settings.dtype, "model.dtype"),
-        remat=settings.remat,
+        architecture.for_mesh(job.mesh),
+        dtype=model_config.compute_dtype(settings.dtype, job.platform),
+        remat=job.settings.get("remat") or settings.remat,
         attention=settings.attention,
         lora=LoraConfig(adapters.rank, adapters.alpha, tuple(adapters.targets)) if adapters.rank else None,
     )
 
 
 def frozen_dtype(job: Job) -> str:
-    return _dtype(job.config.model.frozen_dtype, "model.frozen_dtype")
+    """Of weights that nothing trains; there is no mixed storage."""
+    name, key = job.config.model.frozen_dtype, "model.frozen_dtype"
+    if name == "mixed":
+        raise InputError(f"{key}: 'mixed' is a way to compute; expected auto, float32 or bfloat16")
+    return model_config.compute_dtype(name, job.platform, key)
 
 
-def _dtype(name: str, key: str) -> str:
-    if name == "auto":
-        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if name not in model_config.DTYPES:
-        raise InputError(f"{key}: {name!r}; expected auto or one of {list(model_config.DTYPES)}")
-    return name
+def stop_ids(job: Job) -> tuple[int, ...]:
+    """The base model's own stop ids."""
+    return hf.read_stop_ids(hf.resolve(job.config.model.path)) if job.preset is None else job.preset.stop_ids
 
 
 def base_weights(job: Job, model: ModelConfig) -> PyTree:
@@ -100,6 +112,13 @@ def load_weights(job: Job, artifact: Artifact, model: ModelConfig, dtype: str = 
     head = artifact.kind == "reward"
     abstract = abstract_weights(model, job.mesh, head=head, dtype=dtype)
     return checkpoint.restore_weights(artifact.folder / WEIGHTS, abstract)
+
+
+def abstract_base(job: Job, model: ModelConfig) -> PyTree:
+    """Shapes and shardings of `base_weights`."""
+    if model.lora is None:
+        return {}
+    return abstract_weights(dataclasses.replace(model, lora=None), job.mesh, dtype=frozen_dtype(job))
 
 
 def abstract_weights(model: ModelConfig, mesh, head: bool = False, dtype: str = "float32") -> PyTree:

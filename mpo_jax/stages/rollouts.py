@@ -14,7 +14,6 @@ from mpo_jax import sampling, sharding
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.plan import FILLER
 from mpo_jax.errors import InputError
-from mpo_jax.models import hf
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.sampling import SamplingConfig
 from mpo_jax.stages import job as jobs
@@ -30,7 +29,7 @@ def sampling_config(job: Job, settings: Any, n: int) -> SamplingConfig:
         min_new_tokens=settings.min_new_tokens,
         max_new_tokens=settings.max_new_tokens,
         n=n,
-        stop_ids=hf.read_stop_ids(hf.resolve(job.config.model.path)),
+        stop_ids=jobs.stop_ids(job),
     )
 
 
