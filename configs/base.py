@@ -10,7 +10,8 @@ import ml_collections
 
 OPERATIONAL = (
     "mesh", "decode_mesh", "remat", "attention", "microbatch", "log_every", "save_every", "keep", "path",
-    "cache", "time_every", "wandb", "score_batch",
+    "cache", "time_every", "wandb", "score_batch", "key_variable", "concurrency", "seconds", "attempts", "max_calls",
+    "max_tokens",
 )  # fmt: skip
 """Keys that say how a run is computed, not what: they don't enter an artifact's hash, so a run goes on elsewhere."""
 
@@ -54,6 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
 TRAINING = {
     "batch_size": 16,  # rows of a step, over all devices
     "microbatch": 0,  # rows computed at a time (gradient accumulation); 0: all of them
+    "remat": "",  # of this stage; empty: model.remat
     "epochs": 1.0,
     "steps": 0,  # optimizer steps; 0: as many as `epochs` gives
     "learning_rate": 1e-5,  # peak
@@ -183,6 +185,28 @@ KINDS = {
         "labeller": "",  # a gold labeller beside the reward model, for studies: vader
         "bootstrap": 2000,  # resamples of an interval
         "batch_size": 32,
+    },
+    "judge": {
+        "evaluate": "evaluate",  # whose replies are judged
+        "judge": "endpoint",  # endpoint (OpenAI's chat-completions protocol) | local | reward | gold (scores at hand)
+        "local": "",  # the policy that judges, for `judge = "local"`
+        "policies": (),  # some of the evaluation's; empty: all
+        "baseline": "",  # whom the others are compared with; empty: every two of them
+        "rubric": "helpful",  # the question that comes with the package: summary | helpful | harmless
+        "prompt_file": "",  # a Jinja file instead, with {{ prompt }}, {{ first }} and {{ second }}
+        "base_url": "https://api.openai.com/v1",
+        "model": "",  # the endpoint's name for it
+        "key_variable": "OPENAI_API_KEY",  # environment variable with the API key; empty: the server wants none
+        "temperature": 0.0,
+        "answer_tokens": 256,  # at most, of an answer
+        "limit_key": "max_tokens",  # under which it is sent; some models want max_completion_tokens
+        "concurrency": 8,  # calls at a time
+        "seconds": 120.0,  # that a call may take
+        "attempts": 6,  # at a question, before the stage stops
+        "max_calls": 0,  # ceiling of the stage, failed attempts included; 0: none
+        "max_tokens": 0,  # ceiling of the stage, of questions and answers; 0: none
+        "bootstrap": 2000,
+        "batch_size": 8,  # questions that a local policy reads at a time
     },
 }
 
