@@ -270,7 +270,7 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    text = json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
     if _remote(path):
         temporary.write_text(text)
         temporary.replace(path)
@@ -287,11 +287,12 @@ def write_json(path: epath.PathLike, value: Any) -> None:
         os.close(folder)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value as JSON holds it: see `write_json`."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic) or (isinstance(value, jax.Array | np.ndarray) and value.ndim == 0):
         value = value.item()
     if isinstance(value, os.PathLike):

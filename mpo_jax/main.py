@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from mpo_jax import pipeline, sharding
+from mpo_jax import graph, pipeline, sharding
 from mpo_jax.errors import InputError
 from mpo_jax.stages.loop import NonFinite
 
@@ -48,7 +48,7 @@ def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every rename
     try:
         if _DRY_RUN.value:
-            print(pipeline.tree(pipeline.resolve(config, workdir)))
+            print(pipeline.tree(config, graph.resolve(config, workdir)))
             return
         start_processes()
         # Compiled programs outlive the process: a resumed or repeated run starts with its first step at once.

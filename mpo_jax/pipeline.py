@@ -1,14 +1,15 @@
-"""Takes a config's stage graph and a workdir; gives each stage its key and state, and runs what is not done.
+"""A graph of stages enters; every stage that is not done is run, in order, and leaves its artifact and a manifest.
 
-A stage's key is the hash of its settings, its inputs' keys, the base model and the data, by content. Its folder is
-WORKDIR/NAME-KEY: finished stages are skipped, an unfinished one resumes, a changed one runs again under a new key.
+Finished stages are skipped, an unfinished one resumes, a changed one runs again under a new key. A stage is done when
+its manifest is there and each of its inputs still is the one it was made from.
 """
 
 import dataclasses
-import difflib
 import importlib
 import importlib.metadata
+import json
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,85 +18,22 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mpo_jax import checkpoint
-from mpo_jax.data import sources as data_sources
-from mpo_jax.errors import InputError
-from mpo_jax.models import hf
+from mpo_jax.graph import BASE, Node, needed, resolve
 from mpo_jax.stages.job import Artifact, Job
 
-BASE = "base"
-"""The name by which stages call the model that the run begins with."""
-
-PRODUCES = {
-    BASE: "policy",
-    "sft": "policy",
-    "reward": "reward",
-    "pairs": "samples",
-    "split": "pairs",
-    "dpo": "policy",
-    "ppo": "policy",
-    "evaluate": "report",
-}
-"""What each kind of stage leaves."""
-
-ROLES: dict[str, dict[str, str]] = {
-    "sft": {"init": "policy"},
-    "reward": {"init": "policy", "pairs": "samples"},
-    "pairs": {"policy": "policy"},
-    "split": {"reward": "reward", "policy": "policy", "pairs": "samples"},
-    "dpo": {"init": "policy", "reference": "policy", "pairs": "pairs"},
-    "ppo": {"init": "policy", "reference": "policy", "reward": "reward", "prompts": "pairs", "sft": "policy"},
-    "evaluate": {"policies": "policy", "reward": "reward", "prompts": "pairs"},
-}
-"""What each kind takes: role -> what must be named there. An empty name leaves a role out, where the stage can."""
-
-PARTS = ("easy", "hard", "flipped", "all")
 PACKAGES = ("mpo_jax", "jax", "flax", "optax", "orbax-checkpoint")
-FORMAT = 1
-"""Enters every key; raised when artifacts of an earlier version of this package can't be read any more."""
+INPUTS = "inputs.json"
+"""The file that a stage writes first: which making of each input it works from."""
+
+DONE, UNFINISHED, STALE, MISSING = "done", "unfinished", "stale", "missing"
 
 
 @dataclasses.dataclass(frozen=True)
-class Node:
-    """One stage of the graph. inputs: role -> names of stages with their part, ("split", "easy")."""
+class Status:
+    """state: DONE, UNFINISHED (it resumes), STALE (it runs again) or MISSING (it never ran). why: of all but DONE."""
 
-    name: str
-    kind: str
-    settings: Any
-    inputs: Mapping[str, tuple[tuple[str, str], ...]]
-    key: str
-    folder: epath.Path
-
-    @property
-    def done(self) -> bool:
-        return checkpoint.read_manifest(self.folder) is not None
-
-    @property
-    def begun(self) -> bool:
-        return self.folder.exists()
-
-
-def resolve(config, workdir: epath.Path) -> dict[str, Node]:
-    """The graph in an order in which it can run. InputError for a cycle, an unknown kind or input, a wrong type."""
-    stages = config.stages
-    if not len(stages):
-        raise InputError("config.stages is empty; expected at least one stage")
-    inputs = {name: _inputs(name, stages) for name in stages}
-    shared = _shared_hash(config)
-    nodes: dict[str, Node] = {}
-    for name in _order(inputs):
-        settings = stages[name]
-        kept = {
-            key: value
-            for key, value in settings.to_dict().items()
-            if key not in config.operational and key not in ROLES[settings.kind]
-        }
-        above = {
-            role: [[nodes[source].key if source != BASE else BASE, part] for source, part in sources]
-            for role, sources in inputs[name].items()
-        }
-        key = checkpoint.hash_settings({"format": FORMAT, "settings": kept, "inputs": above, "shared": shared})[:12]
-        nodes[name] = Node(name, settings.kind, settings, inputs[name], key, workdir / f"{name}-{key}")
-    return nodes
+    state: str
+    why: str = ""
 
 
 def run(config, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dict[str, Node]:
@@ -104,17 +42,19 @@ def run(config, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dict[str
     wanted = needed(nodes, only)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        current = {name: node.folder.name for name, node in nodes.items()}
-        checkpoint.write_json(workdir / "stages.json", current)
-    for name in nodes:
-        node = nodes[name]
+        checkpoint.write_json(workdir / "stages.json", {name: node.folder.name for name, node in nodes.items()})
+    for name, node in nodes.items():
         if name not in wanted:
             continue
-        if node.done:
+        status = statuses(config, nodes)[name]
+        _together(f"{name} looked at")
+        if status.state == DONE:
             _say(f"{name}: done before ({node.folder.name})")
             continue
-        _say(f"{name}: {'resumed' if node.begun else 'begun'} ({node.folder.name})")
+        _say(f"{name}: {'resumed' if status.state == UNFINISHED else 'begun'} ({node.folder.name})")
         began = time.perf_counter()
+        if status.state == STALE:
+            _set_aside(node, workdir)
         run_stage(config, workdir, mesh, nodes, node)
         _say(f"{name}: finished in {time.perf_counter() - began:.1f} s")
     return nodes
@@ -123,132 +63,148 @@ def run(config, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dict[str
 def run_stage(config, workdir: epath.Path, mesh, nodes: Mapping[str, Node], node: Node) -> None:
     """Runs one stage and, as the last thing, writes its manifest."""
     job = Job(node.name, node.settings, config, node.folder, workdir, _artifacts(nodes, node, config), mesh)
+    inputs = _inputs(nodes, node)
     if jax.process_index() == 0:
         node.folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(node.folder / "config.json", config.to_dict())
+        checkpoint.write_json(node.folder / INPUTS, inputs)
+    _together(f"{node.name} begun")
     module = importlib.import_module(f"mpo_jax.stages.{node.kind}")
     with jax.set_mesh(mesh):
         summary = module.run(job)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"{node.name} finished")
+    _together(f"{node.name} finished")
     if jax.process_index() == 0:
         manifest = {
             "name": node.name,
             "kind": node.kind,
             "key": node.key,
-            "inputs": {
-                role: [{"name": source, "part": part, "key": nodes[source].key if source in nodes else BASE}
-                       for source, part in sources]
-                for role, sources in node.inputs.items()
-            },
-            "shared": _shared_hash(config),
+            "made": uuid.uuid4().hex,
+            "inputs": inputs,
+            "shared": node.shared,
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
             "summary": summary,
-        }  # fmt: skip
+        }
         checkpoint.write_manifest(node.folder, manifest)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"{node.name} written")
+    _together(f"{node.name} written")
 
 
-def needed(nodes: Mapping[str, Node], only: Iterable[str]) -> set[str]:
-    """The stages named, with all they rest on; all of them where none is named."""
-    only = list(only)
-    for name in only:
-        if name not in nodes:
-            raise InputError(f"--stages: no stage {name!r}{_suggest(name, nodes)}")
-    waiting, found = only or list(nodes), set()
-    while waiting:
-        name = waiting.pop()
-        if name not in found and name != BASE:
-            found.add(name)
-            waiting += [source for sources in nodes[name].inputs.values() for source, _ in sources]
-    return found
-
-
-def tree(nodes: Mapping[str, Node]) -> str:
-    """The graph with the state of every stage, a line each, and why it is not done."""
-    lines = []
+def statuses(config, nodes: Mapping[str, Node]) -> dict[str, Status]:
+    """The state of every stage, and why it is not done."""
+    found: dict[str, Status] = {}
     for name, node in nodes.items():
-        above = [f"{role}={source}{'/' + part if part else ''}" for role, sources in node.inputs.items()
-                 for source, part in sources]  # fmt: skip
-        if node.done:
-            state = "done"
-        elif node.begun:
-            state = "unfinished: resumes from its last checkpoint"
+        waiting = [source for source in node.sources if found[source].state != DONE]
+        begun, current = _read(node.folder / INPUTS), _inputs(nodes, node)
+        finished = checkpoint.read_manifest(node.folder) is not None
+        if begun is None:
+            found[name] = _never_begun(config, nodes, node)
+        elif waiting and finished:
+            found[name] = Status(STALE, f"{', '.join(waiting)} will be made again")
+        elif not waiting and begun != current:
+            found[name] = Status(STALE, f"{', '.join(_remade(begun, current))} was made again since")
+        elif finished:
+            found[name] = Status(DONE)
         else:
-            others = (
-                sorted(path.name for path in node.folder.parent.glob(f"{name}-*"))
-                if node.folder.parent.exists()
-                else []
-            )
-            state = f"stale: settings, inputs or data changed since {others[-1]}" if others else "missing: never run"
-        lines.append(f"{name:12} {node.kind:9} {node.key}  {state}\n{'':12} {', '.join(above)}")
-    return "\n".join(lines)
-
-
-def _inputs(name: str, stages) -> dict[str, tuple[tuple[str, str], ...]]:
-    settings = stages[name]
-    kind = settings.get("kind")
-    if kind not in ROLES:
-        raise InputError(f"stages.{name}.kind: unknown kind {kind!r}{_suggest(str(kind), ROLES)}")
-    if name == BASE:
-        raise InputError(f"stages.{name}: the name is kept for the base model; choose another")
-    found = {}
-    for role, wanted in ROLES[kind].items():
-        value = settings.get(role, "")
-        sources = (value,) if isinstance(value, str) else tuple(value)
-        found[role] = tuple(_source(name, role, source, wanted, stages) for source in sources if source)
+            found[name] = Status(UNFINISHED, "resumes from its last checkpoint")
     return found
 
 
-def _source(name: str, role: str, value: str, wanted: str, stages) -> tuple[str, str]:
-    source, _, part = value.partition("/")
-    where = f"stages.{name}.{role}"
-    if source != BASE and source not in stages:
-        raise InputError(f"{where}: no stage {source!r}{_suggest(source, [*stages, BASE])}")
-    kind = BASE if source == BASE else stages[source].get("kind")
-    if kind in PRODUCES and PRODUCES[kind] != wanted:
-        raise InputError(f"{where}: {source!r} is a {kind} stage and leaves a {PRODUCES[kind]}; expected a {wanted}")
-    if wanted == "pairs" and part not in PARTS:
-        raise InputError(f"{where}: {value!r}; expected {source}/PART with PART one of {', '.join(PARTS)}")
-    if wanted != "pairs" and part:
-        raise InputError(f"{where}: {value!r}; a {wanted} has no parts, expected {source!r}")
-    return source, part
+def tree(config, nodes: Mapping[str, Node]) -> str:
+    """The graph as a tree, a line for each stage with its state; it hangs from the last of its inputs to be made."""
+    states, order = statuses(config, nodes), list(nodes)
+    parents = {name: max(node.sources, key=order.index, default=BASE) for name, node in nodes.items()}
+    rows: list[tuple[str, str, str]] = []
+
+    def draw(parent: str, indent: str) -> None:
+        children = [name for name in order if parents[name] == parent]
+        for name in children:
+            node, status, last = nodes[name], states[name], name == children[-1]
+            others = [f"{role}={_label(source)}" for role, sources in node.inputs.items() for source in sources]
+            state = status.state + (f" ({status.why})" if status.why else "")
+            rows.append((f"{indent}{'└── ' if last else '├── '}{name} [{node.kind}]", state, " ".join(others)))
+            draw(name, indent + ("    " if last else "│   "))
+
+    draw(BASE, "")
+    width = max(len(left) for left, _, _ in rows)
+    lines = [f"{left:{width}}  {state}\n{'':{width}}    {inputs}" for left, state, inputs in rows]
+    return "\n".join([BASE, *lines])
 
 
-def _order(inputs: Mapping[str, Mapping[str, tuple[tuple[str, str], ...]]]) -> list[str]:
-    """Names so that every stage follows its inputs, otherwise as declared."""
-    order: list[str] = []
-    open_: list[str] = []
-
-    def visit(name: str) -> None:
-        if name in order or name == BASE:
-            return
-        if name in open_:
-            raise InputError(f"stages: a cycle: {' -> '.join([*open_[open_.index(name) :], name])}")
-        open_.append(name)
-        for sources in inputs[name].values():
-            for source, _ in sources:
-                visit(source)
-        open_.pop()
-        order.append(name)
-
-    for name in inputs:
-        visit(name)
-    return order
+def _label(source: tuple[str, str]) -> str:
+    return "/".join(part for part in source if part)
 
 
-def _shared_hash(config) -> str:
-    """Of all that every stage reads: seed, model and data settings, and the contents of the model and the data."""
-    model, data = config.model.to_dict(), config.data.to_dict()
-    kept = {
-        "seed": config.seed,
-        "model": {key: value for key, value in model.items() if key not in config.operational},
-        "data": {key: value for key, value in data.items() if key not in config.operational},
-        "base": checkpoint.fingerprint_weights_folder(hf.resolve(config.model.path)),
-        "content": data_sources.fingerprint(config.data.path),
+def _never_begun(config, nodes: Mapping[str, Node], node: Node) -> Status:
+    """Missing, or stale where an artifact of other settings lies beside it; with what differs."""
+    workdir = node.folder.parent
+    others = [path for path in workdir.glob(f"{node.name}-*") if (path / INPUTS).exists()] if workdir.exists() else []
+    if not others:
+        return Status(MISSING, "never run")
+    last = max(others, key=lambda path: path.stat().mtime)
+    before, now = _read(last / "config.json") or {}, checkpoint.plain(config.to_dict())
+    old, new = before.get("stages", {}).get(node.name, {}), now["stages"][node.name]
+    kept = set(config.operational)
+    changed = [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new if key not in kept and old.get(key) != new[key]
+    ]
+    for part in ("seed", "model", "data"):
+        if _without(before.get(part), kept) != _without(now[part], kept):
+            changed.append(f"config.{part}")
+    above = _read(last / INPUTS) or {}
+    keys = {entry["name"]: entry["key"] for entries in above.values() for entry in entries}
+    changed += [f"input {name}" for name in node.sources if name in keys and keys[name] != nodes[name].key]
+    reason = ", ".join(changed) or "the contents of the base model or the data"
+    return Status(STALE, f"changed since {last.name}: {reason}")
+
+
+def _without(part: Any, left_out: set[str]) -> Any:
+    return {key: value for key, value in part.items() if key not in left_out} if isinstance(part, dict) else part
+
+
+def _inputs(nodes: Mapping[str, Node], node: Node) -> dict[str, Any]:
+    """Role -> the key of each input, and which making of it lies there now."""
+    return {
+        role: [
+            {"name": source, "part": part}
+            | (
+                {"key": BASE, "made": BASE}
+                if source == BASE
+                else {"key": nodes[source].key, "made": _made(nodes[source])}
+            )
+            for source, part in sources
+        ]
+        for role, sources in node.inputs.items()
     }
-    return checkpoint.hash_settings(kept)
+
+
+def _made(node: Node) -> str | None:
+    return (checkpoint.read_manifest(node.folder) or {}).get("made")
+
+
+def _remade(begun: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    old = {entry["name"]: entry["made"] for entries in begun.values() for entry in entries}
+    new = {entry["name"]: entry["made"] for entries in current.values() for entry in entries}
+    return [name for name in new if old.get(name) != new[name]]
+
+
+def _set_aside(node: Node, workdir: epath.Path) -> None:
+    """Moves what an earlier making left under the same key, so that nothing is overwritten."""
+    if node.folder.exists() and jax.process_index() == 0:
+        aside = workdir / "set_aside"
+        aside.mkdir(parents=True, exist_ok=True)
+        target = aside / f"{node.folder.name}-{uuid.uuid4().hex[:8]}"
+        node.folder.rename(target)
+        _say(f"{node.name}: the earlier artifact now lies in {target}")
+    _together(f"{node.name} set aside")
+
+
+def _read(path: epath.Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _together(what: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def _artifacts(nodes: Mapping[str, Node], node: Node, config) -> dict[str, Any]:
@@ -265,12 +221,6 @@ def _artifacts(nodes: Mapping[str, Node], node: Node, config) -> dict[str, Any]:
         else:
             found[role] = many
     return found
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
 
 
 def _say(line: str) -> None:

@@ -18,6 +18,7 @@ LAYERS = [
     {"data"},
     {"evaluation"},
     {"stages"},
+    {"graph"},
     {"pipeline"},
     {"main", "plan", "export", "sample", "show", "annotate"},
 ]

@@ -1,0 +1,124 @@
+"""Which stages run, are skipped, resume and run again; with stages that only write a file in place of training."""
+
+import dataclasses
+import json
+import types
+
+import pytest
+from etils import epath
+
+from configs import base
+from mpo_jax import graph, pipeline, sharding
+
+
+@dataclasses.dataclass
+class Run:
+    """A config, its workdir, and a list of the stages that ran since it was last emptied."""
+
+    config: object
+    workdir: epath.Path
+    ran: list
+
+    def __call__(self, *only):
+        self.ran.clear()
+        pipeline.run(self.config, self.workdir, sharding.make_mesh(data=8, fsdp=1), only)
+        return list(self.ran)
+
+    def states(self):
+        nodes = graph.resolve(self.config, self.workdir)
+        return {name: status.state for name, status in pipeline.statuses(self.config, nodes).items()}
+
+    def folder(self, name):
+        return graph.resolve(self.config, self.workdir)[name].folder
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"weights")
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    config = base.get_config()
+    config.model.path, config.data.path = str(model), str(data)
+    config.stages.sft = base.stage("sft")
+    config.stages.reward = base.stage("reward")
+    config.stages.split = base.stage("split")
+    config.stages.dpo = base.stage("dpo")
+    ran = []
+
+    def stage(job):
+        ran.append(job.name)
+        if job.settings.get("beta") == 13:
+            raise KeyboardInterrupt
+        (job.folder / "result.txt").write_text(job.name)
+        return {"loss": 0.5}
+
+    monkeypatch.setattr(pipeline.importlib, "import_module", lambda name: types.SimpleNamespace(run=stage))
+    return Run(config, epath.Path(tmp_path / "run"), ran)
+
+
+def test_finished_stages_are_skipped(run):
+    assert run() == ["sft", "reward", "split", "dpo"]
+    assert run() == []
+    assert set(run.states().values()) == {"done"}
+    names = json.loads((run.workdir / "stages.json").read_text())
+    assert names == {name: run.folder(name).name for name in run.config.stages}
+
+
+def test_a_run_can_be_limited_to_some_stages(run):
+    assert run("reward") == ["sft", "reward"]
+    assert run.states() == {"sft": "done", "reward": "done", "split": "missing", "dpo": "missing"}
+
+
+def test_the_manifest_tells_what_a_stage_was_made_from(run):
+    run()
+    manifest = json.loads((run.folder("dpo") / "manifest.json").read_text())
+    above = json.loads((run.folder("split") / "manifest.json").read_text())
+    assert manifest["inputs"]["pairs"] == [
+        {"name": "split", "part": "easy", "key": above["key"], "made": above["made"]},
+    ]
+    assert manifest["summary"] == {"loss": 0.5}
+    assert set(manifest["packages"]) >= {"mpo_jax", "jax"}
+
+
+def test_a_changed_setting_runs_its_stage_and_dependents_beside_the_old(run):
+    run()
+    old = run.folder("split")
+    run.config.stages.split.threshold = 2.0
+    assert run.states() == {"sft": "done", "reward": "done", "split": "stale", "dpo": "stale"}
+    drawn = pipeline.tree(run.config, graph.resolve(run.config, run.workdir))
+    assert "threshold: 1.0 -> 2.0" in drawn and "input split" in drawn
+    assert run() == ["split", "dpo"]
+    assert (old / "manifest.json").exists()
+
+
+def test_a_deleted_artifact_runs_again_with_its_dependents_alone(run):
+    run()
+    run.folder("split").rmtree()
+    assert run.states() == {"sft": "done", "reward": "done", "split": "missing", "dpo": "stale"}
+    assert run() == ["split", "dpo"]
+    assert [path.name.rpartition("-")[0] for path in (run.workdir / "set_aside").iterdir()] == [run.folder("dpo").name]
+    assert run() == []
+
+
+def test_a_stage_that_was_cut_off_runs_again_in_the_same_folder(run):
+    run.config.stages.dpo.beta = 13
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert run.states()["dpo"] == "unfinished"
+    (run.folder("dpo") / "checkpoint").write_text("kept")
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert run.ran == ["dpo"] and (run.folder("dpo") / "checkpoint").exists()
+
+
+def test_the_tree_shows_every_stage_beneath_its_last_input(run):
+    drawn = pipeline.tree(run.config, graph.resolve(run.config, run.workdir))
+    lines = drawn.splitlines()
+    assert lines[0] == "base"
+    assert [line.split("[")[0].strip("│├└─ ") for line in lines[1::2]] == ["sft", "reward", "split", "dpo"]
+    depth = [line.index("──") for line in lines[1::2]]
+    assert depth == sorted(set(depth))  # a chain: each hangs from the one before
+    assert "missing (never run)" in lines[1] and "pairs=split/easy" in lines[-1]
