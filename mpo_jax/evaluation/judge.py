@@ -1,0 +1,198 @@
+"""Replies and a judge's verdicts on them, in both orders, enter; the table of who wins leaves, with the judge's habits.
+
+A prompt counts as won where both orders name the same policy, as a tie where they disagree or both say so, and not at
+all where either order has no readable verdict: those are counted and shown, never guessed.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from scipy import stats
+
+from mpo_jax.errors import InputError
+from mpo_jax.evaluation import judge_prompts, statistics
+from mpo_jax.evaluation.judge_prompts import FIRST, SECOND, TIE, Question
+
+Row = Mapping[str, Any]
+"""A line of replies.jsonl."""
+
+
+def read_replies(path: epath.Path) -> list[Row]:
+    """The lines of a replies.jsonl. InputError for one that is missing or not JSON."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file; run an evaluate stage first")
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+    if not rows:
+        raise InputError(f"{path}: holds no replies")
+    return rows
+
+
+def pairs_of(rows: Sequence[Row], policies: Sequence[str], baseline: str) -> list[tuple[str, str]]:
+    """Which policies to compare: each with the baseline, or every two. policies: some of those in rows; empty: all.
+
+    The later policy stands left, so that a win rate above one half says that it is the better.
+    """
+    known = list(rows[0]["replies"])
+    for name in [*policies, *([baseline] if baseline else [])]:
+        if name not in known:
+            raise InputError(f"policies: no replies of {name!r}; expected some of {', '.join(known)}")
+    chosen = [name for name in known if not policies or name in policies or name == baseline]
+    if len(chosen) < 2:
+        raise InputError(f"policies: {', '.join(chosen)}; a comparison needs two")
+    if baseline:
+        return [(name, baseline) for name in chosen if name != baseline]
+    return [(right, left) for left, right in itertools.combinations(chosen, 2)]
+
+
+def by_answers(
+    rows: Sequence[Row],
+    pairs: Sequence[tuple[str, str]],
+    by: str,
+    questions: Sequence[Question],
+    answers: Sequence[str | None],
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The table of a judge that was asked. answers: to each question, None where it could not be put."""
+    verdicts = {
+        (q.left, q.right, q.prompt_id, q.first == q.left): judge_prompts.verdict(answer)
+        for q, answer in zip(questions, answers, strict=True)
+    }
+    tables = []
+    for left, right in pairs:
+        both = [
+            (verdicts[left, right, row["prompt_id"], True], verdicts[left, right, row["prompt_id"], False])
+            if (left, right, row["prompt_id"], True) in verdicts
+            else (TIE, TIE)  # the same text twice, never asked
+            for row in rows
+        ]
+        asked = [(left, right, row["prompt_id"], True) in verdicts for row in rows]
+        tables.append(_pair_table(rows, left, right, by, both, asked, resamples, seed))
+    return _whole(by, tables)
+
+
+def by_scores(
+    rows: Sequence[Row], pairs: Sequence[tuple[str, str]], by: str, key: str, resamples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """The same table from scores in the replies ("reward", "gold"): the order in which they stand plays no part."""
+    tables = []
+    for left, right in pairs:
+        scores = [[row["replies"][name].get(key) for name in (left, right)] for row in rows]
+        valid = [None not in pair for pair in scores]
+        if not any(valid):
+            raise InputError(f"judge {key!r}: the replies of {left} and {right} hold no {key} scores")
+        both = [
+            (FIRST, SECOND) if valid and a > b else (SECOND, FIRST) if valid and a < b else (TIE, TIE) if valid
+            else (None, None)
+            for (a, b), valid in zip(scores, valid, strict=True)
+        ]  # fmt: skip
+        tables.append(_pair_table(rows, left, right, by, both, valid, resamples, seed))
+    return _whole(by, tables)
+
+
+def _pair_table(
+    rows: Sequence[Row],
+    left: str,
+    right: str,
+    by: str,
+    both: Sequence[tuple[str | None, str | None]],
+    asked: Sequence[bool],
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """One pair of policies. both: the verdicts with left shown first, and with right shown first."""
+    valid = [None not in pair for pair in both]
+    if not any(valid):
+        raise InputError(
+            f"judge {by}: not one readable verdict on {left} and {right}; see verdicts.jsonl for what it answered"
+        )
+    outcome = np.array([_outcome(*pair) for pair, good in zip(both, valid, strict=True) if good])
+    lengths = np.array(
+        [row["replies"][left]["tokens"] - row["replies"][right]["tokens"] for row, good in zip(rows, valid, strict=True)
+         if good]
+    )  # fmt: skip
+    single = [verdict for pair, here in zip(both, asked, strict=True) if here for verdict in pair]
+    twice = [pair for pair, good, here in zip(both, valid, asked, strict=True) if good and here]
+    decided = [verdict for verdict in single if verdict in (FIRST, SECOND)]
+    return {
+        "comparison": statistics.compare(left, right, by, outcome, lengths, resamples, seed),
+        "identical": len(rows) - sum(asked),
+        "answers": len(single),
+        "invalid_answers": single.count(None),
+        "invalid_prompts": len(rows) - sum(valid),
+        "ties": int(np.sum(outcome == 0.5)),
+        "decided": len(decided),
+        "first": decided.count(FIRST),
+        "twice": len(twice),
+        "agreed": sum(_same(*pair) for pair in twice),
+        "first_twice": twice.count((FIRST, FIRST)),
+        "second_twice": twice.count((SECOND, SECOND)),
+        "longer": float(np.mean(lengths > 0)),
+        "length_preference": _length_preference(outcome, lengths),
+    }
+
+
+def _whole(by: str, tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Plain data: the pairs with Holm's correction, and the judge's own habits over all of them."""
+    comparisons = statistics.holm([table.pop("comparison") for table in tables])
+    total = {key: sum(table[key] for table in tables)
+             for key in ("answers", "invalid_answers", "decided", "first", "twice", "agreed")}  # fmt: skip
+    return {
+        "by": by,
+        "pairs": [
+            table | dataclasses.asdict(comparison) | {"sentence": statistics.sentence(comparison)}
+            for table, comparison in zip(tables, comparisons, strict=True)
+        ],
+        "habits": total
+        | {
+            "position_bias": _share(total["first"], total["decided"]),
+            "position_bias_interval": _wilson(total["first"], total["decided"]),
+            "agreement": _share(total["agreed"], total["twice"]),
+        },
+    }
+
+
+def _outcome(left_first: str | None, right_first: str | None) -> float:
+    """1 where both orders name left, 0 where both name right, else a tie."""
+    return {(FIRST, SECOND): 1.0, (SECOND, FIRST): 0.0}.get((str(left_first), str(right_first)), 0.5)
+
+
+def _same(left_first: str | None, right_first: str | None) -> bool:
+    return (left_first, right_first) in ((FIRST, SECOND), (SECOND, FIRST), (TIE, TIE))
+
+
+def _length_preference(outcome: np.ndarray, lengths: np.ndarray) -> float | None:
+    """Share of won prompts that the longer reply won; None where lengths never differ."""
+    here = (outcome != 0.5) & (lengths != 0)
+    return float(np.mean((outcome[here] == 1) == (lengths[here] > 0))) if here.any() else None
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _wilson(part: int, whole: int) -> tuple[float, float] | None:
+    if not whole:
+        return None
+    found = stats.binomtest(part, whole).proportion_ci(0.95, "wilson")
+    return float(found.low), float(found.high)
+
+
+def verdict_lines(questions: Sequence[Question], answers: Sequence[str | None]) -> str:
+    """verdicts.jsonl: a line for each question, with what was answered and how it was read."""
+    lines = [
+        {"prompt_id": q.prompt_id, "left": q.left, "right": q.right, "first": q.first,
+         "verdict": judge_prompts.verdict(answer), "answer": answer}
+        for q, answer in zip(questions, answers, strict=True)
+    ]  # fmt: skip
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

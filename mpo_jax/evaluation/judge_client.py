@@ -1,0 +1,225 @@
+"""Questions enter; answers of an endpoint that speaks OpenAI's chat-completions protocol leave, paid or from a cache.
+
+The `openai` package (extra "judge") does the protocol; when to wait, to try again and to stop is decided here, so that
+every attempt counts towards the ceiling.
+"""
+
+import asyncio
+import dataclasses
+import email.utils
+import json
+import os
+import random
+import sys
+import time
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from mpo_jax.errors import InputError
+from mpo_jax.evaluation import judge_cache
+from mpo_jax.evaluation.judge_cache import Cache
+
+_RETRIED = (408, 409, 425, 429)
+_LONGEST_WAIT = 600.0
+"""Seconds. A server that asks for more has run out of quota, not of breath."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """Whom to ask, and how hard.
+
+    key_variable: the environment variable that holds the API key; "" for a server that wants none. limit_key: under
+    which name answer_tokens is sent. seconds: that a call may take. attempts: at a question. max_calls, max_tokens: of
+    a run in all, failed attempts and tokens of questions included; 0: no ceiling. Checked before each call: those in
+    flight are finished. backoff: seconds before the second attempt, doubled from there.
+    """
+
+    base_url: str
+    model: str
+    key_variable: str = ""
+    temperature: float = 0.0
+    answer_tokens: int = 256
+    limit_key: str = "max_tokens"
+    concurrency: int = 8
+    seconds: float = 120.0
+    attempts: int = 6
+    max_calls: int = 0
+    max_tokens: int = 0
+    backoff: float = 1.0
+
+    def check(self) -> None:
+        """InputError for what can't be asked."""
+        address = urllib.parse.urlsplit(self.base_url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise InputError(f"judge base_url: {self.base_url!r}; expected an address such as https://HOST/v1")
+        if address.username or address.password or address.query:
+            raise InputError("judge base_url: it holds credentials or a query, which would be written into the run")
+        if not self.model:
+            raise InputError("judge model: empty; expected the name under which the endpoint serves it")
+        if self.concurrency < 1 or self.attempts < 1 or self.seconds <= 0 or self.answer_tokens < 1:
+            raise InputError("judge concurrency, attempts, seconds, answer_tokens: expected at least 1 of each")
+
+    def request(self, text: str) -> dict[str, Any]:
+        """The body of a question."""
+        return {
+            "model": self.model,
+            "temperature": self.temperature,
+            self.limit_key: self.answer_tokens,
+            "messages": [{"role": "user", "content": text}],
+        }
+
+    def cache_key(self, text: str) -> str:
+        return judge_cache.key({"base_url": self.base_url, **self.request(text)})
+
+
+def ask(endpoint: Endpoint, texts: list[str], cache: Cache, run: str) -> list[str]:
+    """An answer to each question, in order; each distinct question is paid for once, ever.
+
+    run: under which name the cache counts what is spent. InputError for a missing key, an endpoint that refuses the
+    request or stays silent, and a ceiling that is reached; what was answered until then is kept.
+    """
+    endpoint.check()
+    keys = {text: endpoint.cache_key(text) for text in texts}
+    open_texts = [text for text, key in keys.items() if cache.get(key) is None]
+    if open_texts:
+        asyncio.run(_Asker(endpoint, cache, run, keys, len(open_texts)).all(open_texts))
+    return [str(cache.get(keys[text])) for text in texts]
+
+
+class _Again(Exception):
+    """An attempt that may succeed later. wait: seconds that the server asks for."""
+
+    def __init__(self, reason: str, wait: float | None = None):
+        super().__init__(reason)
+        self.wait = wait
+
+
+class _Asker:
+    """The state that one run's workers share: the questions left, the pause a server asked for, the first failure."""
+
+    def __init__(self, endpoint: Endpoint, cache: Cache, run: str, keys: Mapping[str, str], total: int):
+        self._endpoint, self._cache, self._run, self._keys = endpoint, cache, run, keys
+        self._client = _client(endpoint)
+        self._paused_until = 0.0
+        self._failure: InputError | None = None
+        self._bar = tqdm(total=total, unit="answer", desc="judge", dynamic_ncols=True, disable=None, file=sys.stderr)
+
+    async def all(self, texts: list[str]) -> None:
+        waiting = iter(texts)
+        async with self._client:
+            try:
+                await asyncio.gather(*(self._work(waiting) for _ in range(self._endpoint.concurrency)))
+            finally:
+                self._bar.close()
+        if self._failure is not None:
+            raise self._failure
+
+    async def _work(self, waiting: Iterator[str]) -> None:
+        for text in waiting:
+            try:
+                await self._one(text)
+            except InputError as error:
+                self._failure = self._failure or error
+            if self._failure is not None:
+                return
+            self._bar.update()
+
+    async def _one(self, text: str) -> None:
+        reason = ""
+        for attempt in range(self._endpoint.attempts):
+            if attempt:
+                await asyncio.sleep(self._endpoint.backoff * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
+            while (pause := self._paused_until - time.monotonic()) > 0:
+                await asyncio.sleep(pause)
+            if self._failure is not None:
+                return
+            self._check_ceiling()
+            self._cache.charge_call(self._run)
+            try:
+                answer, prompt_tokens, answer_tokens = await self._call(text)
+            except _Again as again:
+                reason = str(again)
+                if again.wait is not None:  # the server's word goes for every worker
+                    self._paused_until = max(self._paused_until, time.monotonic() + again.wait)
+                continue
+            self._cache.put(self._run, self._keys[text], self._endpoint.model, answer, prompt_tokens, answer_tokens)
+            return
+        raise InputError(
+            f"judge at {self._endpoint.base_url}: no answer in {self._endpoint.attempts} attempts, the last: {reason}; "
+            "answers so far are kept, run the same command again"
+        )
+
+    def _check_ceiling(self) -> None:
+        calls, tokens = self._cache.spent(self._run)
+        for name, spent in (("max_calls", calls), ("max_tokens", tokens)):
+            ceiling = getattr(self._endpoint, name)
+            if ceiling and spent >= ceiling:
+                raise InputError(
+                    f"judge {name}: the ceiling of {ceiling:,} is reached ({calls:,} calls, {tokens:,} tokens); "
+                    "answers so far are kept, raise it and run the same command again"
+                )
+
+    async def _call(self, text: str) -> tuple[str, int, int]:
+        """The answer, the question's tokens, the answer's."""
+        import openai
+
+        try:
+            raw = await self._client.chat.completions.with_raw_response.create(**self._endpoint.request(text))
+        except openai.APITimeoutError as error:
+            raise _Again(f"nothing within {self._endpoint.seconds:g} s") from error
+        except openai.APIStatusError as error:
+            code = error.status_code
+            if code in _RETRIED or code >= 500:
+                raise _Again(f"status {code}", _retry_after(error.response.headers)) from error
+            raise InputError(f"judge at {self._endpoint.base_url}: refused with status {code}{_hint(code)}") from error
+        except openai.APIConnectionError as error:
+            raise _Again(f"no connection ({type(error.__cause__ or error).__name__})") from error
+        return _read(raw.content)
+
+
+def _client(endpoint: Endpoint):
+    try:
+        import openai
+    except ImportError as error:
+        raise InputError('judge: the openai package is not installed; pip install "mpo_jax[judge]"') from error
+    key = os.environ.get(endpoint.key_variable, "") if endpoint.key_variable else "none"
+    if not key:
+        raise InputError(f"judge key_variable: the environment variable {endpoint.key_variable} is not set")
+    return openai.AsyncOpenAI(api_key=key, base_url=endpoint.base_url, timeout=endpoint.seconds, max_retries=0)
+
+
+def _read(body: bytes) -> tuple[str, int, int]:
+    """The answer's text and both token counts; _Again for what is not a whole reply. A reply without text is one."""
+    try:
+        reply = json.loads(body)
+        text = reply["choices"][0]["message"]["content"]
+        usage = reply.get("usage") or {}
+        return str(text or ""), int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _Again("a reply that is not one of the protocol, or cut off") from error
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a server asks to wait, from either form of Retry-After (RFC 9110, 10.2.3)."""
+    value = headers.get("retry-after", "").strip()
+    if not value:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return None
+    if seconds > _LONGEST_WAIT:
+        raise InputError(f"judge: the server asks to wait {seconds:,.0f} s; answers so far are kept, run again then")
+    return max(seconds, 0.0)
+
+
+def _hint(code: int) -> str:
+    if code in (401, 403):
+        return "; check the API key in the variable that key_variable names"
+    return "; check base_url and model" if code == 404 else ""
