@@ -15,6 +15,15 @@ OPERATIONAL = (
 )  # fmt: skip
 """Keys that say how a run is computed, not what: they don't enter an artifact's hash, so a run goes on elsewhere."""
 
+MODELS = {
+    "tiny": "mpo_jax/assets/tiny_stories",  # comes with the package
+    "pythia-1b": "EleutherAI/pythia-1b",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+}
+"""Names that a config takes after its colon: the base model, as a folder or hub id."""
+
 
 def get_config() -> ml_collections.ConfigDict:
     """The keys that stand outside the stages. Run with a config that declares stages: configs/quickstart.py, ..."""
@@ -42,6 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
             "limit": 0,  # records read; 0: all
             "max_length": 512,  # tokens of a row: prompt and all replies
             "max_response": 128,  # tokens of one reply, its EOS included
+            "max_prompt": 0,  # tokens of a prompt, its latest kept; 0: what the replies leave
             "too_long": "truncate",  # truncate | drop
             "max_buckets": 8,  # row lengths that a step is compiled for
             "multiple": 8,  # what row lengths are a multiple of; flash attention needs 128
@@ -53,6 +63,7 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 TRAINING = {
+    "seed": 0,  # added to the run's, for a stage of another seed in the same run
     "batch_size": 16,  # rows of a step, over all devices
     "microbatch": 0,  # rows computed at a time (gradient accumulation); 0: all of them
     "remat": "",  # of this stage; empty: model.remat
@@ -78,6 +89,7 @@ TRAINING = {
 }
 
 SAMPLING = {
+    "seed": 0,  # added to the run's
     "temperature": 1.0,
     "top_k": 0,  # 0: the whole vocabulary
     "top_p": 0.0,  # 0: no truncation
@@ -221,3 +233,73 @@ def stage(kind: str, **settings) -> ml_collections.ConfigDict:
             hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(KINDS[kind])}"
             raise ValueError(f"stage of kind {kind!r} has no key {key!r}{hint}")
     return ml_collections.ConfigDict({"kind": kind} | KINDS[kind] | settings)
+
+
+def variants(text: str, *known: str) -> tuple[set[str], str]:
+    """The words after a config's colon (`debug,pythia-1b`): those of `known`, and the base model's name or ""."""
+    words = [word for word in text.split(",") if word]
+    allowed = [*known, *MODELS]
+    for word in words:
+        if word not in allowed:
+            near = difflib.get_close_matches(word, allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; expected some of {', '.join(allowed)}"
+            raise ValueError(f"config: no variant {word!r}{hint}")
+    models = [word for word in words if word in MODELS]
+    if len(models) > 1:
+        raise ValueError(f"config: two models, {' and '.join(models)}; expected one")
+    return {word for word in words if word in known}, "".join(models)
+
+
+def sweep(stages, name: str, key: str, values) -> None:
+    """Expands stage `name` over `values` of `key`, in place: `split` becomes `split_threshold_1`, `split_threshold_2`.
+
+    Stages that rest on it are expanded with it; those above are shared. A stage that takes several inputs in one role
+    (an evaluation's policies) stays one and takes them all. ValueError for an unknown stage or key.
+    """
+    from mpo_jax.graph import ROLES
+
+    if name not in stages:
+        raise ValueError(f"sweep: no stage {name!r}; expected one of {', '.join(stages)}")
+    if key not in stages[name]:
+        raise ValueError(f"sweep: stage {name!r} has no key {key!r}")
+
+    def sources(stage) -> list[str]:
+        return [stage[role] for role in ROLES[stage.kind] if isinstance(stage.get(role), str)]
+
+    expanded, grown = {name}, True
+    while grown:
+        found = {
+            other
+            for other, stage in stages.items()
+            if any(source.partition("/")[0] in expanded for source in sources(stage))
+            and not any(isinstance(stage.get(role), tuple | list) for role in ROLES[stage.kind])
+        }
+        grown = not found <= expanded
+        expanded |= found
+    tags = [
+        f"{key}_{value:g}".replace(".", "_") if isinstance(value, int | float) else f"{key}_{value}" for value in values
+    ]
+
+    def renamed(source: str, tag: str) -> str:
+        stem, slash, part = source.partition("/")
+        return f"{stem}_{tag}{slash}{part}" if stem in expanded else source
+
+    for other in list(stages):
+        stage = stages[other]
+        if other in expanded:
+            for tag, value in zip(tags, values, strict=True):
+                copy = stage.copy_and_resolve_references()
+                for role in ROLES[stage.kind]:
+                    if isinstance(copy.get(role), str):
+                        copy[role] = renamed(copy[role], tag)
+                if other == name:
+                    copy[key] = value
+                stages[f"{other}_{tag}"] = copy
+            del stages[other]
+            continue
+        for role in ROLES[stage.kind]:
+            given = stage.get(role)
+            if isinstance(given, tuple | list):
+                stage[role] = tuple(dict.fromkeys(renamed(source, tag) for source in given for tag in tags))
+            elif isinstance(given, str):
+                stage[role] = renamed(given, tags[0])

@@ -56,6 +56,11 @@ class Job:
     preset: Preset | None = None
 
     @property
+    def seed(self) -> int:
+        """The run's seed and the stage's own: of data order and of sampling."""
+        return self.config.seed + self.settings.seed
+
+    @property
     def platform(self) -> str:
         """Of the devices that the stage runs on: cpu, gpu or tpu."""
         return self.mesh.devices.flat[0].platform
@@ -63,7 +68,7 @@ class Job:
 
 def key(job: Job) -> jax.Array:
     """The stage's PRNG key: from the run's seed and the stage's name, so that no two stages share one."""
-    return jax.random.fold_in(jax.random.key(job.config.seed), zlib.crc32(job.name.encode()))
+    return jax.random.fold_in(jax.random.key(job.seed), zlib.crc32(job.name.encode()))
 
 
 def model(job: Job) -> ModelConfig:
@@ -187,7 +192,9 @@ def encode_rows(job: Job, model: ModelConfig, rows: list[TextRecord], replies: i
         raise InputError(
             f"data.max_length: {data.max_length} is above the model's context of {model.max_positions} tokens"
         )
-    limits = encode.Limits(data.max_length, data.max_response, too_long=data.too_long)
+    limits = encode.Limits(
+        data.max_length, data.max_response, max_prompt=data.max_prompt or None, too_long=data.too_long
+    )
     return encode.encode(rows, loaded_tokenizer, replies, limits, _cache(job))
 
 
@@ -216,7 +223,10 @@ def share_prompts(job: Job, model: ModelConfig, loaded_tokenizer, share: str) ->
     data = job.config.data
     rows = division.unique_prompts(records(job, share, loaded_tokenizer))
     limits = encode.Limits(
-        data.max_length, data.max_response, max_prompt=data.max_length - data.max_response, too_long=data.too_long
+        data.max_length,
+        data.max_response,
+        max_prompt=data.max_prompt or data.max_length - data.max_response,
+        too_long=data.too_long,
     )
     return encode.encode(rows, loaded_tokenizer, 0, limits, _cache(job))
 
@@ -234,7 +244,7 @@ def loader(job: Job, encoded: encode.Encoded, batch_size: int, **options) -> Loa
         batch_size,
         **(
             {
-                "seed": job.config.seed,
+                "seed": job.seed,
                 "max_buckets": data.max_buckets,
                 "multiple": data.multiple,
                 "max_length": data.max_length,

@@ -34,10 +34,10 @@ def run(job: Job) -> dict[str, Any]:
         if part == 0:
             continue
         prompts = jobs.share_prompts(job, model, tokenizer, share)
-        replies = rollouts.sample_all(job, model, weights, prompts, how, settings.batch_size, job.config.seed)
+        replies = rollouts.sample_all(job, model, weights, prompts, how, settings.batch_size, job.seed)
         texts = [text for row in replies.texts(tokenizer) for text in row]
         gold = labellers.score(settings.labeller, texts).reshape(len(prompts), settings.samples)
-        found = split.pair_up(split.with_replies(prompts, replies.tokens), gold, gold, settings, job.config.seed)
+        found = split.pair_up(split.with_replies(prompts, replies.tokens), gold, gold, settings, job.seed)
         counts[share] = len(found.encoded)
         if jax.process_index() == 0:
             split.replace(found.encoded, job.folder / share)

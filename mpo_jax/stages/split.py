@@ -197,14 +197,14 @@ def sampled_pairs(job: Job, model: ModelConfig, tokenizer, base, score, share: s
     encoded = jobs.share_prompts(job, model, tokenizer, share)
     weights = base | jobs.load_weights(job, job.inputs["policy"], model, jobs.frozen_dtype(job))
     how = rollouts.sampling_config(job, settings, settings.samples)
-    replies = rollouts.sample_all(job, model, weights, encoded, how, settings.batch_size, job.config.seed)
+    replies = rollouts.sample_all(job, model, weights, encoded, how, settings.batch_size, job.seed)
     candidates = with_replies(encoded, replies.tokens)
     scores = score(candidates)
     gold = scores
     if settings.labeller != "reward":
         texts = [text for row in replies.texts(tokenizer) for text in row]
         gold = labellers.score(settings.labeller, texts).reshape(scores.shape)
-    return pair_up(candidates, scores, gold, settings, job.config.seed)
+    return pair_up(candidates, scores, gold, settings, job.seed)
 
 
 def with_replies(prompts: Encoded, replies: list[list[np.ndarray]]) -> Encoded:
