@@ -274,7 +274,7 @@ def _draw(
     config: ModelConfig, settings: SamplingConfig, layout: PyTree, hidden: jax.Array, state: Decoding
 ) -> Decoding:
     """Draws the next token of every response from hidden states [B,N,D] and writes it down where it isn't done."""
-    products = jnp.einsum("bnd,dv->bnv", hidden, layout["output"], preferred_element_type=jnp.float32)
+    products = decoder.output_products(config, hidden, layout["output"], transposed=False)
     logits = decoder.finish_logits(config, constrain(products, "batch", None, "vocab"))
     if settings.temperature == 0:
         tokens, logps = choose.greedy(_allowed(settings, logits, state.step))
@@ -304,8 +304,7 @@ def _draw(
 def decode_weights(config: ModelConfig, weights: PyTree) -> PyTree:
     """The trunk in the compute dtype, cut over the tensor axis alone: what fsdp shards is gathered here, once, so that
     the loop gathers no weight. A scalar head is left out."""
-    trunk = {name: weights[name] for name in ("params", "lora") if name in weights}
-    cast = jax.tree.map(lambda x: x.astype(config.dtype), trunk)
+    cast = decoder.cast_weights(config, {name: weights[name] for name in ("params", "lora") if name in weights})
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return cast

@@ -158,7 +158,7 @@ def _local_logps(config, temperature, entropy, chunk, rows, matrix, hidden, targ
 def _chunk_logps(config, temperature, entropy, tensor, first_id, matrix, hidden, targets):
     """hidden [C,D], targets i32 [C] -> logps f32 [C] and, if asked, entropies f32 [C]."""
     # The matrix is cast here, not before the loop: so its gradient is accumulated in float32.
-    products = jnp.einsum("cd,vd->cv", hidden, matrix.astype(config.dtype), preferred_element_type=jnp.float32)
+    products = decoder.output_products(config, hidden, matrix)
     logits = decoder.finish_logits(config, products, first_id) / jnp.float32(temperature)
     top = _across(jax.lax.pmax, jnp.max(jax.lax.stop_gradient(logits), axis=-1), tensor)
     shifted = logits - top[:, None]

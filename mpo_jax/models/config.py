@@ -51,7 +51,7 @@ class LoraConfig:
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 REMAT_POLICIES = ("none", "full", "dots")
 ATTENTION_BACKENDS = ("xla", "flash")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "mixed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class ModelConfig:
     tied_embeddings: bool = False
     # How it is computed; none of it changes the function beyond rounding.
     padded_vocab: int = 0  # 0: the next multiple of VOCAB_MULTIPLE; `for_mesh` sets the multiple of the tensor axis
-    dtype: str = "float32"
+    dtype: str = "float32"  # float32 | bfloat16 | mixed (matrix products of bfloat16, all else float32; for CPUs)
     remat: str = "none"  # none | full: save only a layer's input | dots: save matrix products too
     attention: str = "xla"  # xla | flash
     lora: LoraConfig | None = None
@@ -138,6 +138,16 @@ class ModelConfig:
             raise InputError(f"attention: flash on {platform} is cuDNN, which needs dtype=bfloat16; found {self.dtype}")
 
     @property
+    def activation_dtype(self) -> str:
+        """Of what layers hand on."""
+        return "float32" if self.dtype == "mixed" else self.dtype
+
+    @property
+    def operand_dtype(self) -> str:
+        """Of what goes into a product with a weight."""
+        return "bfloat16" if self.dtype == "mixed" else self.dtype
+
+    @property
     def scale(self) -> float:
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
@@ -145,6 +155,19 @@ class ModelConfig:
     def rope_dim(self) -> int:
         """How many of a head's dimensions are rotated; 0 under learned positions."""
         return 0 if self.learned_positions else int(self.head_dim * self.rope_fraction)
+
+
+def compute_dtype(name: str, platform: str, key: str = "model.dtype") -> str:
+    """A setting (auto, or one of `DTYPES`) as the dtype to compute in on a platform (cpu, gpu or tpu).
+
+    auto: float32 on CPUs, bfloat16 on accelerators, whose matrix units accumulate in float32 by themselves; so there
+    "mixed" is bfloat16 too.
+    """
+    if name == "auto":
+        return "float32" if platform == "cpu" else "bfloat16"
+    if name not in DTYPES:
+        raise InputError(f"{key}: {name!r}; expected auto or one of {list(DTYPES)}")
+    return "bfloat16" if name == "mixed" and platform != "cpu" else name
 
 
 def from_folder(folder: epath.PathLike) -> ModelConfig:

@@ -20,7 +20,8 @@ from mpo_jax.models import attention, flash
 from mpo_jax.models.attention import LayerCache, RowContext, StepContext
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import rope
-from mpo_jax.sharding import constrain
+from mpo_jax.ops.product import product
+from mpo_jax.sharding import constrain, map_weights
 from mpo_jax.types import PyTree, record
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -99,11 +100,21 @@ def prefill(
 
 
 def decode_layout(config: ModelConfig, weights: PyTree) -> PyTree:
-    """The weights as decoding reads them: cast to the compute dtype, one tree for each layer instead of a stack."""
-    cast = jax.tree.map(lambda x: x.astype(config.dtype), _trunk(weights))
+    """The weights as decoding reads them: `cast` to compute, one tree for each layer instead of a stack."""
+    cast = cast_weights(config, _trunk(weights))
     stacks = {name: tree["layers"] for name, tree in cast.items()}
     layers = tuple(jax.tree.map(lambda x, i=i: x[i], stacks) for i in range(config.layers))
     return {"params": {k: v for k, v in cast["params"].items() if k != "layers"}, "layers": layers}
+
+
+def cast_weights(config: ModelConfig, weights: PyTree) -> PyTree:
+    """The weights in the dtypes that computing gives them, for many uses of one cast."""
+
+    def cast(name: str, x: jax.Array) -> jax.Array:
+        added = name.rsplit("/", 1)[-1] in ("scale", "bias")
+        return x.astype(config.activation_dtype if added else config.operand_dtype)
+
+    return map_weights(cast, weights)
 
 
 def decode_step(
@@ -145,8 +156,12 @@ def finish_logits(config: ModelConfig, products: jax.Array, first_id: jax.Array 
 def logits(config: ModelConfig, weights: PyTree, hidden: jax.Array) -> jax.Array:
     """All logits f32 [...,V] of some hidden states [...,D]. For a few positions at a time: training and scoring go
     through `scoring`, which never holds [B,T,V]."""
-    matrix = unembedding(config, weights).astype(config.dtype)
-    return finish_logits(config, jnp.einsum("...d,vd->...v", hidden, matrix, preferred_element_type=jnp.float32))
+    return finish_logits(config, output_products(config, hidden, unembedding(config, weights)))
+
+
+def output_products(config: ModelConfig, hidden: jax.Array, matrix: jax.Array, transposed: bool = True) -> jax.Array:
+    """f32 [...,V]: hidden [...,D] times the output matrix [V,D], or [D,V] where it is not `transposed`."""
+    return product(hidden, matrix, config.operand_dtype, jnp.float32, transposed)
 
 
 def scalar_head(weights: PyTree, hidden: jax.Array) -> jax.Array:
@@ -219,11 +234,11 @@ class _Decoder(nn.Module):
     def embed(self, tokens, positions):
         config = self.config
         table = constrain(self.embed_table(), "vocab", None)  # gathered over fsdp like every other weight
-        x = table[tokens].astype(config.dtype)
+        x = table[tokens].astype(config.activation_dtype)
         if config.embed_scale is not None:
             x *= jnp.asarray(config.embed_scale, x.dtype)
         if config.learned_positions:
-            x += self.position_table()[positions].astype(config.dtype)
+            x += self.position_table()[positions].astype(config.activation_dtype)
         return constrain(x, "batch", None, None)
 
     def finish(self, x):
@@ -325,17 +340,19 @@ class _Projection(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(_INIT_STD), self.inputs + self.outputs)
         lead = x.shape[: x.ndim - len(self.inputs)]
         flat = x.reshape((*lead, -1))
-        out = flat @ kernel.astype(config.dtype).reshape(flat.shape[-1], -1)
+        times = functools.partial(product, dtype=config.operand_dtype)
+        out = times(flat, kernel.reshape(flat.shape[-1], -1))
         if self.has_variable("lora", "a"):
             if config.lora is None:
                 raise ValueError("the weights hold adapters, but the config's lora is None")
-            a: jax.Array = self.get_variable("lora", "a").astype(config.dtype)
-            b: jax.Array = self.get_variable("lora", "b").astype(config.dtype)
+            a: jax.Array = self.get_variable("lora", "a")
+            b: jax.Array = self.get_variable("lora", "b")
             rank = b.shape[0]
-            out += ((flat @ a.reshape(-1, rank)) @ b.reshape(rank, -1)) * jnp.asarray(config.lora.scale, config.dtype)
+            adapted = times(times(flat, a.reshape(-1, rank)), b.reshape(rank, -1))
+            out += adapted * jnp.asarray(config.lora.scale, out.dtype)
         out = out.reshape(lead + self.outputs)
         if self.bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), self.outputs).astype(config.dtype)
+            bias = self.param("bias", nn.initializers.zeros_init(), self.outputs).astype(out.dtype)
             out += bias.reshape((1,) * len(lead) + self.outputs)
         return out
 
@@ -360,4 +377,4 @@ class _Norm(nn.Module):
         wide *= scale + 1 if plus_one else scale
         if config.norm == "layer":
             wide += self.param("bias", nn.initializers.zeros_init(), (self.width,)).astype(jnp.float32).reshape(last)
-        return wide.astype(config.dtype)
+        return wide.astype(config.activation_dtype)

@@ -86,12 +86,8 @@ def reference_logps(job: Job, model: ModelConfig, weights, encoded: Encoded) -> 
     if path.exists():
         with path.open("rb") as file:
             return np.load(file)
-    step = jax.jit(
-        lambda weights, batch: scoring.response_logps(model, weights, batch).seq_logps(2),
-        out_shardings=sharding.replicated(job.mesh),
-    )
     loader = jobs.loader(job, encoded, job.settings.batch_size, shuffle=False, max_length=None)
-    found = collect(step, weights, loader, 2)
+    found = collect(make_reference(model, job.mesh), weights, loader, 2)
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
@@ -99,3 +95,11 @@ def reference_logps(job: Job, model: ModelConfig, weights, encoded: Encoded) -> 
             np.save(file, found)
         temporary.replace(path)
     return found
+
+
+def make_reference(model: ModelConfig, mesh):
+    """Jitted `(weights, batch) -> f32 [B,2]`, on every device: the summed log-probs of both replies."""
+    return jax.jit(
+        lambda weights, batch: scoring.response_logps(model, weights, batch).seq_logps(2),
+        out_shardings=sharding.replicated(mesh),
+    )

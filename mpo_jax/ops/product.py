@@ -1,0 +1,65 @@
+"""Activations and a weight enter; their product leaves, its operands in one dtype and its sums in float32.
+
+XLA multiplies bfloat16 operands fast on a CPU with bfloat16 instructions only where the result is asked for in float32,
+and a weight's gradient only where its left operand lies with the summed axis last; autodiff gives neither.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+_TILE = 32  # rows and columns of the blocks in which `_transposed` moves an operand
+
+
+def product(
+    x: jax.Array, weight: jax.Array, dtype: DTypeLike, result: DTypeLike | None = None, transposed: bool = False
+) -> jax.Array:
+    """x [..., K] times weight [K, N], both cast to `dtype` -> [..., N] in `result`, or else in x's own dtype.
+
+    transposed: the weight is [N, K]. Where x is float32 and `dtype` bfloat16 ("mixed"), the result and both gradients
+    are float32, from bfloat16 operands; otherwise it is the plain product, as accelerators want it.
+    """
+    if jnp.dtype(dtype) != x.dtype:
+        out = _mixed(transposed, x.reshape(-1, x.shape[-1]), weight)
+        return out.reshape(*x.shape[:-1], -1)
+    axes = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
+    return jax.lax.dot_general(x, weight.astype(dtype), axes, preferred_element_type=result)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixed(transposed: bool, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """f32 [M,K], [K,N] or [N,K] -> f32 [M,N]."""
+    return _dot(x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16), (1, 1 if transposed else 0))
+
+
+def _forward(transposed, x, weight):
+    x, narrow = x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)
+    like = jnp.zeros((0,), weight.dtype)  # what the weight's gradient has to be
+    return _dot(x, narrow, (1, 1 if transposed else 0)), (x, narrow, like)
+
+
+def _backward(transposed, kept, gradient):
+    x, weight, like = kept
+    gradient = gradient.astype(jnp.bfloat16)
+    of_x = _dot(gradient, weight, (1, 0 if transposed else 1))
+    left, right = (gradient, x) if transposed else (x, gradient)
+    return of_x, _dot(_transpose(left), right, (1, 0)).astype(like.dtype)
+
+
+_mixed.defvjp(_forward, _backward)
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    axes = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+
+
+def _transpose(x: jax.Array) -> jax.Array:
+    """[M,K] -> [K,M], in blocks: XLA folds a plain transpose into the product, which then upcasts its operands."""
+    rows, columns = x.shape
+    if rows % _TILE or columns % _TILE:
+        return x.T
+    blocks = x.reshape(rows // _TILE, _TILE, columns // _TILE, _TILE)
+    return blocks.transpose(2, 3, 0, 1).reshape(columns, rows)

@@ -1,0 +1,63 @@
+"""What to measure enters, by flags; seconds, memory and compiles leave, as a line and as JSON.
+
+`python run_scripts/bench.py --what=dpo --shape=S --prompt=64 --response=64 --dtype=f32 --runs=3 --json=dpo.json`
+
+dpo, reward, ppo, sample: the package's own steps and sampler on random weights, warm-up not counted. input: pairs from
+disk to device. load: import of a Hugging Face folder. start: from command to first step, with a cold and a warm
+compilation cache. scaling: growth with layers, lengths, replies and devices, as a table and a plot.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+from absl import app, flags
+
+from mpo_jax import allocator, sharding
+from run_scripts.benchmarks import measure
+from run_scripts.benchmarks.programs import DTYPES, SHAPES, STEPS, Case
+
+_WHAT = flags.DEFINE_enum("what", None, [*STEPS], "What is measured.")
+_SHAPE = flags.DEFINE_enum("shape", "S", [*SHAPES], "S: 15 M weights, M: 110 M.")
+_PROMPT = flags.DEFINE_integer("prompt", 64, "Prompt tokens.", lower_bound=1)
+_RESPONSE = flags.DEFINE_integer("response", 64, "Tokens of a reply.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "f32", [*DTYPES], "Of computation.")
+_RUNS = flags.DEFINE_integer("runs", 3, "Timed runs, of which the median counts.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "Where the result goes too.")
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    case = Case(_SHAPE.value, _DTYPE.value, _PROMPT.value, _RESPONSE.value)
+    result = run(_WHAT.value, case, _RUNS.value)
+    line = f"{_WHAT.value} {case.shape} {case.dtype} prompt {case.prompt} response {case.response}: "
+    print(line + ", ".join(f"{name} {_short(value)}" for name, value in result.items()), flush=True)
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(result | {"case": vars(case), "jax": jax.__version__}, indent=1))
+
+
+def run(what: str, case: Case, runs: int) -> dict[str, Any]:
+    allocator.keep_memory()
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        return measure.work(lambda: STEPS[what](case, mesh), runs)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} {_short(each)}" for name, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + " ".join(map(_short, value)) + "]"
+    return str(value)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("what")
+    app.run(main)

@@ -1,0 +1,192 @@
+"""A model's sizes and lengths enter; the package's own train steps and sampler leave, ready to be timed.
+
+Nothing here computes: a `Work` calls what the stages call, on random weights and random tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from configs import base
+from mpo_jax import sharding
+from mpo_jax.data import encode
+from mpo_jax.data.encode import Encoded
+from mpo_jax.data.loader import Loader
+from mpo_jax.data.tokenizer import Conventions
+from mpo_jax.models import decoder
+from mpo_jax.models.config import ModelConfig, compute_dtype
+from mpo_jax.sampling import SamplingConfig
+from mpo_jax.stages import dpo, loop, ppo, reward, rollouts
+from mpo_jax.stages import job as jobs
+from mpo_jax.types import PyTree
+
+SHAPES = {  # hidden, layers, heads, feed-forward; llama2.c's stories15M and stories110M, tied embeddings
+    "S": (288, 6, 6, 768),
+    "M": (768, 12, 12, 2048),
+}
+VOCABULARY = 32_000
+PAIRS, SAMPLER_ROWS, PPO_ROWS, PPO_EPOCHS = 16, 32, 16, 4
+DTYPES = {"f32": "float32", "mixed": "mixed"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is measured. rows: pairs or prompts of a step; samples: replies to a prompt (the sampler alone)."""
+
+    shape: str = "S"
+    dtype: str = "f32"
+    prompt: int = 64
+    response: int = 64
+    rows: int = 0
+    samples: int = 1
+    layers: int = 0  # 0: those of the shape
+
+    def model(self, mesh) -> ModelConfig:
+        width, layers, heads, mlp = SHAPES[self.shape]
+        return ModelConfig(
+            family="llama",
+            vocab_size=VOCABULARY,
+            layers=self.layers or layers,
+            width=width,
+            heads=heads,
+            kv_heads=heads,
+            head_dim=width // heads,
+            mlp_width=mlp,
+            max_positions=max(512, self.prompt + self.response),
+            norm_eps=1e-5,
+            tied_embeddings=True,
+            dtype=compute_dtype(DTYPES[self.dtype], jax.default_backend()),
+        ).for_mesh(mesh)
+
+
+@dataclasses.dataclass
+class Work:
+    """run: does one unit of work, from carry to carry, and leaves what it must be waited for. tokens: of one unit, by
+    the peers' count (a pair has its prompt twice). programs: name -> (jitted function, its arguments)."""
+
+    carry: Any
+    run: Callable[[Any], Any]
+    tokens: int
+    programs: dict[str, tuple[Any, tuple]]
+
+    def once(self) -> None:
+        self.carry = jax.block_until_ready(self.run(self.carry))
+
+
+def dpo_step(case: Case, mesh) -> Work:
+    """The reference's log-probs of a batch of pairs, then the train step on it: all that a pair costs in one epoch."""
+    model, rows = case.model(mesh), case.rows or PAIRS
+    settings = base.stage("dpo", batch_size=rows, steps=1000)
+    encoded = random_rows(case, rows, 2)
+    batch = Loader(encoded, rows, mesh=mesh, ref_logps=np.zeros((rows, 2), np.float32)).batch(0)
+    policy, reference = random_weights(model, mesh, 0), random_weights(model, mesh, 1)
+    loss = dpo.make_loss(model, settings.algorithm, settings.beta, settings.label_smoothing, settings.sft)
+    training, state = _training(loss, policy, batch, encoded, settings, mesh)
+    score = dpo.make_reference(model, mesh)
+
+    def run(carry):
+        state, _ = carry
+        with_reference = dataclasses.replace(batch, ref_logps=score(reference, batch))
+        return training.step(state, training.frozen, with_reference)
+
+    programs = {"reference": (score, (reference, batch)), "step": (training.step, (state, training.frozen, batch))}
+    return Work((state, None), run, 2 * rows * (case.prompt + case.response), _abstract(programs))
+
+
+def reward_step(case: Case, mesh) -> Work:
+    """The train step of a reward model on a batch of pairs."""
+    model, rows = case.model(mesh), case.rows or PAIRS
+    settings = base.stage("reward", batch_size=rows, steps=1000)
+    encoded = random_rows(case, rows, 2)
+    batch = Loader(encoded, rows, mesh=mesh).batch(0)
+    params = random_weights(model, mesh, 0, head=True)
+    training, state = _training(reward.make_loss(model), params, batch, encoded, settings, mesh)
+
+    def run(carry):
+        return training.step(carry[0], training.frozen, batch)
+
+    programs = {"step": (training.step, (state, training.frozen, batch))}
+    return Work((state, None), run, 2 * rows * (case.prompt + case.response), _abstract(programs))
+
+
+def sampler(case: Case, mesh) -> Work:
+    """Replies to a batch of prompts, none of which stops early."""
+    model, rows = case.model(mesh), case.rows or SAMPLER_ROWS
+    settings = SamplingConfig(max_new_tokens=case.response, n=case.samples)
+    prompts = Loader(random_rows(case, rows, 0), rows, form="slots", mesh=mesh).batch(0)
+    weights = random_weights(model, mesh, 0)
+    draw = rollouts.sampler(model, settings, mesh)
+
+    def run(carry):
+        round_ = np.int32(carry[0] + 1)
+        return round_, draw(weights, prompts, np.int32(0), round_)
+
+    programs = {"sample": (draw, (weights, prompts, np.int32(0), np.int32(0)))}
+    return Work((np.int32(0), None), run, rows * case.samples * case.response, _abstract(programs))
+
+
+def ppo_update(case: Case, mesh) -> Work:
+    """One step of a ppo stage: rollout, scoring by policy, reference, critic and reward model, four epochs."""
+    model, rows = case.model(mesh), case.rows or PPO_ROWS
+    settings = base.stage(
+        "ppo", batch_size=rows, samples=case.samples, inner_epochs=PPO_EPOCHS, max_new_tokens=case.response, steps=1000
+    )
+    config = base.get_config()
+    config.stages = {"ppo": settings}
+    job = jobs.Job("ppo", settings, config, epath.Path("."), epath.Path("."), {}, mesh)
+    rules = ppo.make_rules(job, {})
+    optimizer, _ = ppo.make_optimizer(settings, settings.steps)
+    sampling = SamplingConfig(temperature=settings.temperature, max_new_tokens=case.response, n=settings.samples)
+    prompts = Loader(random_rows(case, rows, 0), rows, form="slots", mesh=mesh).batch(0)
+    params = {"policy": random_weights(model, mesh, 0), "value": random_weights(model, mesh, 1, head=True)}
+    frozen = {
+        "base": {},
+        "reference": random_weights(model, mesh, 0),
+        "reward": random_weights(model, mesh, 2, head=True),
+    }
+    state = loop.init_state(
+        optimizer, params, jax.random.key(0), mesh, {"kl_coefficient": np.float32(settings.kl_coefficient)}
+    )
+    abstract = loop.abstract_state(optimizer, params, mesh, ppo.first_extra(settings))
+    step = ppo.make_step(job, model, rules, sampling, optimizer, abstract, None)
+    tokens = rows * settings.samples * (case.prompt + case.response) * PPO_EPOCHS
+    return Work((state, None), lambda carry: step(carry[0], frozen, prompts), tokens, {})
+
+
+STEPS = {"dpo": dpo_step, "reward": reward_step, "sample": sampler, "ppo": ppo_update}
+
+
+def random_rows(case: Case, rows: int, replies: int) -> Encoded:
+    """Rows of exactly the case's lengths, of random tokens."""
+    random = np.random.default_rng(0)
+    lens = [case.prompt] + [case.response] * replies
+    pieces = [random.integers(3, VOCABULARY, length).astype(np.int32) for _ in range(rows) for length in lens]
+    ids = np.arange(rows, dtype=np.int32)
+    return encode.assemble(pieces, replies, Conventions(1, 2, 2, False), "random", id=ids, prompt_id=ids)
+
+
+def random_weights(model: ModelConfig, mesh, seed: int, head: bool = False) -> PyTree:
+    make = functools.partial(decoder.init, model, jax.random.key(seed), head=head)
+    return jax.jit(make, out_shardings=sharding.tree_shardings(jax.eval_shape(make), mesh))()
+
+
+def _training(loss, params, batch, encoded, settings, mesh):
+    loader = Loader(encoded, settings.batch_size, mesh=mesh)
+    training = loop.supervised(loss, params, {"base": {}}, loader, None, settings, jax.random.key(0), mesh)
+    return training, loop.init_state(training.optimizer, training.params, training.key, mesh)
+
+
+def _abstract(programs):
+    """Arguments as shapes: the real ones are donated by the first step."""
+
+    def shape(leaf):
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    return {name: (function, jax.tree.map(shape, arguments)) for name, (function, arguments) in programs.items()}

@@ -1,0 +1,83 @@
+"""Small matrices enter the mixed product; values and gradients are held against NumPy on operands rounded to bfloat16."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mpo_jax.models import decoder
+from mpo_jax.models.config import ModelConfig
+from mpo_jax.ops.product import product
+
+
+def rounded(x) -> np.ndarray:
+    return np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def operands(rows: int, inner: int, outer: int, transposed: bool):
+    random = np.random.default_rng(rows)
+    x = random.normal(size=(rows, inner)).astype(np.float32)
+    weight = random.normal(size=(outer, inner) if transposed else (inner, outer)).astype(np.float32)
+    return x, weight, random.normal(size=(rows, outer)).astype(np.float32)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sizes", [(64, 32, 96), (5, 7, 3), (33, 64, 32)])
+def test_mixed_product_and_its_gradients_are_float32_sums_of_bfloat16_operands(sizes, transposed):
+    x, weight, gradient = operands(*sizes, transposed)
+    out, back = jax.vjp(lambda x, w: product(x, w, "bfloat16", transposed=transposed), x, weight)
+    of_x, of_weight = back(jnp.asarray(gradient))
+    assert out.dtype == of_x.dtype == of_weight.dtype == jnp.float32
+    matrix = rounded(weight).T if transposed else rounded(weight)
+    expected = rounded(x).T @ rounded(gradient)
+    np.testing.assert_allclose(out, rounded(x) @ matrix, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(of_x, rounded(gradient) @ matrix.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(of_weight, expected.T if transposed else expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_elsewhere_it_is_the_plain_product(dtype):
+    x, weight, _ = operands(6, 8, 4, False)
+    x = jnp.asarray(x, dtype)
+    out = product(x[None], weight, dtype)
+    assert out.dtype == x.dtype and out.shape == (1, 6, 4)
+    np.testing.assert_array_equal(out[0], x @ jnp.asarray(weight, dtype))
+    assert product(x, weight, dtype, result=jnp.float32).dtype == jnp.float32
+
+
+def test_gradients_run_on_the_cpu_where_their_transpose_is_read():
+    """jaxlib 0.10.2 can die at run time when a product of bfloat16 operands is transposed right behind."""
+    x, weight, _ = operands(64, 32, 96, True)
+
+    @jax.jit
+    def both(x, weight):
+        grads = jax.grad(lambda x, w: jnp.sum(product(x, w, "bfloat16", transposed=True) ** 2), (0, 1))(x, weight)
+        return [g.T * 2 for g in grads]
+
+    for found, like in zip(both(x, weight), (x, weight), strict=True):
+        assert found.shape == like.T.shape and np.isfinite(found).all()
+
+
+def test_a_model_in_mixed_is_the_model_within_bfloat16():
+    """Loss and gradients of a decoder: near the float32 ones, and not the same."""
+    exact = ModelConfig("llama", 100, 2, 32, 4, 2, 8, 64, 64, tied_embeddings=True)
+    weights = decoder.init(exact, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 100)
+    positions = jnp.broadcast_to(jnp.arange(16), (2, 16))
+
+    def loss(config):
+        def of(weights):
+            hidden = decoder.forward(config, weights, tokens, positions, jnp.ones_like(tokens))
+            logps = jax.nn.log_softmax(decoder.logits(config, weights, hidden)[..., :100])
+            return -jnp.mean(jnp.take_along_axis(logps, tokens[..., None], axis=-1))
+
+        return jax.jit(jax.value_and_grad(of))(weights)
+
+    (near, grads), (found, mixed) = loss(exact), loss(dataclasses.replace(exact, dtype="mixed"))
+    assert 0 < abs(float(near - found)) < 1e-2
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(mixed), strict=True):
+        assert b.dtype == jnp.float32
+        assert jnp.linalg.norm(a - b) <= 0.03 * jnp.linalg.norm(a) + 1e-6
