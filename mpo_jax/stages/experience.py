@@ -132,7 +132,7 @@ def make(
         assert seen.values is not None
         values = seen.values
         advantages, targets = returns.gae(rewards, values, mask, rules.gamma, rules.lam)
-    metrics = _metrics(rollout, seen, reference, raw, advantages, targets)
+    metrics = _metrics(rollout, seen, reference, raw, advantages, targets) | {"kl_coefficient": coefficient}
     if "sft" in frozen:
         sft = reference_logps(model, frozen["base"] | frozen["sft"], rollout, rules.temperature)
         metrics["kl_sft"] = _mean(policy.kl_metrics(seen.logps, sft, mask)["kl"])

@@ -69,12 +69,13 @@ def run(job: Job) -> dict[str, Any]:
     if settings.algorithm == "ppo":
         params["value"] = critic(job, model, params["policy"])
     sampling = sampling_config(job)
-    rules = make_rules(job)
+    rules = make_rules(job, load_statistics(job))
     steps = loop.total_steps(settings, loader)
     optimizer, rate = make_optimizer(settings, steps)
     gold = make_labeller(settings, sampling, tokenizer)
+    state = loop.abstract_state(optimizer, params, job.mesh, first_extra(settings))
     training = loop.Training(
-        step=make_step(job, model, rules, sampling, optimizer, gold),
+        step=make_step(job, model, rules, sampling, optimizer, state, gold),
         optimizer=optimizer,
         rate=rate,
         params=params,
@@ -83,7 +84,7 @@ def run(job: Job) -> dict[str, Any]:
         evaluate=make_evaluation(job, model, rules, sampling, tokenizer, heldout, gold),
         settings=settings,
         key=jobs.key(job),
-        extra={"kl_coefficient": np.float32(settings.kl_coefficient)},
+        extra=first_extra(settings),
         best="-score_within_kl",
     )
     params, summary = loop.train(training, job.folder, job.mesh)
@@ -124,14 +125,17 @@ class _Namespace:
         self.__dict__.update(values)
 
 
-def make_rules(job: Job) -> Rules:
+def load_statistics(job: Job) -> dict[str, float]:
+    """The reward model's {"mean", "std"} where scores are normalised by them, else {}."""
+    if not job.settings.normalise_scores:
+        return {}
+    if "reward" not in job.inputs:
+        raise InputError("normalise_scores: needs a reward stage, whose statistics it reads")
+    return json.loads((job.inputs["reward"].folder / reward.STATISTICS).read_text())
+
+
+def make_rules(job: Job, statistics: dict[str, float]) -> Rules:
     settings = job.settings
-    mean = std = None
-    if settings.normalise_scores:
-        if "reward" not in job.inputs:
-            raise InputError("normalise_scores: needs a reward stage, whose statistics it reads")
-        stored = json.loads((job.inputs["reward"].folder / reward.STATISTICS).read_text())
-        mean, std = stored["mean"], stored["std"]
     return Rules(
         temperature=settings.temperature,
         algorithm=settings.algorithm,
@@ -140,8 +144,8 @@ def make_rules(job: Job) -> Rules:
         whiten=settings.whiten,
         kl_term=settings.kl_term,
         missing_eos_penalty=settings.missing_eos_penalty,
-        mean=mean,
-        std=std,
+        mean=statistics.get("mean"),
+        std=statistics.get("std"),
         score_clip=settings.score_clip or None,
         shared_critic=settings.critic == "shared",
     )
@@ -176,29 +180,51 @@ def make_labeller(settings, sampling: SamplingConfig, tokenizer):
     return gold
 
 
-def make_step(job: Job, model: ModelConfig, rules: Rules, sampling: SamplingConfig, optimizer, gold) -> loop.Step:
-    """Rollout, scoring and update, each jitted once for a bucket of prompts.
+def scoring_step(model: ModelConfig, rules: Rules, mesh):
+    """Jitted `experience.make`: rows lie over the mesh as the rollout's, metrics are everywhere."""
+    where = (sharding.batch_sharding(mesh), sharding.replicated(mesh))
+    return jax.jit(functools.partial(experiences.make, model, rules), out_shardings=where)
+
+
+def measuring_step(model: ModelConfig, rules: Rules):
+    """Jitted `experience.measure`."""
+    return jax.jit(functools.partial(experiences.measure, model, rules))
+
+
+def update_step(settings, model: ModelConfig, rules: Rules, optimizer, state: TrainState, mesh):
+    """Jitted `make_update`. state: the training's `loop.abstract_state`."""
+    return loop.jit_step(make_update(settings, model, rules, optimizer, mesh), state, mesh)
+
+
+def first_extra(settings) -> dict[str, np.float32]:
+    """The state's scalars before the first step."""
+    return {"kl_coefficient": np.float32(settings.kl_coefficient)}
+
+
+def make_step(
+    job: Job, model: ModelConfig, rules: Rules, sampling: SamplingConfig, optimizer, state: TrainState, gold
+) -> loop.Step:
+    """Rollout, scoring and update, each jitted once for a bucket of prompts. state: the training's abstract state.
 
     Every `time_every` steps the three are waited for and timed one by one; otherwise nothing waits for the device.
     """
     settings = job.settings
     draw = rollouts.sampler(model, sampling, job.mesh)
-    prepare = jax.jit(functools.partial(experiences.make, model, rules))
-    update = jax.jit(make_update(settings, model, rules, optimizer, job.mesh), donate_argnums=0)
+    prepare = scoring_step(model, rules, job.mesh)
+    update = update_step(settings, model, rules, optimizer, state, job.mesh)
 
     calls = itertools.count()
 
     def step(state: TrainState, frozen: PyTree, prompts):
         clock = _Clock(bool(settings.time_every) and next(calls) % settings.time_every == 0)
-        rollout = draw(frozen["base"] | state.params["policy"], prompts, job.config.seed, state.step)
+        rollout = draw(frozen["base"] | state.params["policy"], prompts, job.seed, state.step)
         clock.lap("seconds_rollout", rollout)
         given = None if gold is None else gold(rollout)
         experience, metrics = prepare({**state.params}, frozen, rollout, given, state.extra["kl_coefficient"])
         clock.lap("seconds_scoring", experience)
-        coefficient = state.extra["kl_coefficient"]
         state, more = update(state, frozen, experience, metrics["kl"])
         clock.lap("seconds_update", state)
-        return state, metrics | more | {"kl_coefficient": jnp.copy(coefficient)} | clock.laps
+        return state, more | metrics | clock.laps
 
     return step
 
@@ -301,14 +327,14 @@ def make_evaluation(job: Job, model, rules: Rules, sampling: SamplingConfig, tok
     settings = job.settings
     loader = rollouts.prompt_loader(job, prompts, settings.batch_size, shuffle=False)
     draw = rollouts.sampler(model, dataclasses.replace(sampling, n=1), job.mesh)
-    scored = jax.jit(functools.partial(experiences.measure, model, rules))
+    scored = measuring_step(model, rules)
 
     def evaluate(params: PyTree, frozen: PyTree) -> dict[str, float]:
         sums: loop.Metrics = {}
         table: list[dict[str, Any]] = []
         with loader.batches(0, loader.steps_per_epoch) as stream:
             for batch in stream:
-                rollout = draw(frozen["base"] | params["policy"], batch, job.config.seed, 0)
+                rollout = draw(frozen["base"] | params["policy"], batch, job.seed, 0)
                 given = None if gold is None else gold(rollout)
                 new, scores = scored(params, frozen, rollout, given)
                 sums = new if not sums else jax.tree.map(jnp.add, sums, new)

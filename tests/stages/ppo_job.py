@@ -1,0 +1,134 @@
+"""A folder and settings enter; a ppo stage's Job leaves, its inputs built by hand: a real tiny LLaMA (stories260K) as
+base, policies and a reward model that differ from it by noise, and the beginnings of stories as prompts.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from configs import base
+from mpo_jax import checkpoint, sharding
+from mpo_jax.data import encode
+from mpo_jax.data.schemas import TextRecord
+from mpo_jax.stages import job as jobs
+from mpo_jax.stages import reward, split
+from mpo_jax.stages.job import Artifact, Job
+from mpo_jax.types import BUCKETS, GapTable
+
+NAMES = ("Tom", "Lily", "Sara", "Ben", "Mia", "Tim", "Anna", "Max", "Sue", "Sam")
+PLACES = ("park", "big house", "forest", "garden", "old school", "sunny little town by the sea")
+STORIES = [
+    f"Once upon a time, there was a {kind} named {name}. {name} went to the {place}."
+    for kind, names in (("girl", NAMES[1::2]), ("boy", NAMES[::2]))
+    for name in names
+    for place in PLACES
+]
+SMALL = {
+    "batch_size": 8, "steps": 3, "samples": 1, "max_new_tokens": 8, "inner_epochs": 2, "minibatches": 2,
+    "learning_rate": 1e-3, "eval_prompts": 8, "table_rows": 2, "eval_every": 2, "save_every": 1,
+}  # fmt: skip
+
+
+def make_config(stories: Path, rank: int = 0, **settings):
+    """A run's config with one ppo stage, "mpo", whose settings are small but for those given."""
+    config = base.get_config()
+    config.model.path = str(stories)
+    config.model.lora.rank = rank
+    config.data.max_length, config.data.max_response, config.data.max_buckets = 64, 16, 2
+    config.stages.mpo = base.stage("ppo", **(SMALL | settings))
+    config.stages.split = base.stage("split")
+    return config
+
+
+def make_job(folder: Path, stories: Path, mesh=None, rank: int = 0, prompts: int = 24, inputs=None, **settings) -> Job:
+    """The Job, with its inputs' artifacts written beneath `folder` where they are not there yet.
+
+    inputs: roles to leave out (None) or to take from elsewhere. rank: of LoRA adapters; 0: full weights.
+    """
+    config = make_config(stories, rank, **settings)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    workdir = epath.Path(folder)
+    job = Job("mpo", config.stages.mpo, config, workdir / "mpo", workdir, {}, mesh)
+    with jax.set_mesh(mesh):
+        made = {
+            "init": policy(job, "dpo", seed=1),
+            "reference": policy(job, "dpo", seed=1),
+            "sft": policy(job, "sft", seed=2),
+            "reward": reward_model(job),
+            "prompts": hard_prompts(job, prompts),
+        }
+    made |= inputs or {}
+    inputs = {role: artifact for role, artifact in made.items() if artifact is not None}
+    return Job("mpo", config.stages.mpo, config, workdir / "mpo", workdir, inputs, mesh)
+
+
+def noisy(weights, seed: int, size: float = 0.02):
+    """Every leaf with noise: adapters too, whose b would be 0 and whose product nothing."""
+    leaves, tree = jax.tree.flatten(weights)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        tree,
+        [x + size * jax.random.normal(key, x.shape, jnp.float32) for x, key in zip(leaves, keys, strict=True)],
+    )
+
+
+def policy(job: Job, name: str, seed: int) -> Artifact:
+    """A policy near the base model."""
+    folder = job.workdir / name
+    if not folder.exists():
+        model = jobs.model(job)
+        start = jobs.load_weights(job, Artifact("base", "base", epath.Path(job.config.model.path)), model)
+        checkpoint.save_weights(folder / jobs.WEIGHTS, noisy(start, seed))
+    return Artifact(name, "dpo", folder)
+
+
+def reward_model(job: Job) -> Artifact:
+    """The base with a scalar head large enough that scores differ."""
+    folder = job.workdir / "reward"
+    if not folder.exists():
+        model = jobs.model(job)
+        start = jobs.load_weights(job, Artifact("base", "base", epath.Path(job.config.model.path)), model)
+        weights = jobs.with_head(job, model, noisy(start, 3))
+        weights |= {"head": jax.tree.map(lambda x: 10 * x, weights["head"])}
+        checkpoint.save_weights(folder / jobs.WEIGHTS, weights)
+        checkpoint.write_json(folder / reward.STATISTICS, {"mean": 0.25, "std": 0.5})
+    return Artifact("reward", "reward", folder)
+
+
+def hard_prompts(job: Job, count: int) -> Artifact:
+    """A split whose hard part has `count` pairs, and 12 easy ones; the last 12 stories are held out."""
+    folder = job.workdir / "split"
+    artifact = Artifact("split", "split", folder, "hard")
+    if folder.exists():
+        return artifact
+    tokenizer = jobs.load_tokenizer(job, jobs.model(job))
+    data = job.config.data
+    limits = encode.Limits(data.max_length, data.max_response, max_prompt=data.max_length - 2 * data.max_response)
+
+    def pairs(stories):
+        return encode.encode(
+            [TextRecord(story, " He was happy.", " He was sad.", i, "train") for i, story in enumerate(stories)],
+            tokenizer,
+            2,
+            limits,
+        )
+
+    train = pairs(STORIES[: count + 12])
+    gap = np.where(np.arange(count + 12) < count, 0.1, 2.0).astype(np.float32)
+    table = GapTable(
+        id=train.id,
+        prompt_id=train.prompt_id,
+        score_chosen=gap,
+        score_rejected=np.zeros_like(gap),
+        gap=gap,
+        bucket=np.where(gap < 1, BUCKETS.index("hard"), BUCKETS.index("easy")).astype(np.int8),
+    )
+    split.replace(train, folder / split.PAIRS)
+    split.replace(pairs(STORIES[-12:]), folder / split.HELDOUT)
+    split.save_table(folder / split.TABLE, table)
+    (folder / "config.json").write_text(json.dumps(job.config.to_dict(), default=list))
+    return artifact
