@@ -10,7 +10,7 @@ import ml_collections
 
 OPERATIONAL = (
     "mesh", "decode_mesh", "remat", "attention", "microbatch", "log_every", "save_every", "keep", "path",
-    "cache", "time_every", "wandb", "score_batch", "key_variable", "concurrency", "seconds", "attempts", "max_calls",
+    "cache", "wandb", "score_batch", "key_variable", "concurrency", "seconds", "attempts", "max_calls",
     "max_tokens",
 )  # fmt: skip
 """Keys that say how a run is computed, not what: they don't enter an artifact's hash, so a run goes on elsewhere."""
@@ -184,7 +184,6 @@ KINDS = {
         "eval_prompts": 64,  # held-out prompts of the mid-run evaluation
         "best_kl": 0.0,  # nats: the best checkpoint may not be further from the reference; 0: any
         "table_rows": 4,  # replies kept as text at each evaluation
-        "time_every": 0,  # steps between those whose three phases are timed one by one; 0: never
         "learning_rate": 1e-6,  # ours
     },
     "evaluate": SAMPLING
@@ -253,7 +252,7 @@ def variants(text: str, *known: str) -> tuple[set[str], str]:
 def sweep(stages, name: str, key: str, values) -> None:
     """Expands stage `name` over `values` of `key`, in place: `split` becomes `split_threshold_1`, `split_threshold_2`.
 
-    Stages that rest on it are expanded with it; those above are shared. A stage that takes several inputs in one role
+    Stages that rest on it are expanded with it; all others are shared. A stage that takes several inputs in one role
     (an evaluation's policies) stays one and takes them all. ValueError for an unknown stage or key.
     """
     from mpo_jax.graph import ROLES
@@ -263,8 +262,12 @@ def sweep(stages, name: str, key: str, values) -> None:
     if key not in stages[name]:
         raise ValueError(f"sweep: stage {name!r} has no key {key!r}")
 
+    # Where the buckets' edge moves, all pairs together stay the same, unless pairs beyond the edge are changed.
+    edge_alone = key in ("threshold", "quantile") and stages[name].flipped == "hard"
+
     def sources(stage) -> list[str]:
-        return [stage[role] for role in ROLES[stage.kind] if isinstance(stage.get(role), str)]
+        given = [stage[role] for role in ROLES[stage.kind] if isinstance(stage.get(role), str)]
+        return [source for source in given if not (edge_alone and source == f"{name}/all")]
 
     expanded, grown = {name}, True
     while grown:
@@ -303,3 +306,69 @@ def sweep(stages, name: str, key: str, values) -> None:
                 stage[role] = tuple(dict.fromkeys(renamed(source, tag) for source in given for tag in tags))
             elif isinstance(given, str):
                 stage[role] = renamed(given, tags[0])
+
+
+LARGE_DPO = {"batch_size": 64, "microbatch": 32, "learning_rate": 5e-7, "beta": 0.1}  # Rafailov et al. 2023
+LARGE_PPO = {
+    "sft": "sft",
+    "batch_size": 64,
+    "microbatch": 32,
+    "max_new_tokens": 128,
+    "learning_rate": 1e-6,  # ours
+    "value_learning_rate": 5e-6,  # ours
+    "kl_coefficient": 0.05,  # Stiennon et al. 2020, for summaries
+    "normalise_scores": True,
+    "missing_eos_penalty": 1.0,  # ours
+}
+"""Hyperparameters of runs at 7B; the paper publishes none but its thresholds."""
+
+
+def large_run(name: str, model: str) -> ml_collections.ConfigDict:
+    """The settings that runs on pods share: prompts of 512 tokens, replies of 128, batches of 64."""
+    config = get_config()
+    config.name = name
+    config.model.path = MODELS[model]
+    config.model.remat = "full"
+    config.mesh.tensor = 4
+    config.data.max_prompt = 512
+    config.data.max_response = 128
+    config.data.max_length = 512 + 2 * 128
+    config.data.multiple = 128
+    config.data.max_buckets = 4
+    return config
+
+
+def mpo_stages(pair_source: str) -> dict[str, ml_collections.ConfigDict]:
+    """MPO as in the paper, beside its baselines: DPO on all pairs, and PPO from SFT held by the SFT policy."""
+    return {
+        "sft": stage("sft", batch_size=64, microbatch=32),
+        "reward": stage("reward", batch_size=64, microbatch=32),
+        "split": stage("split", pair_source=pair_source, threshold=1.0, max_new_tokens=128, batch_size=64),
+        "dpo": stage("dpo", **LARGE_DPO),
+        "mpo": stage("ppo", **LARGE_PPO),
+        "dpo_full": stage("dpo", **(LARGE_DPO | {"pairs": "split/all"})),
+        "ppo_sft": stage("ppo", **(LARGE_PPO | {"init": "sft", "reference": "sft", "prompts": "split/all"})),
+        "evaluate": stage(
+            "evaluate",
+            policies=("sft", "dpo", "mpo", "dpo_full", "ppo_sft"),
+            max_new_tokens=128,
+            count=512,
+            batch_size=64,
+        ),
+    }
+
+
+def shrink(config) -> None:
+    """Minutes on one device: short rows, small batches, few steps, and a split in two halves."""
+    config.model.remat = "none"
+    config.mesh.tensor = 1
+    config.data.update({"max_prompt": 0, "max_response": 64, "max_length": 512, "multiple": 8, "max_buckets": 3})
+    for stage_ in config.stages.values():
+        small = {"batch_size": 16, "microbatch": 0, "max_new_tokens": 48, "count": 64}
+        if stage_.kind in ("sft", "reward", "dpo"):
+            small |= {"learning_rate": 2e-4}
+        if stage_.kind == "ppo":
+            small |= {"steps": 20, "learning_rate": 5e-5, "value_learning_rate": 5e-4, "eval_prompts": 32}
+        if stage_.kind == "split":
+            small |= {"quantile": 0.5}
+        stage_.update({key: value for key, value in small.items() if key in stage_})

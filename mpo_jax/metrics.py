@@ -180,9 +180,23 @@ def cut_to(folder: epath.PathLike, step: int) -> None:
     path = epath.Path(folder) / FILE
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if (row := _parse(line)) and row["step"] <= step]
-    temporary = path.parent / f".{FILE}.cut"
-    temporary.write_text("".join(line + "\n" for line in kept))
+    _replace(path, _lines_to(path, step))
+
+
+def put(folder: epath.PathLike, name: str, step: int, row: Mapping[str, Any]) -> None:
+    """Adds a step's row to a small JSONL file, in place of what a killed run left of this step and later ones."""
+    path = epath.Path(folder) / name
+    kept = _lines_to(path, step - 1) if path.exists() else []
+    _replace(path, [*kept, json.dumps({"step": step} | dict(row))])
+
+
+def _lines_to(path: epath.Path, step: int) -> list[str]:
+    return [line for line in path.read_text().splitlines() if (row := _parse(line)) and row["step"] <= step]
+
+
+def _replace(path: epath.Path, lines: list[str]) -> None:
+    temporary = path.parent / f".{path.name}.cut"
+    temporary.write_text("".join(line + "\n" for line in lines))
     temporary.replace(path)
 
 

@@ -172,11 +172,13 @@ def _metrics(rollout: Rollout, seen: Judged, reference, raw, advantages, targets
     mask = seen.mask
     real = jnp.any(mask, axis=2)
     lens = jnp.sum(mask.astype(jnp.float32), axis=2)
+    _, kl_variance = statistics.moments(jnp.sum(jnp.where(mask, seen.logps - reference, jnp.float32(0)), axis=2), real)
     score_mean, score_variance = statistics.moments(raw, real)
     advantage_mean, advantage_variance = statistics.moments(advantages, mask)
     tokens = _response_tokens(rollout)
     found = {name: _mean(pair) for name, pair in policy.kl_metrics(seen.logps, reference, mask).items()}
     found |= {
+        "kl_error": jnp.sqrt(kl_variance / jnp.maximum(losses.count(real), 1)),
         "score": score_mean,
         "score_std": jnp.sqrt(score_variance),
         "advantage": advantage_mean,
@@ -204,10 +206,10 @@ def _mean(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
     return pair[0] / jnp.maximum(pair[1], 1e-8)
 
 
-def make_loss(model: ModelConfig, rules: Rules, clip: float, value_clip: float | None, entropy: float, kl_loss: float):
+def make_loss(model: ModelConfig, rules: Rules, clip: float, value_clip: float | None, entropy: float):
     """The loss of one minibatch of experience, for `loop.accumulate`: policy, critic, entropy bonus, k2 term.
 
-    entropy, kl_loss: coefficients; 0 leaves the term out.
+    entropy: the bonus's coefficient; 0 leaves it out. frozen: {"base", "kl_coefficient": f32 [], for k2}.
     """
 
     def loss(params: PyTree, frozen: PyTree, experience: Experience, key: jax.Array) -> losses.Loss:
@@ -218,10 +220,8 @@ def make_loss(model: ModelConfig, rules: Rules, clip: float, value_clip: float |
         terms: list = []
         if seen.entropy is not None:
             terms.append((entropy, policy.entropy_bonus(seen.entropy, mask)))
-        if kl_loss:
-            terms.append((kl_loss, policy.kl_k2(seen.logps, experience.ref_logps, mask)))
-        warm = frozen["policy_weight"]
-        found = (found[0] * warm, found[1], found[2])
+        if rules.kl_term == "k2":
+            terms.append((frozen["kl_coefficient"], policy.kl_k2(seen.logps, experience.ref_logps, mask)))
         if seen.values is not None:
             terms.append((1.0, policy.value(seen.values, experience.values, experience.returns, mask, value_clip)))
         return losses.add(found, *terms)

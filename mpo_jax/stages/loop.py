@@ -44,17 +44,18 @@ class NonFinite(RuntimeError):
 Step = Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, Any]]]
 """(state, frozen, batch) -> (state, metrics); the state is donated."""
 
-Evaluate = Callable[[PyTree, PyTree], dict[str, float]]
-"""(params, frozen) -> metrics on held-out data."""
+Evaluate = Callable[[PyTree, PyTree, int], dict[str, float]]
+"""(params, frozen, steps done) -> metrics on held-out data."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
     """What tells one training stage from another, and how long it runs.
 
-    params: the trainable weights, on the mesh. frozen: all other arrays that the step reads. extra: see
-    `types.TrainState`. best: the evaluation's metric whose minimum (or, with a leading "-", maximum) marks the best
-    checkpoint. settings: the stage's ConfigDict with the keys of `configs/base.py` TRAINING.
+    params: the trainable weights, on the mesh; `train` copies them and frees the caller's. frozen: all other arrays
+    that the step reads. extra: see `types.TrainState`. best: the evaluation's metric whose minimum (or, with a leading
+    "-", maximum) marks the best checkpoint. settings: the keys of `configs/base.py` TRAINING. watch: is told each
+    logged step's number and values, to warn of what needn't stop the run.
     """
 
     step: Step
@@ -68,6 +69,7 @@ class Training:
     key: jax.Array
     extra: PyTree = dataclasses.field(default_factory=dict)
     best: str = "loss"
+    watch: Callable[[int, dict[str, float]], None] | None = None
 
 
 def supervised(
@@ -77,12 +79,12 @@ def supervised(
     optimizer, rate = make_optimizer(settings, total_steps(settings, loader))
     evaluation = evaluation_step(loss)
 
-    def judged(params, frozen):
+    def judged(params, frozen, _):
         assert heldout is not None
         return evaluate(evaluation, params, frozen, heldout, settings.eval_batches)
 
     return Training(
-        step=jax.jit(train_step(loss, optimizer, _microbatches(settings, mesh)), donate_argnums=0),
+        step=supervised_step(loss, optimizer, settings, abstract_state(optimizer, params, mesh), mesh),
         optimizer=optimizer,
         rate=rate,
         params=params,
@@ -92,6 +94,17 @@ def supervised(
         settings=settings,
         key=key,
     )
+
+
+def supervised_step(loss: Loss, optimizer, settings, state: TrainState, mesh):
+    """The jitted step of such a training. state: its `abstract_state`."""
+    return jit_step(train_step(loss, optimizer, _microbatches(settings, mesh)), state, mesh)
+
+
+def jit_step(step: Callable, state: TrainState, mesh):
+    """A `(state, ...) -> (state, metrics)` jitted: the state donated, and laid out as it came; metrics everywhere."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
 
 
 def total_steps(settings, loader: Loader) -> int:
@@ -214,6 +227,31 @@ def init_state(optimizer, params: PyTree, key: jax.Array, mesh, extra: PyTree = 
     )
 
 
+def abstract_state(optimizer, params: PyTree, mesh, extra: PyTree = None) -> TrainState:
+    """Shapes and shardings of `init_state`. params: arrays or ShapeDtypeStructs, with shardings."""
+    everywhere = sharding.replicated(mesh)
+
+    def shape(leaf, where):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    moments = jax.eval_shape(optimizer.init, params)
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
+        params=jax.tree.map(lambda leaf: shape(leaf, leaf.sharding), params),
+        opt_state=jax.tree.map(shape, moments, optim.state_shardings(optimizer, params, mesh)),
+        key=shape(jax.eval_shape(lambda: jax.random.key(0)), everywhere),
+        extra=jax.tree.map(lambda x: shape(np.asarray(x), everywhere), extra or {}),
+    )
+
+
+def _release(params: PyTree, frozen: PyTree) -> None:
+    """Frees arrays that the state holds a copy of, unless something frozen is made of the same ones."""
+    kept = {id(leaf) for leaf in jax.tree.leaves(frozen)}
+    for leaf in jax.tree.leaves(params):
+        if id(leaf) not in kept and not leaf.is_deleted():
+            leaf.delete()
+
+
 def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[str, Any]]:
     """Trains to the end, from the last checkpoint in `folder` if there is one.
 
@@ -224,11 +262,14 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
     steps = total_steps(settings, loader)
     if settings.select not in ("last", "best"):
         raise InputError(f"select: {settings.select!r}; expected last or best")
-    state = init_state(training.optimizer, training.params, training.key, mesh, training.extra)
     checkpoints = Checkpoints(folder / "checkpoints", keep=settings.keep)
     progress: dict[str, Any] = {"best": None, "best_step": None, "evaluation": {}}
-    if (latest := checkpoints.latest_step()) is not None:
-        state, progress = checkpoints.restore(latest, state)
+    if (latest := checkpoints.latest_step()) is None:
+        state = init_state(training.optimizer, training.params, training.key, mesh, training.extra)
+    else:
+        abstract = abstract_state(training.optimizer, training.params, mesh, training.extra)
+        state, progress = checkpoints.restore(latest, abstract)
+    _release(training.params, training.frozen)
     start = int(state.step)
     eval_every = settings.eval_every or max(1, steps // 10)
     save_every = settings.save_every or max(1, steps // 10)
@@ -260,9 +301,11 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
                 }
                 log.write(done, out)
                 _check_finite(log.last, loader)
+                if training.watch is not None and log.last is not None:
+                    training.watch(*log.last)
                 last_time, last_done = now, done
             if training.evaluate is not None and (done % eval_every == 0 or done == steps):
-                found = training.evaluate(state.params, training.frozen)
+                found = training.evaluate(state.params, training.frozen, done)
                 log.write_now(done, {f"eval/{name}": value for name, value in found.items()})
                 progress["evaluation"] = found
                 if _better(found, progress["best"], training.best):

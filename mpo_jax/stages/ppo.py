@@ -6,10 +6,9 @@ PPO (Schulman et al. 2017, arXiv 1707.06347; for language models Ziegler et al. 
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
-import time
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,8 +17,11 @@ import numpy as np
 import optax
 
 from mpo_jax import checkpoint, optim, sharding
+from mpo_jax import metrics as metrics_log
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import labellers
+from mpo_jax.models import config as model_config
+from mpo_jax.models import hf
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import returns
 from mpo_jax.sampling import SamplingConfig
@@ -28,11 +30,15 @@ from mpo_jax.stages import job as jobs
 from mpo_jax.stages import loop, reward, rollouts, split
 from mpo_jax.stages.experience import Rules
 from mpo_jax.stages.job import Job
+from mpo_jax.stages.stopwatch import Stopwatch
 from mpo_jax.types import Experience, PyTree, TrainState
 
 ALGORITHMS, KL_TERMS, CRITICS = ("ppo", "rloo"), ("k1", "k2"), ("separate", "shared")
 _FORBIDDEN = ("top_k", "top_p", "min_new_tokens")
 VALUE = "value"
+"""The folder, within the artifact, that holds the critic's final weights."""
+SAMPLES = "samples.jsonl"
+"""The file with a line for each evaluation: its step, its means, and a few replies to fixed held-out prompts."""
 
 
 def check(settings) -> None:
@@ -86,6 +92,7 @@ def run(job: Job) -> dict[str, Any]:
         key=jobs.key(job),
         extra=first_extra(settings),
         best="-score_within_kl",
+        watch=make_watch(job.name),
     )
     params, summary = loop.train(training, job.folder, job.mesh)
     checkpoint.save_weights(job.folder / jobs.WEIGHTS, params["policy"])
@@ -100,9 +107,26 @@ def load_frozen(job: Job, model: ModelConfig) -> PyTree:
     roles = [role for role in ("reference", "reward", "sft") if role in job.inputs]
     if "reward" not in roles and job.settings.labeller == "reward":
         raise InputError(f"stages.{job.name}.reward: empty; name a reward stage, or a labeller")
+    for role in roles:
+        check_vocabulary(job, role, model)
     return {"base": jobs.base_weights(job, model)} | {
         role: jobs.load_weights(job, job.inputs[role], model, dtype) for role in roles
     }
+
+
+def check_vocabulary(job: Job, role: str, model: ModelConfig) -> None:
+    """InputError for an artifact whose run began with a model of another vocabulary: its ids mean other tokens."""
+    artifact = job.inputs[role]
+    written = artifact.folder / "config.json"
+    if artifact.kind == "base" or not written.exists():
+        return
+    path = json.loads(written.read_text())["model"]["path"]
+    size = model_config.from_folder(hf.resolve(path)).vocab_size
+    if size != model.vocab_size:
+        raise InputError(
+            f"stages.{job.name}.{role}: {artifact.name!r} has a vocabulary of {size} tokens, the policy one of "
+            f"{model.vocab_size}; expected a stage of a run from the same base model"
+        )
 
 
 def critic(job: Job, model: ModelConfig, policy: PyTree) -> PyTree:
@@ -116,13 +140,7 @@ def critic(job: Job, model: ModelConfig, policy: PyTree) -> PyTree:
 def sampling_config(job: Job) -> SamplingConfig:
     """PPO samples from the full softmax at its temperature."""
     full = dict.fromkeys(_FORBIDDEN, 0)
-    settings = job.settings.to_dict() | full
-    return rollouts.sampling_config(job, _Namespace(settings), job.settings.samples)
-
-
-class _Namespace:
-    def __init__(self, values: dict[str, Any]):
-        self.__dict__.update(values)
+    return rollouts.sampling_config(job, SimpleNamespace(**(job.settings.to_dict() | full)), job.settings.samples)
 
 
 def load_statistics(job: Job) -> dict[str, float]:
@@ -163,7 +181,7 @@ def make_optimizer(settings, steps: int):
         own = dict(settings.to_dict())
         if name == "value":
             own["learning_rate"] = settings.value_learning_rate or settings.learning_rate
-        chains[name], rates[name] = loop.make_optimizer(_Namespace(own), steps * inner)
+        chains[name], rates[name] = loop.make_optimizer(SimpleNamespace(**own), steps * inner)
     return optim.by_label(chains), lambda step: rates["policy"](step * inner)
 
 
@@ -206,41 +224,47 @@ def make_step(
 ) -> loop.Step:
     """Rollout, scoring and update, each jitted once for a bucket of prompts. state: the training's abstract state.
 
-    Every `time_every` steps the three are waited for and timed one by one; otherwise nothing waits for the device.
+    The rollout sees the policy of the step before and nothing newer. Only a labeller on the host waits for the device.
     """
-    settings = job.settings
     draw = rollouts.sampler(model, sampling, job.mesh)
     prepare = scoring_step(model, rules, job.mesh)
-    update = update_step(settings, model, rules, optimizer, state, job.mesh)
-
-    calls = itertools.count()
+    update = update_step(job.settings, model, rules, optimizer, state, job.mesh)
+    watch = Stopwatch()
 
     def step(state: TrainState, frozen: PyTree, prompts):
-        clock = _Clock(bool(settings.time_every) and next(calls) % settings.time_every == 0)
+        watch.begin()
         rollout = draw(frozen["base"] | state.params["policy"], prompts, job.seed, state.step)
-        clock.lap("seconds_rollout", rollout)
+        seconds = {"seconds_rollout": watch.lap(rollout.logps)}
         given = None if gold is None else gold(rollout)
-        experience, metrics = prepare({**state.params}, frozen, rollout, given, state.extra["kl_coefficient"])
-        clock.lap("seconds_scoring", experience)
+        experience, metrics = prepare(state.params, frozen, rollout, given, state.extra["kl_coefficient"])
+        seconds["seconds_scoring"] = watch.lap(experience.advantages)
         state, more = update(state, frozen, experience, metrics["kl"])
-        clock.lap("seconds_update", state)
-        return state, more | metrics | clock.laps
+        seconds["seconds_update"] = watch.lap(more["loss"])
+        return state, more | metrics | seconds | {"tokens_per_second": watch.rate(metrics["response_tokens"])}
 
     return step
 
 
-class _Clock:
-    """Seconds of each phase of a step, where it is to be timed; waits for the device then, and only then."""
+def make_watch(name: str):
+    """`(step, values)`: warns, once, of a mean KL below 0 by more than its noise: k1 of a policy's own samples is not.
 
-    def __init__(self, on: bool):
-        self.laps: dict[str, float] = {}
-        self._on, self._before = on, time.perf_counter()
+    Then the replies were not drawn from the distribution that the scorer sees.
+    """
+    warned = False
 
-    def lap(self, name: str, result: PyTree) -> None:
-        if self._on:
-            jax.block_until_ready(result)
-            now = time.perf_counter()
-            self.laps[name], self._before = now - self._before, now
+    def watch(step: int, values: dict[str, float]) -> None:
+        nonlocal warned
+        if warned or values["kl"] >= -3 * values["kl_error"] - 1e-3:
+            return
+        warned = True
+        if jax.process_index() == 0:
+            print(
+                f"warning: stages.{name}: at step {step} the mean KL to the reference is {values['kl']:.4f} nats, "
+                f"below 0 by over 3 standard errors of {values['kl_error']:.4f}; compare sampler_scorer_difference",
+                flush=True,
+            )
+
+    return watch
 
 
 def make_update(settings, model: ModelConfig, rules: Rules, optimizer, mesh):
@@ -251,18 +275,11 @@ def make_update(settings, model: ModelConfig, rules: Rules, optimizer, mesh):
     sharding.check_batch(part, mesh, "microbatch")
     if rows % part:
         raise InputError(f"microbatch: {part} rows do not divide the minibatch of {rows}")
-    loss = experiences.make_loss(
-        model,
-        rules,
-        settings.clip,
-        settings.value_clip or None,
-        settings.entropy,
-        settings.kl_coefficient if rules.kl_term == "k2" else 0.0,
-    )
+    loss = experiences.make_loss(model, rules, settings.clip, settings.value_clip or None, settings.entropy)
 
     def update(state: TrainState, frozen: PyTree, experience: Experience, kl: jax.Array):
         warm = (state.step >= settings.critic_warmup).astype(jnp.float32)
-        frozen = {"base": frozen["base"], "policy_weight": warm}
+        frozen = {"base": frozen["base"], "kl_coefficient": state.extra["kl_coefficient"]}
         order = _minibatch_rows(jax.random.fold_in(state.key, state.step), settings)
 
         def one(carry, index_and_rows):
@@ -276,6 +293,8 @@ def make_update(settings, model: ModelConfig, rules: Rules, optimizer, mesh):
                 weight = jnp.maximum(weight, 1e-8)
                 grads = jax.tree.map(lambda g: g / weight, grads)
                 updates, opt_state = optimizer.update(grads, opt_state, params)
+                # Not the gradients: a critic on the policy's trunk would move it, and the moments may warm up.
+                updates |= {"policy": jax.tree.map(lambda u: warm * u, updates["policy"])}
                 out = loop.means(sums) | {"loss": total / weight, "grad_norm": optax.tree.norm(grads)}
                 return optax.apply_updates(params, updates), opt_state, out
 
@@ -320,7 +339,7 @@ def take_rows(experience: Experience, rows: jax.Array) -> Experience:
 
 
 def make_evaluation(job: Job, model, rules: Rules, sampling: SamplingConfig, tokenizer, prompts, gold) -> loop.Evaluate:
-    """Samples replies to fixed held-out prompts, scores them, and adds a table of some to `samples.jsonl`.
+    """Samples replies to fixed held-out prompts, scores them, and adds a table of some to SAMPLES.
 
     score_within_kl is the mean score where the KL to the reference is within the stage's best_kl, else -inf.
     """
@@ -329,10 +348,10 @@ def make_evaluation(job: Job, model, rules: Rules, sampling: SamplingConfig, tok
     draw = rollouts.sampler(model, dataclasses.replace(sampling, n=1), job.mesh)
     scored = measuring_step(model, rules)
 
-    def evaluate(params: PyTree, frozen: PyTree) -> dict[str, float]:
+    def evaluate(params: PyTree, frozen: PyTree, step: int) -> dict[str, float]:
         sums: loop.Metrics = {}
         table: list[dict[str, Any]] = []
-        with loader.batches(0, loader.steps_per_epoch) as stream:
+        with loader.batches(0, min(settings.eval_batches, loader.steps_per_epoch)) as stream:
             for batch in stream:
                 rollout = draw(frozen["base"] | params["policy"], batch, job.seed, 0)
                 given = None if gold is None else gold(rollout)
@@ -343,8 +362,8 @@ def make_evaluation(job: Job, model, rules: Rules, sampling: SamplingConfig, tok
         found = {name: float(total) / max(float(weight), 1e-8) for name, (total, weight) in sums.items()}
         within = not settings.best_kl or found["kl"] <= settings.best_kl
         if jax.process_index() == 0:
-            with (job.folder / "samples.jsonl").open("a") as file:
-                file.write(json.dumps({"evaluation": found, "replies": table[: settings.table_rows]}) + "\n")
+            rows = table[: settings.table_rows]
+            metrics_log.put(job.folder, SAMPLES, step, {"evaluation": found, "replies": rows})
         return found | {"score_within_kl": found["score"] if within else -math.inf}
 
     return evaluate

@@ -22,7 +22,8 @@ from mpo_jax.types import BUCKETS, GapTable
 NAMES = ("Tom", "Lily", "Sara", "Ben", "Mia", "Tim", "Anna", "Max", "Sue", "Sam")
 PLACES = ("park", "big house", "forest", "garden", "old school", "sunny little town by the sea")
 STORIES = [
-    f"Once upon a time, there was a {kind} named {name}. {name} went to the {place}."
+    f"Once upon a time, there was a {mood} {kind} named {name}. {name} went to the {place}."
+    for mood in ("little", "happy", "sad", "kind")
     for kind, names in (("girl", NAMES[1::2]), ("boy", NAMES[::2]))
     for name in names
     for place in PLACES

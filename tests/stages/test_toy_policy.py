@@ -1,0 +1,125 @@
+"""A policy over two tokens and a score for each of its four replies enter; PPO and RLOO are held against the optimum.
+
+Reward minus beta * KL(policy || reference) is greatest at reference * exp(reward / beta), normalised (Rafailov et al.
+2023, eq. 4): here a distribution over four sequences, in closed form. Rollouts, experience and update are the stage's.
+"""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpo_jax import optim, sampling, sharding
+from mpo_jax.models import decoder
+from mpo_jax.models.config import ModelConfig
+from mpo_jax.sampling import SamplingConfig
+from mpo_jax.stages import experience, loop, ppo
+from mpo_jax.types import Batch, Rollout
+
+MODEL = ModelConfig("llama", 2, 1, 8, 1, 1, 8, 16, 8)
+REPLIES = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], np.int32)
+SCORES = np.array([0.0, 0.3, 0.7, -0.2], np.float32)
+BETA, ROWS = 0.5, 128
+SETTINGS = SimpleNamespace(
+    batch_size=ROWS, minibatches=1, microbatch=0, inner_epochs=2, clip=0.2, value_clip=0.0, entropy=0.0,
+    critic_warmup=0, target_kl=0.0, kl_target=0.0, kl_gain=0.0,
+)  # fmt: skip
+
+
+def prompts(rows: int) -> Batch:
+    ids = jnp.arange(rows, dtype=jnp.int32)
+    column = jnp.zeros((rows, 1), jnp.int32)
+    return Batch(column, column, column + 1, ids, ids, jnp.ones(rows, jnp.float32), window=0)
+
+
+def every_reply() -> Rollout:
+    """One prompt with all four replies."""
+    zeros = jnp.zeros((1, 1), jnp.int32)
+    batch = Batch(
+        tokens=jnp.concatenate([zeros, REPLIES.reshape(1, 8)], axis=1),
+        positions=jnp.asarray([[0] + [1, 2] * 4], jnp.int32),
+        segments=jnp.asarray([[1, 2, 2, 3, 3, 4, 4, 5, 5]], jnp.int32),
+        id=zeros[0],
+        prompt_id=zeros[0],
+        weight=jnp.ones(1, jnp.float32),
+        window=8,
+    )
+    return Rollout(batch, jnp.zeros((1, 4, 2), jnp.float32), jnp.zeros((1, 4), bool))
+
+
+def distribution(weights) -> jax.Array:
+    """f32 [4]: the exact probability of each reply."""
+    seen = experience.judge(MODEL, {"policy": weights}, {}, every_reply(), experience.Rules())
+    return jnp.exp(seen.logps.sum(axis=2))[0]
+
+
+def weights(seed: int, spread: float):
+    """A random decoder whose output matrix is `spread` times its usual size."""
+    made = decoder.init(MODEL, jax.random.key(seed))
+    kernel = made["params"]["lm_head"]["kernel"]
+    return {"params": made["params"] | {"lm_head": {"kernel": spread * kernel}}}
+
+
+@functools.cache
+def training(algorithm: str, updates: int):
+    """Jitted `(first policy, reference) -> f32 [updates,4]`, the policy after each update; compiled once for both
+    starts."""
+    samples = 4 if algorithm == "rloo" else 1
+    rows = ROWS // samples
+    settings = SimpleNamespace(**(vars(SETTINGS) | {"batch_size": rows}))
+    rules = experience.Rules(algorithm=algorithm, gamma=1.0, whiten=False)
+    how = SamplingConfig(max_new_tokens=2, n=samples)
+    names = ("policy", "value") if algorithm == "ppo" else ("policy",)
+    rate = optim.schedule("linear", 1e-2, 0, updates * settings.inner_epochs, 0.1)
+    optimizer = optim.by_label({name: optim.make_optimizer(rate, clip_norm=1.0) for name in names})
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    update = ppo.make_update(settings, MODEL, rules, optimizer, mesh)
+    table = jnp.asarray(SCORES)
+
+    @jax.jit
+    def run(policy, reference):
+        params = {"policy": policy}
+        if algorithm == "ppo":
+            critic = decoder.init(MODEL, jax.random.key(9), head=True)
+            params["value"] = {
+                "params": {k: v for k, v in critic["params"].items() if k != "lm_head"},
+                "head": critic["head"],
+            }
+        state = loop.TrainState(
+            jnp.int32(0), params, optimizer.init(params), jax.random.key(5), {"kl_coefficient": jnp.float32(BETA)}
+        )
+
+        def step(state, number):
+            rollout = sampling.sample(MODEL, how, state.params["policy"], prompts(rows), 3, number)
+            drawn = rollout.batch.tokens[:, 1:].reshape(rows, samples, 2)
+            scores = table[2 * drawn[:, :, 0] + drawn[:, :, 1]]
+            frozen = {"base": {}, "reference": reference}
+            made, metrics = experience.make(
+                MODEL, rules, state.params, frozen, rollout, scores, state.extra["kl_coefficient"]
+            )
+            state, _ = update(state, frozen, made, metrics["kl"])
+            return state, distribution(state.params["policy"])
+
+        return jax.lax.scan(step, state, jnp.arange(updates))[1]
+
+    return run
+
+
+STARTS = {"the reference": (1, 1.0), "elsewhere": (2, 4.0)}
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+def test_reaches_the_optimum_in_closed_form(algorithm, start):
+    reference = weights(1, 1.0)
+    first = weights(*STARTS[start])
+    before = np.asarray(distribution(first), np.float64)
+    optimum = np.asarray(distribution(reference), np.float64) * np.exp(SCORES.astype(np.float64) / BETA)
+    optimum /= optimum.sum()
+    assert 0.5 * np.abs(before - optimum).sum() > 0.1, "the start must not be the optimum"
+    found = np.asarray(training(algorithm, 500)(first, reference), np.float64)
+    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
+    assert 0.5 * np.abs(found[-100:].mean(axis=0) - optimum).sum() < 0.02
