@@ -5,11 +5,13 @@ Prompts are the unit: several annotators' verdicts on one prompt are averaged fi
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
-from mpo_jax.evaluation import annotation, statistics
+from mpo_jax.evaluation import annotation, judge, statistics
 from mpo_jax.evaluation.annotation import Judgement
 
 _LEAST = 2
@@ -61,6 +63,22 @@ def results(
         "judgements": len(valid),
         "others": len(judgements) - len(valid),
     }
+
+
+def section(workdir: epath.Path, stages: Mapping[str, epath.Path]) -> dict[str, Any] | None:
+    """What the report shows: the results on every evaluation's replies. stages: name -> folder of every finished
+    stage. None where nobody judged."""
+    file = workdir / annotation.FILE
+    if "://" in str(workdir) or not file.exists():
+        return None
+    with annotation.Store(Path(file)) as store:
+        judgements = store.all()
+    found = []
+    for name, folder in stages.items():
+        if (folder / "replies.jsonl").exists():
+            table = results(judge.read_replies(folder / "replies.jsonl"), judgements)
+            found += [{"name": name} | table] if table is not None else []
+    return {"stages": found} if found else None
 
 
 def alpha(judgements: Sequence[Judgement]) -> float | None:

@@ -21,6 +21,9 @@ from mpo_jax.evaluation.judge_prompts import FIRST, SECOND, TIE, Question
 Row = Mapping[str, Any]
 """A line of replies.jsonl."""
 
+TABLE = "judge.json"
+"""The file, within a judge stage's folder, that holds its table."""
+
 
 def read_replies(path: epath.Path) -> list[Row]:
     """The lines of a replies.jsonl. InputError for one that is missing or not JSON."""
@@ -78,7 +81,7 @@ def by_answers(
         ]
         asked = [(left, right, row["prompt_id"], True) in verdicts for row in rows]
         tables.append(_pair_table(rows, left, right, by, both, asked, resamples, seed))
-    return _whole(by, tables)
+    return _whole(by, tables, asked=True)
 
 
 def by_scores(
@@ -97,7 +100,17 @@ def by_scores(
             for (a, b), valid in zip(scores, valid, strict=True)
         ]  # fmt: skip
         tables.append(_pair_table(rows, left, right, by, both, valid, resamples, seed))
-    return _whole(by, tables)
+    return _whole(by, tables, asked=False)
+
+
+def section(stages: Mapping[str, epath.Path]) -> dict[str, Any] | None:
+    """What the report shows: the table of every judge stage. stages: name -> folder of every finished stage."""
+    found = [
+        {"name": name} | json.loads((folder / TABLE).read_text())
+        for name, folder in stages.items()
+        if (folder / TABLE).exists()
+    ]
+    return {"stages": found} if found else None
 
 
 def _pair_table(
@@ -142,8 +155,9 @@ def _pair_table(
     }
 
 
-def _whole(by: str, tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Plain data: the pairs with Holm's correction, and the judge's own habits over all of them."""
+def _whole(by: str, tables: Sequence[dict[str, Any]], asked: bool) -> dict[str, Any]:
+    """Plain data: the pairs with Holm's correction, and the judge's own habits over all of them. asked: whether it
+    answered questions, in which a reply stands first."""
     comparisons = statistics.holm([table.pop("comparison") for table in tables])
     total = {key: sum(table[key] for table in tables)
              for key in ("answers", "invalid_answers", "decided", "first", "twice", "agreed")}  # fmt: skip
@@ -155,6 +169,7 @@ def _whole(by: str, tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ],
         "habits": total
         | {
+            "asked": asked,
             "position_bias": _share(total["first"], total["decided"]),
             "position_bias_interval": _wilson(total["first"], total["decided"]),
             "agreement": _share(total["agreed"], total["twice"]),

@@ -21,7 +21,7 @@ from mpo_jax.stages.job import Job
 from mpo_jax.stages.reward import collect
 
 JUDGES = ("endpoint", "local", "reward", "gold")
-TABLE, VERDICTS, CACHE = "judge.json", "verdicts.jsonl", "judge.sqlite"
+VERDICTS, CACHE = "verdicts.jsonl", "judge.sqlite"
 _VERDICT_TOKENS = 8  # " A" and its EOS, in any tokenizer
 
 
@@ -42,7 +42,7 @@ def run(job: Job) -> dict[str, Any]:
         if jax.process_index() == 0:
             (job.folder / VERDICTS).write_text(judge.verdict_lines(questions, answers))
         table = judge.by_answers(rows, pairs, by, questions, answers, **how) | spent
-    jobs.write_json(job.folder / TABLE, table)
+    jobs.write_json(job.folder / judge.TABLE, table)
     if jax.process_index() == 0:
         print("\n".join(pair["sentence"] for pair in table["pairs"]), flush=True)
     return table

@@ -1,0 +1,142 @@
+"""A reward model's gaps on pairs it never saw, and PPO's scores as it learns, enter; what the scores are worth leaves.
+
+The check that the paper leaves open: are pairs with a large gap the ones that people are sure of, and does the policy
+that pleases the reward model please the gold labeller too?
+"""
+
+import base64
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from scipy import stats
+
+from mpo_jax import metrics
+from mpo_jax.data import encode
+from mpo_jax.evaluation import pairs as pair_tables
+from mpo_jax.evaluation import plots
+
+_FEWEST = 20
+"""Pairs with a known confidence, below which their correlation is not worth a line."""
+
+
+def by_gap_decile(gap: np.ndarray) -> list[dict[str, float]]:
+    """Pairs in ten equal parts by the size of their gap, smallest first: how often the label agrees, and how often it
+    would if the reward model knew its own certainty (the mean of sigmoid(|gap|)). gap: [pairs], chosen - rejected."""
+    gap = np.asarray(gap, np.float64)
+    order = np.argsort(np.abs(gap), kind="stable")
+    rows = []
+    for part in np.array_split(order, 10):
+        if len(part):
+            share = pair_tables.accuracy(gap[part])
+            rows.append(
+                {
+                    "from": float(np.abs(gap[part]).min()),
+                    "to": float(np.abs(gap[part]).max()),
+                    "pairs": len(part),
+                    "accuracy": share,
+                    "standard_error": pair_tables.standard_error(share, len(part)),
+                    "predicted": float(np.mean(1 / (1 + np.exp(-np.abs(gap[part]))))),
+                }
+            )
+    return rows
+
+
+def calibration_error(rows: Sequence[Mapping[str, float]]) -> float:
+    """Mean distance of predicted from observed agreement over the deciles, weighted by their pairs (Guo et al. 2017,
+    equation 3)."""
+    pairs = np.array([row["pairs"] for row in rows])
+    distance = np.array([abs(row["predicted"] - row["accuracy"]) for row in rows])
+    return float((pairs * distance).sum() / pairs.sum())
+
+
+def with_confidence(gap: np.ndarray, confidence: np.ndarray) -> dict[str, float] | None:
+    """Spearman's rank correlation of the gap with the annotator's confidence in the chosen reply, with its two-sided
+    p-value; None where too few confidences are known (finite), or all are the same."""
+    known = np.isfinite(confidence)
+    if known.sum() < _FEWEST or np.ptp(confidence[known]) == 0 or np.ptp(gap[known]) == 0:
+        return None
+    found = stats.spearmanr(gap[known], confidence[known])
+    return {"pairs": int(known.sum()), "spearman": float(found.statistic), "p_value": float(found.pvalue)}
+
+
+def over_optimisation(rows: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
+    """The reward model's mean score and the gold labeller's at each evaluation of a PPO stage; None without both.
+
+    rows: the stage's metrics. points: {step, kl, reward, gold}. best: the point with the highest gold score. lost: how
+    far gold fell from there to the last point, while the reward model's score rose by gained. Gao et al. 2023 call
+    that over-optimisation.
+    """
+    points: list[dict[str, Any]] = []
+    for row in rows:
+        if "eval/gold_score" in row:  # the reward model is learned from
+            scores = row["eval/score"], row["eval/gold_score"]
+        elif "eval/reward_score" in row:  # the labeller is learned from
+            scores = row["eval/reward_score"], row["eval/score"]
+        else:
+            continue
+        points.append({"step": int(row["step"]), "kl": row.get("eval/kl"), "reward": scores[0], "gold": scores[1]})
+    if len(points) < 2:
+        return None
+    best, last = max(points, key=lambda point: point["gold"]), points[-1]
+    return {
+        "points": points,
+        "best": best,
+        "lost": best["gold"] - last["gold"],
+        "gained": last["reward"] - best["reward"],
+        "correlation": pair_tables.correlation(
+            np.array([point["reward"] for point in points]), np.array([point["gold"] for point in points])
+        ),
+    }
+
+
+def section(stages: Mapping[str, epath.Path]) -> dict[str, Any] | None:
+    """What the report shows: of each split that scored the data's own pairs, and each PPO stage with a gold labeller.
+
+    stages: name -> folder of every finished stage. None where there is neither.
+    """
+    splits, curves = [], []
+    for name, folder in stages.items():
+        settings = json.loads((folder / "config.json").read_text())["stages"].get(name, {})
+        if settings.get("kind") == "split" and _labelled(settings):
+            splits.append({"name": name} | _split(folder))
+        elif settings.get("kind") == "ppo" and (found := over_optimisation(metrics.read(folder))) is not None:
+            curves.append({"name": name, "image": _drawn(found["points"])} | found)
+    return {"splits": splits, "curves": curves} if splits or curves else None
+
+
+def _drawn(points: Sequence[Mapping[str, float]]) -> str:
+    """The curve as an image that stands in the page itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "curve.png"
+        lines = {
+            "reward model": [(point["step"], point["reward"]) for point in points],
+            "gold": [(point["step"], point["gold"]) for point in points],
+        }
+        plots.curves(file, lines, "step", "mean score of held-out replies", marker="o")
+        return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def _labelled(settings: Mapping[str, Any]) -> bool:
+    """Whether somebody other than the reward model chose the better reply of a split's pairs."""
+    return settings["pair_source"] == "dataset" or settings["labeller"] != "reward"
+
+
+def _split(folder: epath.Path) -> dict[str, Any]:
+    with (folder / "gaps.npz").open("rb") as file, np.load(file) as arrays:
+        gap = arrays["gap"]
+    confidence = np.asarray(encode.read(Path(folder / "pairs")).confidence)
+    rows = by_gap_decile(gap)
+    share = pair_tables.accuracy(gap)
+    return {
+        "pairs": len(gap),
+        "accuracy": share,
+        "standard_error": pair_tables.standard_error(share, len(gap)),
+        "deciles": rows,
+        "calibration_error": calibration_error(rows),
+        "confidence": with_confidence(gap, confidence),
+    }
