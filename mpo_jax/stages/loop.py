@@ -231,12 +231,12 @@ def abstract_state(optimizer, params: PyTree, mesh, extra: PyTree = None) -> Tra
     """Shapes and shardings of `init_state`. params: arrays or ShapeDtypeStructs, with shardings."""
     everywhere = sharding.replicated(mesh)
 
-    def shape(leaf, where):
+    def shape(leaf, where) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     moments = jax.eval_shape(optimizer.init, params)
     return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
+        step=shape(np.zeros((), np.int32), everywhere),
         params=jax.tree.map(lambda leaf: shape(leaf, leaf.sharding), params),
         opt_state=jax.tree.map(shape, moments, optim.state_shardings(optimizer, params, mesh)),
         key=shape(jax.eval_shape(lambda: jax.random.key(0)), everywhere),

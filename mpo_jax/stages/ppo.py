@@ -78,7 +78,7 @@ def run(job: Job) -> dict[str, Any]:
     rules = make_rules(job, load_statistics(job))
     steps = loop.total_steps(settings, loader)
     optimizer, rate = make_optimizer(settings, steps)
-    gold = make_labeller(settings, sampling, tokenizer)
+    gold = make_labeller(settings.labeller, sampling, tokenizer)
     state = loop.abstract_state(optimizer, params, job.mesh, first_extra(settings))
     training = loop.Training(
         step=make_step(job, model, rules, sampling, optimizer, state, gold),
@@ -87,7 +87,7 @@ def run(job: Job) -> dict[str, Any]:
         params=params,
         frozen=frozen,
         loader=loader,
-        evaluate=make_evaluation(job, model, rules, sampling, tokenizer, heldout, gold),
+        evaluate=make_evaluation(job, model, rules, sampling, tokenizer, heldout),
         settings=settings,
         key=jobs.key(job),
         extra=first_extra(settings),
@@ -185,15 +185,15 @@ def make_optimizer(settings, steps: int):
     return optim.by_label(chains), lambda step: rates["policy"](step * inner)
 
 
-def make_labeller(settings, sampling: SamplingConfig, tokenizer):
+def make_labeller(labeller: str, sampling: SamplingConfig, tokenizer):
     """`(rollout) -> f32 [B,N]` scores of a labeller on the host, or None where the reward model scores."""
-    if settings.labeller == "reward":
+    if labeller == "reward":
         return None
 
     def gold(rollout) -> np.ndarray:
         replies = rollouts.reply_tokens(loop.on_host(rollout), sampling)
         texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for row in replies for ids in row]
-        return labellers.score(settings.labeller, texts).reshape(len(replies), sampling.n)
+        return labellers.score(labeller, texts).reshape(len(replies), sampling.n)
 
     return gold
 
@@ -338,14 +338,17 @@ def take_rows(experience: Experience, rows: jax.Array) -> Experience:
     return jax.tree.map(lambda x: sharding.constrain(x[rows], "batch", *(None,) * (x.ndim - 1)), experience)
 
 
-def make_evaluation(job: Job, model, rules: Rules, sampling: SamplingConfig, tokenizer, prompts, gold) -> loop.Evaluate:
+def make_evaluation(job: Job, model, rules: Rules, sampling: SamplingConfig, tokenizer, prompts) -> loop.Evaluate:
     """Samples replies to fixed held-out prompts, scores them, and adds a table of some to SAMPLES.
 
-    score_within_kl is the mean score where the KL to the reference is within the stage's best_kl, else -inf.
+    score_within_kl is the mean score where the KL to the reference is within the stage's best_kl, else -inf. gold_score,
+    where the stage names a gold labeller, is what nothing learns from: it shows over-optimisation.
     """
     settings = job.settings
+    one = dataclasses.replace(sampling, n=1)
+    label, gold = (make_labeller(name, one, tokenizer) for name in (settings.labeller, settings.gold or "reward"))
     loader = rollouts.prompt_loader(job, prompts, settings.batch_size, shuffle=False)
-    draw = rollouts.sampler(model, dataclasses.replace(sampling, n=1), job.mesh)
+    draw = rollouts.sampler(model, one, job.mesh)
     scored = measuring_step(model, rules)
 
     def evaluate(params: PyTree, frozen: PyTree, step: int) -> dict[str, float]:
@@ -354,8 +357,11 @@ def make_evaluation(job: Job, model, rules: Rules, sampling: SamplingConfig, tok
         with loader.batches(0, min(settings.eval_batches, loader.steps_per_epoch)) as stream:
             for batch in stream:
                 rollout = draw(frozen["base"] | params["policy"], batch, job.seed, 0)
-                given = None if gold is None else gold(rollout)
+                given = None if label is None else label(rollout)
                 new, scores = scored(params, frozen, rollout, given)
+                if gold is not None:
+                    real = np.asarray(loop.on_host(rollout.batch.weight)) > 0
+                    new = new | {"gold_score": (gold(rollout)[real].sum(), real.sum())}
                 sums = new if not sums else jax.tree.map(jnp.add, sums, new)
                 if len(table) < settings.table_rows:
                     table += _texts(rollout, scores, sampling, tokenizer)

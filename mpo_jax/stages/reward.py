@@ -73,12 +73,16 @@ def score_rows(job: Job, model: ModelConfig, weights, encoded: Encoded) -> np.nd
     # Rows of many samples may be longer than those of the data; no position in them is.
     batch_size = job.settings.score_batch or job.settings.batch_size
     loader = jobs.loader(job, encoded, batch_size, shuffle=False, max_length=None)
-    everywhere = sharding.replicated(job.mesh)
-    step = jax.jit(
-        lambda weights, batch: scoring.response_scores(model, weights, batch, encoded.replies),
-        out_shardings=everywhere,
-    )
+    step = scoring_step(model, encoded.replies, job.mesh)
     return collect(step, weights, loader, encoded.replies)
+
+
+def scoring_step(model: ModelConfig, replies: int, mesh):
+    """Jitted `(weights, batch) -> f32 [B,replies]`, on every device: the scores of a batch's replies."""
+    return jax.jit(
+        lambda weights, batch: scoring.response_scores(model, weights, batch, replies),
+        out_shardings=sharding.replicated(mesh),
+    )
 
 
 def collect(step, weights, loader: Loader, columns: int) -> np.ndarray:

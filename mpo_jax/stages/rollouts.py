@@ -35,7 +35,7 @@ def sampling_config(job: Job, settings: Any, n: int) -> SamplingConfig:
 
 def sampler(model: ModelConfig, settings: SamplingConfig, mesh, everywhere: bool = False):
     """Jitted `(weights, prompts, seed, round) -> Rollout`; with `everywhere`, the result is on every device whole."""
-    where = sharding.replicated(mesh) if everywhere else None
+    where = sharding.replicated(mesh) if everywhere else sharding.batch_sharding(mesh)
     return jax.jit(functools.partial(sampling.sample, model, settings), out_shardings=where)
 
 

@@ -200,7 +200,7 @@ def test_non_finite_loss_stops_and_names_the_rows(tmp_path):
     step = found.latest_step()
     if step is not None:
         with jax.set_mesh(mesh):
-            state, _ = found.restore(step, loop.init_state(whole.optimizer, whole.params, whole.key, mesh))
+            state, _ = found.restore(step, loop.abstract_state(whole.optimizer, whole.params, mesh))
         assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.params))
 
 
