@@ -159,6 +159,7 @@ KINDS = {
         "sft": "",  # a policy whose KL is logged too
         "algorithm": "ppo",  # ppo | rloo
         "labeller": "reward",  # who scores: the reward model | vader, for studies
+        "gold": "",  # a labeller whose scores are logged at evaluations, and learned from by nobody: vader
         "samples": 1,  # replies to a prompt
         "temperature": 1.0,
         "max_new_tokens": 64,

@@ -341,8 +341,8 @@ def take_rows(experience: Experience, rows: jax.Array) -> Experience:
 def make_evaluation(job: Job, model, rules: Rules, sampling: SamplingConfig, tokenizer, prompts) -> loop.Evaluate:
     """Samples replies to fixed held-out prompts, scores them, and adds a table of some to SAMPLES.
 
-    score_within_kl is the mean score where the KL to the reference is within the stage's best_kl, else -inf. gold_score,
-    where the stage names a gold labeller, is what nothing learns from: it shows over-optimisation.
+    score_within_kl is the mean score where the KL to the reference is within the stage's best_kl, else -inf.
+    gold_score, where the stage names a gold labeller, is one that nothing learns from: it shows over-optimisation.
     """
     settings = job.settings
     one = dataclasses.replace(sampling, n=1)
