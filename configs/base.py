@@ -219,6 +219,7 @@ KINDS = {
         "max_tokens": 0,  # ceiling of the stage, of questions and answers; 0: none
         "bootstrap": 2000,
         "batch_size": 8,  # questions that a local policy reads at a time
+        "seed": 0,  # added to the run's
     },
 }
 

@@ -32,7 +32,7 @@ def run(job: Job) -> dict[str, Any]:
         raise InputError(f"stages.{job.name}.judge: {settings.judge!r}; expected one of {', '.join(JUDGES)}")
     rows = judge.read_replies(job.inputs["evaluate"].folder / "replies.jsonl")
     pairs = judge.pairs_of(rows, tuple(settings.policies), settings.baseline)
-    how = {"resamples": settings.bootstrap, "seed": job.config.seed}
+    how = {"resamples": settings.bootstrap, "seed": job.seed}
     if settings.judge in ("reward", "gold"):
         by = {"reward": "the reward model", "gold": "the gold labeller"}[settings.judge]
         table = judge.by_scores(rows, pairs, by, settings.judge, **how)

@@ -159,7 +159,7 @@ def test_concurrency_is_bounded_and_used(tmp_path, bound):
     assert server.most_active == bound
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
+@pytest.mark.parametrize("form", ["seconds", pytest.param("date", marks=pytest.mark.slow)])
 def test_retry_after_holds_every_worker_back(tmp_path, form):
     """After the first 429, no call is sent for as long as the server asked."""
     wait = "1" if form == "seconds" else time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2.5))
@@ -175,7 +175,10 @@ def test_retry_after_holds_every_worker_back(tmp_path, form):
     assert sum(moment < 0.9 for moment in later) <= 2 and len(later) >= 5
 
 
-@pytest.mark.parametrize(("name", "ceiling", "most"), [("max_calls", 30, 30), ("max_tokens", 30 * 110, 33)])
+@pytest.mark.parametrize(
+    ("name", "ceiling", "most"),
+    [("max_calls", 30, 30), pytest.param("max_tokens", 30 * 110, 33, marks=pytest.mark.slow)],
+)
 def test_ceiling_stops_and_a_higher_one_goes_on(tmp_path, name, ceiling, most):
     with JudgeServer(by_quality) as server:
         with pytest.raises(InputError, match=f"{name}: the ceiling of .* is reached"):
