@@ -231,7 +231,7 @@ def _parse(line: str) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict) or "step" not in row:
         return None
-    return {name: _NOT_FINITE.get(value, value) for name, value in row.items()}
+    return {name: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
 
 
 def _is_remote(path: epath.Path) -> bool:

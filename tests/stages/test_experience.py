@@ -128,7 +128,7 @@ def test_fractional_scores_arrive_unrounded():
     np.testing.assert_allclose(float(metrics["score"]), np.asarray(scores)[:3].mean(), rtol=1e-6)
     np.testing.assert_allclose(float(metrics["response_len"]), LENS[:3].mean(), rtol=1e-6)
     np.testing.assert_allclose(float(metrics["finished"]), (LENS[:3] < R).mean(), rtol=1e-6)
-    poisoned, metrics, _ = run(*arguments(ADAPTED, zero_head=True), made_up(), scores.at[1, 1].set(jnp.nan))
+    _, metrics, _ = run(*arguments(ADAPTED, zero_head=True), made_up(), scores.at[1, 1].set(jnp.nan))
     assert np.isnan(float(metrics["score"])), "the loop stops at it"
 
 
