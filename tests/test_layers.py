@@ -20,6 +20,7 @@ LAYERS = [
     {"stages"},
     {"graph"},
     {"pipeline"},
+    {"planning"},
     {"main", "plan", "export", "sample", "show", "annotate"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

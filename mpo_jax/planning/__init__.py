@@ -1,0 +1,1 @@
+"""What a run would need is computed here before anything runs: memory, work, traffic and time of every stage."""

@@ -1,0 +1,68 @@
+"""The extent of a program enters; the memory it needs beside its arguments leaves, by arithmetic, for hardware without
+a compiler at hand.
+
+The working set of one layer, in values for each token: what goes into and comes out of its products, once forward and
+once as gradients, and the logits of attention. The constants were fitted to XLA's figures on CPU; a test compares.
+"""
+
+import numpy as np
+
+from mpo_jax.models.config import ModelConfig
+from mpo_jax.scoring import CHUNK
+from mpo_jax.sharding import BATCH_AXES, axis_size
+from mpo_jax.stages.programs import Extent
+
+_WIDTHS, _MLPS = 9, 3  # arrays [T,D] and [T,F] of one layer's forward pass
+_LOGITS = 2.8  # arrays [H,T,T] of attention, float32, alive at a time
+_FLASH_LOGITS = 0.1
+_FORWARD, _FROZEN = 1 / 3, 0.78  # shares of it: forward alone, and backward to activations alone (adapters)
+
+
+def temporaries(extent: Extent, mesh) -> int:
+    """Bytes on one device."""
+    model = extent.model
+    tensor, shards = axis_size(mesh, "tensor"), axis_size(mesh, BATCH_AXES)
+    rows = -(-extent.rows // shards)
+    gathered = 0 if shards == 1 else 2 * layer_weights(model) // tensor * _item(model)
+    if extent.kind == "decode":
+        return _decode(extent, rows, tensor, shards == 1)
+    layer = _layer(model, rows, extent.length, tensor)
+    head = 3 * min(CHUNK, rows * extent.window) * model.padded_vocab // tensor * 4
+    if extent.kind == "forward":
+        return int(max(layer * _FORWARD, head) + gathered)
+    saved = {
+        "none": model.layers * layer - layer,
+        "dots": model.layers * rows * extent.length * (3 * model.width + model.mlp_width // tensor) * _item(model),
+        "full": model.layers * rows * extent.length * model.width * _item(model),
+    }[model.remat]
+    layer *= _FROZEN if model.lora is not None else 1.0
+    gradients = extent.trained * (1.5 if extent.accumulates else 1.0)
+    return int(gradients + extent.trunks * saved + max(layer, head) + gathered)
+
+
+def _layer(model: ModelConfig, rows: int, length: int, tensor: int) -> float:
+    """Of one layer, forward and backward."""
+    values = 2 * (_WIDTHS * model.width + _MLPS * model.mlp_width // tensor)
+    logits = _FLASH_LOGITS if model.attention == "flash" else _LOGITS
+    return rows * length * (values * _item(model) + logits * 4 * model.heads / tensor * length)
+
+
+def _decode(extent: Extent, rows: int, tensor: int, one_device: bool) -> int:
+    """The weights in their decoding layout, the cache, the prefill of one layer and the logits."""
+    model = extent.model
+    weights = (model.layers * layer_weights(model) + 2 * model.padded_vocab * model.width) // tensor * _item(model)
+    heads = -(-model.kv_heads // tensor)
+    cache = 2 * model.layers * rows * (extent.length + extent.window) * heads * model.head_dim * _item(model)
+    responses = max(1, extent.window // max(1, extent.steps))
+    logits = 4 * rows * responses * model.padded_vocab // tensor * 4
+    copies = 1 if one_device else 2  # cast and gathered, then a tree for each layer
+    return int(copies * weights + cache + logits + _layer(model, rows, extent.length, tensor) * _FORWARD)
+
+
+def layer_weights(model: ModelConfig) -> int:
+    attention = model.width * model.head_dim * (2 * model.heads + 2 * model.kv_heads)
+    return attention + model.width * model.mlp_width * (3 if model.gated_mlp else 2)
+
+
+def _item(model: ModelConfig) -> int:
+    return 2 if model.dtype == "bfloat16" else np.dtype("float32").itemsize

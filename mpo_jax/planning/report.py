@@ -1,0 +1,109 @@
+"""The plans of a run's stages enter; a table for people, and JSON for programs, leave."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mpo_jax.planning.chips import GIB, Topology
+from mpo_jax.planning.estimate import Assumptions
+from mpo_jax.planning.proposal import Proposal
+from mpo_jax.planning.stages import Planned, StagePlan
+
+
+def heading(config: Any, topology: Topology, mesh: Mapping[str, int], assumptions: Assumptions) -> str:
+    """What was planned, and what was assumed."""
+    data = config.data
+    sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
+    source = "by the compiler of that hardware" if topology.compiled else "BY ARITHMETIC, not by a compiler"
+    return (
+        f"{config.name}: {config.model.path} on {topology.name}, {topology.size} x {topology.chip.name} with "
+        f"{topology.chip.memory / GIB:.2f} GiB each, mesh {sizes}\n"
+        f"memory {source}; rows of at most {data.max_length} tokens, replies of {data.max_response}; seconds and "
+        f"chip-hours are estimates: {assumptions.pairs:,} pairs, {assumptions.easy:.0%} of them easy, "
+        f"{assumptions.utilisation:.0%} of a chip's peak"
+    )
+
+
+COLUMNS = (
+    f"{'stage':24} {'arguments':>9} {'held':>7} {'temp.':>7} {'peak GiB':>8} fits {'TFLOP':>8} {'moved GB':>8} "
+    f"{'sent GB':>8} {'s a call':>9} waits for   {'calls':>8} {'chip-hours':>10}"
+)
+
+
+def lines(name: str, plan: StagePlan) -> str:
+    """A line for each program, then what its biggest temporary and its collectives are."""
+    found = []
+    for program, planned in plan.programs.items():
+        report, seconds = planned.report, planned.seconds
+        sent = sum(report.collectives.values())
+        found.append(
+            f"{name + '/' + program:24} {report.arguments / GIB:9.2f} {report.held / GIB:7.2f} "
+            f"{report.temporaries / GIB:7.2f} {report.peak / GIB:8.2f} {'yes ' if report.fits else 'NO  '} "
+            f"{report.flops / 1e12:8.1f} {report.moved / 1e9:8.1f} {sent / 1e9:8.2f} {seconds.total:9.3f} "
+            f"{seconds.bound:11} {math.ceil(planned.calls):8,} {planned.total_seconds * plan.chips / 3600:10.1f}"
+        )
+        if report.collectives:
+            kinds = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in sorted(report.collectives.items()))
+            found.append(f"    {kinds}")
+        if report.largest:
+            found.append(f"    biggest temporary: {report.largest}")
+    return "\n".join(found)
+
+
+def proposal_line(name: str, proposal: Proposal) -> str:
+    if proposal.plan is None:
+        return f"    {name} does not fit, nor with any of {proposal.tried} changes tried; take a larger topology"
+    peak = proposal.plan.peak / GIB
+    return f"    {name} does not fit; it does ({peak:.2f} GiB) with: {' '.join(proposal.flags)}"
+
+
+def as_json(
+    topology: Topology,
+    mesh: Mapping[str, int],
+    plans: Mapping[str, StagePlan],
+    proposals: Mapping[str, Proposal],
+    assumptions: Assumptions,
+) -> dict[str, Any]:
+    return {
+        "topology": topology.name,
+        "chips": topology.size,
+        "chip": topology.chip.name,
+        "memory_per_chip": topology.chip.memory,
+        "source": "compiler" if topology.compiled else "arithmetic",
+        "mesh": dict(mesh),
+        "assumptions": dataclasses.asdict(assumptions),
+        "stages": {name: _stage(plan, proposals.get(name)) for name, plan in plans.items()},
+    }
+
+
+def _stage(plan: StagePlan, proposal: Proposal | None) -> dict[str, Any]:
+    found = {
+        "fits": plan.fits,
+        "peak_bytes_per_chip": plan.peak,
+        "chip_hours_estimate": plan.chip_hours,
+        "programs": {name: _program(planned) for name, planned in plan.programs.items()},
+    }
+    if proposal is not None:
+        found["proposal"] = list(proposal.flags) if proposal.plan is not None else None
+    return found
+
+
+def _program(planned: Planned) -> dict[str, Any]:
+    report = planned.report
+    return {
+        "fits": report.fits,
+        "source": report.source,
+        "argument_bytes": report.arguments,
+        "held_bytes": report.held,
+        "temporary_bytes": report.temporaries,
+        "peak_bytes_per_chip": report.peak,
+        "flops_per_chip": report.flops,
+        "bytes_moved_per_chip": report.moved,
+        "collective_bytes_per_chip": report.collectives,
+        "biggest_temporary": report.largest,
+        "seconds_estimate": planned.seconds.total,
+        "waits_for": planned.seconds.bound,
+        "calls_estimate": planned.calls,
+        "seconds_to_compile": report.seconds_to_compile,
+    }

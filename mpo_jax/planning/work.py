@@ -1,0 +1,49 @@
+"""A traced program enters; the floating-point operations of its matrix products leave.
+
+Counted on the jaxpr, with what remat computes again: every loop as often as it runs, the longer branch of a condition.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def flops(jaxpr: core.ClosedJaxpr, loop: int = 1) -> int:
+    """2 x multiplications of all products, over all devices. loop: iterations of while loops (data decides them)."""
+    return _count(jaxpr.jaxpr, loop)
+
+
+def _count(jaxpr: Any, loop: int) -> int:
+    return sum(_equation(equation, loop) for equation in jaxpr.eqns)
+
+
+def _equation(equation: Any, loop: int) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    inside = [_count(each, loop) for each in _jaxprs(params)]
+    if name == "scan":
+        return params["length"] * sum(inside)
+    if name == "while":
+        return loop * sum(inside)
+    if name == "cond":
+        return max(inside, default=0)
+    if name == "shard_map":
+        return params["mesh"].size * sum(inside)
+    if name == "pallas_call":
+        return math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int)) * sum(inside)
+    return sum(inside)
+
+
+def _jaxprs(params: dict[str, Any]) -> list[Any]:
+    found = []
+    for value in jax.tree.leaves(list(params.values()), is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr)):
+        if isinstance(value, core.ClosedJaxpr):
+            found.append(value.jaxpr)
+        elif isinstance(value, core.Jaxpr):
+            found.append(value)
+    return found

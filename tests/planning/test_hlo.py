@@ -1,0 +1,104 @@
+"""Compiled text is read: by hand, and of programs whose loops, traffic and products are known."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mpo_jax.planning import hlo, work
+
+TEXT = """HloModule jit_f, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%sliced (p: f32[4,128,256], i: s32[]) -> f32[128,256] {
+  %p = f32[4,128,256]{2,1,0:T(8,128)} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,128,256]{2,1,0:T(8,128)} dynamic-slice(%p, %i, %zero, %zero), dynamic_slice_sizes={1,128,256}
+  ROOT %flat = f32[128,256]{1,0:T(8,128)} bitcast(%slice)
+}
+
+%body (state: (s32[], f32[8,128], f32[4,128,256])) -> (s32[], f32[8,128], f32[4,128,256]) {
+  %state = (s32[], f32[8,128]{1,0:T(8,128)}, /*index=2*/f32[4,128,256]{2,1,0:T(8,128)}) parameter(0)
+  %step = s32[] get-tuple-element(%state), index=0
+  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%state), index=1
+  %w = f32[4,128,256]{2,1,0:T(8,128)} get-tuple-element(%state), index=2
+  %layer = f32[128,256]{1,0:T(8,128)} fusion(%w, %step), kind=kLoop, calls=%sliced
+  %gathered = f32[256,256]{1,0:T(8,128)} all-gather(%layer), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={0}, metadata={op_name="jit(f)/while/body/dot"}
+  %reduced = f32[8,128]{1,0:T(8,128)S(1)} all-reduce(%x), channel_id=2, replica_groups=[2,2]<=[4], to_apply=%add
+  %scattered = f32[4,128]{1,0:T(8,128)} reduce-scatter(%x), channel_id=3, replica_groups=mesh['a'=2,'b'=2] {'a'}, dimensions={0}, to_apply=%add
+  %one = s32[] constant(1)
+  %next = s32[] add(%step, %one)
+  ROOT %out = (s32[], f32[8,128]{1,0:T(8,128)}, f32[4,128,256]{2,1,0:T(8,128)}) tuple(%next, %x, %w)
+}
+
+%condition (state.1: (s32[], f32[8,128], f32[4,128,256])) -> pred[] {
+  %state.1 = (s32[], f32[8,128], f32[4,128,256]) parameter(0)
+  %step.1 = s32[] get-tuple-element(%state.1), index=0
+  %bound = s32[] constant(4)
+  ROOT %less = pred[] compare(%step.1, %bound), direction=LT
+}
+
+ENTRY %main (arg: (s32[], f32[8,128], f32[4,128,256])) -> f32[8,128] {
+  %arg = (s32[], f32[8,128], f32[4,128,256]) parameter(0)
+  %loop = (s32[], f32[8,128], f32[4,128,256]) while(%arg), condition=%condition, body=%body
+  ROOT %result = f32[8,128] get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_loop_counts_as_often_as_its_condition_says():
+    assert hlo.parse(TEXT).runs == {"main": 1, "body": 4}
+
+
+def test_collectives_by_kind_with_bytes_of_their_larger_side():
+    found = {each.kind: (each.bytes, each.times) for each in hlo.parse(TEXT).collectives()}
+    assert found == {
+        "all-gather": (256 * 256 * 4, 4),
+        "all-reduce": (8 * 128 * 4, 4),
+        "reduce-scatter": (2 * 4 * 128 * 4, 4),
+    }
+
+
+def test_a_fusion_that_slices_reads_its_slice():
+    layer, gathered, x = 128 * 256 * 4, 256 * 256 * 4, 8 * 128 * 4
+    # The counter's add moves 3 x 4 bytes; the index of the slice 4; the result of the all-reduce stays on the core.
+    once = (layer + layer + 4) + (layer + gathered) + x + (x + x // 2) + 12
+    assert hlo.parse(TEXT).bytes_moved() == 4 * once
+
+
+def test_the_largest_buffer_is_the_gathered_weight():
+    array, instruction = hlo.parse(TEXT).buffers()[0]
+    assert (array.shape, instruction.op_name) == ((256, 256), "jit(f)/while/body/dot")
+
+
+def test_loop_bounds_of_a_compiled_program():
+    def scanned(x, w):
+        return jax.lax.scan(lambda carry, each: (jnp.tanh(carry @ each), None), x, w)[0]
+
+    x, w = jnp.ones((8, 16)), jnp.ones((5, 16, 16))
+    module = hlo.parse(jax.jit(scanned).lower(x, w).compile().as_text())
+    assert 5 in module.runs.values()
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x, w: x @ w[0], 2 * 8 * 16 * 16),
+        (lambda x, w: jax.lax.scan(lambda c, each: (c @ each, None), x, w)[0], 5 * 2 * 8 * 16 * 16),
+        (lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w[0], lambda: x), 2 * 8 * 16 * 16),
+        (lambda x, w: jax.lax.while_loop(lambda c: c[0, 0] > 0, lambda c: c @ w[0], x), 7 * 2 * 8 * 16 * 16),
+        # forward (its value is dropped by XLA alone), and the two products of the backward pass
+        (jax.grad(lambda x, w: (x @ w[0]).sum(), argnums=(0, 1)), 3 * 2 * 8 * 16 * 16),
+        # the forward pass again
+        (jax.grad(jax.checkpoint(lambda x, w: jnp.sin(x @ w[0]).sum()), argnums=(0, 1)), 4 * 2 * 8 * 16 * 16),
+    ],
+    ids=["product", "scan", "cond", "while", "gradient", "remat"],
+)
+def test_products_are_counted_as_often_as_they_run(function, expected):
+    x, w = jnp.ones((8, 16)), jnp.ones((5, 16, 16))
+    assert work.flops(jax.jit(function).trace(x, w).jaxpr, loop=7) == expected
