@@ -30,7 +30,7 @@ TEXT = """HloModule jit_f, is_scheduled=true
   %layer = f32[128,256]{1,0:T(8,128)} fusion(%w, %step), kind=kLoop, calls=%sliced
   %gathered = f32[256,256]{1,0:T(8,128)} all-gather(%layer), channel_id=1, metadata={op_name="jit(f)/while/body/dot"}
   %reduced = f32[8,128]{1,0:T(8,128)S(1)} all-reduce(%x), channel_id=2, replica_groups=[2,2]<=[4], to_apply=%add
-  %scattered = f32[4,128]{1,0:T(8,128)} reduce-scatter(%x), channel_id=3, replica_groups=mesh['a'=2,'b'=2] {'a'}, to_apply=%add
+  %scattered = f32[4,128]{1,0:T(8,128)} reduce-scatter(%x), replica_groups=mesh['a'=2,'b'=2] {'a'}, to_apply=%add
   %one = s32[] constant(1)
   %next = s32[] add(%step, %one)
   ROOT %out = (s32[], f32[8,128]{1,0:T(8,128)}, f32[4,128,256]{2,1,0:T(8,128)}) tuple(%next, %x, %w)

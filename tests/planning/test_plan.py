@@ -60,7 +60,7 @@ def test_a_batch_that_the_mesh_does_not_divide_lists_meshes_that_would(small):
     config = case.config(rows=2)
     config.mesh.tensor = 1
     job = stages.jobs(config, place, ["sft"])["sft"]
-    with pytest.raises(InputError, match="stages.sft: .*not divided by mesh .*: data=1, fsdp=2, tensor="):
+    with pytest.raises(InputError, match=r"stages.sft: .*not divided by mesh .*: data=1, fsdp=2, tensor="):
         stages.plan(job, place, Assumptions())
 
 
