@@ -43,7 +43,7 @@ def test_a_topology_that_does_not_exist_lists_those_that_do(name, words):
 
 def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"v5e:4x8 is compiled by libtpu, .* pip install 'jax\[tpu\]'`, or take cpu"):
+    with pytest.raises(InputError, match=r"v5e:4x8 is compiled by libtpu, .*pip install 'jax\[tpu\]'`, or take cpu"):
         chips.topology("v5e:4x8")
 
 
