@@ -46,7 +46,9 @@ def check(settings) -> None:
     for name in _FORBIDDEN:
         if name in settings:
             raise InputError(f"{name}: a ppo stage samples from the full softmax, or its KL is that of another policy")
-    for name, allowed in (("algorithm", ALGORITHMS), ("kl_term", KL_TERMS), ("critic", CRITICS)):
+    scorers = ("reward", *labellers.LABELLERS)
+    choices = {"algorithm": ALGORITHMS, "kl_term": KL_TERMS, "critic": CRITICS, "labeller": scorers}
+    for name, allowed in choices.items():
         if settings[name] not in allowed:
             raise InputError(f"{name}: {settings[name]!r}; expected one of {', '.join(allowed)}")
     if settings.algorithm == "rloo" and settings.samples < 2:

@@ -2,6 +2,7 @@
 base, policies and a reward model that differ from it by noise, and the beginnings of stories as prompts.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -65,6 +66,15 @@ def make_job(folder: Path, stories: Path, mesh=None, rank: int = 0, prompts: int
     made |= inputs or {}
     inputs = {role: artifact for role, artifact in made.items() if artifact is not None}
     return Job("mpo", config.stages.mpo, config, workdir / "mpo", workdir, inputs, mesh)
+
+
+def replaced(job: Job, settings=None, **fields) -> Job:
+    """A copy of a job with other fields; of other settings, with the config's too."""
+    if settings is not None:
+        config = job.config.copy_and_resolve_references()
+        config.stages[job.name] = settings
+        fields |= {"settings": settings, "config": config}
+    return dataclasses.replace(job, **fields)
 
 
 def noisy(weights, seed: int, size: float = 0.02):
