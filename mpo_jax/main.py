@@ -5,7 +5,6 @@
 same command again).
 """
 
-import os
 import sys
 
 import jax
@@ -13,7 +12,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from mpo_jax import graph, pipeline, sharding
+from mpo_jax import graph, pipeline, processes, sharding
 from mpo_jax.errors import InputError
 from mpo_jax.stages.loop import NonFinite
 
@@ -27,18 +26,6 @@ _PROCESS = flags.DEFINE_integer("process", None, "This process's index, with --c
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts, as the platform tells (Cloud TPU, GKE, SLURM).")
 
 
-def start_processes() -> None:
-    """Joins the processes of a run on several hosts, by flags or by what the platform tells."""
-    if _COORDINATOR.value is not None:
-        if _PROCESSES.value is None or _PROCESS.value is None:
-            raise InputError("--coordinator: give --processes and --process with it")
-        if os.environ.get("JAX_PLATFORMS") == "cpu":
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    elif _DISTRIBUTED.value:
-        jax.distributed.initialize()
-
-
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
@@ -50,7 +37,7 @@ def main(argv) -> None:
         if _DRY_RUN.value:
             print(pipeline.tree(config, graph.resolve(config, workdir)))
             return
-        start_processes()
+        processes.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value)
         # Compiled programs outlive the process: a resumed or repeated run starts with its first step at once.
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
         mesh = sharding.make_mesh(**config.mesh.to_dict())

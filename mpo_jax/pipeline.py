@@ -15,9 +15,8 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 
-from mpo_jax import checkpoint
+from mpo_jax import checkpoint, processes
 from mpo_jax.graph import BASE, Node, needed, resolve
 from mpo_jax.stages.job import Artifact, Job
 
@@ -202,9 +201,8 @@ def _read(path: epath.Path) -> Any:
 
 
 def _together(what: str) -> None:
-    """Waits for all processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+    """Waits for all processes, but not without end."""
+    processes.barrier(what)
 
 
 def _artifacts(nodes: Mapping[str, Node], node: Node, config) -> dict[str, Any]:

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mpo_jax"
 LAYERS = [
     {"errors", "types"},
     {"ops"},
-    {"sharding", "allocator"},
+    {"sharding", "allocator", "processes"},
     {"optim", "metrics"},
     {"models"},
     {"scoring"},

@@ -5,6 +5,7 @@ continues from the last checkpoint and ends with the same numbers.
 """
 
 import dataclasses
+import itertools
 import math
 import signal
 import sys
@@ -311,7 +312,7 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
                 if _better(found, progress["best"], training.best):
                     progress |= {"best": found, "best_step": done}
                     checkpoints.save_best(done, state.params)
-            stopping = stop.at(done)
+            stopping = stop.at_this_step()
             if done % save_every == 0 or done == steps or stopping:
                 log.flush()
                 _check_finite(log.last, loader)
@@ -374,6 +375,10 @@ def _check_finite(last: tuple[int, dict[str, float]] | None, loader: Loader) -> 
         raise NonFinite(f"step {step}: {bad[0]} is {values[bad[0]]}; batch ids {ids}; the last good checkpoint is kept")
 
 
+_asked = itertools.count()
+"""Steps at which the processes of a run agreed on; it never falls, as a stage's own step does at the next stage."""
+
+
 class _StopNotice:
     """Whether SIGTERM (a preemption notice) has come; on several hosts, all learn of it at the same step."""
 
@@ -390,9 +395,9 @@ class _StopNotice:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def at(self, step: int) -> bool:
+    def at_this_step(self) -> bool:
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(next(_asked))
         return self._told.is_set()
 
 

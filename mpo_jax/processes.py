@@ -1,0 +1,48 @@
+"""A run's process, one of several, enters; it joins the others, and waits for them where they must meet.
+
+Waiting has an end: where a process has died or hangs, the others stop with an error that names the place.
+"""
+
+import itertools
+import os
+from typing import Any
+
+import jax
+from jax._src import distributed
+
+from mpo_jax.errors import InputError
+
+BARRIER_SECONDS = 1800
+"""How long a process waits for the others: longer than the slowest host's export or compile."""
+
+_numbers = itertools.count()
+
+
+def start(coordinator: str | None, processes: int | None, process: int | None, detect: bool) -> None:
+    """Joins the processes of a run: by host:port of process 0, their number and this one's index, or, with `detect`,
+    by what the platform tells (Cloud TPU, GKE, SLURM, MPI). Alone, where neither is given."""
+    if coordinator is None and not detect:
+        return
+    if coordinator is not None and (processes is None or process is None):
+        raise InputError("--coordinator: give --processes and --process with it")
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--distributed: {' '.join(str(error).split())[:300]}; or give --coordinator") from error
+
+
+def barrier(what: str, seconds: float = BARRIER_SECONDS) -> None:
+    """Waits until every process is here. RuntimeError, naming `what`, where one is not after `seconds`."""
+    if jax.process_count() == 1:
+        return
+    name = f"{what} {next(_numbers)}"  # a barrier's name is used once; every process counts alike
+    client: Any = distributed.global_state.client
+    try:
+        client.wait_at_barrier(name, timeout_in_ms=int(seconds * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        raise RuntimeError(
+            f"process {jax.process_index()} waited {seconds:.0f} s at {what!r} for the others: one died or hangs; see "
+            "its log, then run the same command again"
+        ) from error
