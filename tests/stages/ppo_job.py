@@ -77,6 +77,11 @@ def replaced(job: Job, settings=None, **fields) -> Job:
     return dataclasses.replace(job, **fields)
 
 
+def part(artifact: Artifact, name: str) -> Artifact:
+    """The same artifact, another part of it."""
+    return dataclasses.replace(artifact, part=name)
+
+
 def noisy(weights, seed: int, size: float = 0.02):
     """Every leaf with noise: adapters too, whose b would be 0 and whose product nothing."""
     leaves, tree = jax.tree.flatten(weights)
