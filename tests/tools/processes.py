@@ -1,4 +1,4 @@
-"""A command enters; it runs in several processes over loopback, one CPU device each, as on several hosts."""
+"""A command enters; it runs in several processes over loopback, each with its CPU devices, as on several hosts."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "HF_HUB_OFFLINE": "1",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    "JAX_NUM_CPU_DEVICES": "1",
     "PYTHONUNBUFFERED": "1",
 }
 
@@ -21,19 +21,21 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start(count: int, arguments: list[str], log: Path, script: str = "mpo_jax.main") -> list[subprocess.Popen]:
-    """`count` processes of a module, told of each other; each writes to LOG.index. One process is told of none."""
+def start(
+    count: int, arguments: list[str], log: Path, script: str = "mpo_jax.main", devices: int = 1
+) -> list[subprocess.Popen]:
+    """`count` processes of a module, told of each other; each writes to LOG.index. One process is told of none.
+
+    devices: of each process.
+    """
+    environment = {**os.environ, **ENVIRONMENT, "JAX_NUM_CPU_DEVICES": str(devices)}
     port = free_port()
     found = []
     for index in range(count):
         joined = [f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={index}"]
         command = [sys.executable, "-m", script, *arguments, *(joined if count > 1 else [])]
         with log.with_suffix(f".{index}").open("w") as file:
-            found.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=file, stderr=subprocess.STDOUT
-                )
-            )
+            found.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT))
     return found
 
 
@@ -47,8 +49,8 @@ def finish(processes: list[subprocess.Popen], timeout: float = 3600) -> list[int
                 each.kill()
 
 
-def run(count: int, arguments: list[str], log: Path) -> None:
+def run(count: int, arguments: list[str], log: Path, script: str = "mpo_jax.main", devices: int = 1) -> None:
     """AssertionError, with the end of a log, where a process fails."""
-    codes = finish(start(count, arguments, log))
+    codes = finish(start(count, arguments, log, script, devices))
     for index, code in enumerate(codes):
         assert code == 0, log.with_suffix(f".{index}").read_text()[-4000:]
