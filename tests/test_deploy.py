@@ -1,0 +1,71 @@
+"""Scripts and manifests for rented machines: they say what they would do, and are sound as far as that can be told."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted((ROOT / "run_scripts").glob("*.sh"))
+
+
+def call(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", f"run_scripts/{script}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(path):
+    found = subprocess.run(
+        [Path(sys.executable).with_name("shellcheck"), path], capture_output=True, text=True, timeout=60
+    )
+    assert found.returncode == 0, found.stdout
+
+
+def test_a_dry_run_of_a_pod_prints_every_command():
+    done = call(
+        "tpu_pod.sh", "--dry_run", "watch", BUCKET="things", NAME="mine", ZONE="us-west4-a", TYPE="v5litepod-64"
+    )
+    assert done.returncode == 0, done.stderr
+    create, archive, copy, install, run = done.stdout.splitlines()
+    assert "queued-resources create mine --zone=us-west4-a" in create and "--accelerator-type=v5litepod-64" in create
+    assert archive.startswith("git archive") and "--worker=all" in copy and "pip install" in install
+    assert "mpo_jax.main" in run and "--distributed" in run and "--workdir=/mnt/things/mine" in run
+
+
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "single_gpu.sh"])
+def test_help_and_what_is_missing(script):
+    assert call(script, "--help").stdout.startswith(f"usage: run_scripts/{script}")
+    assert call(script).returncode == 1
+
+
+def test_a_pod_without_a_bucket_or_with_a_mistyped_command_is_told():
+    assert "BUCKET: not set" in call("tpu_pod.sh", "--dry_run", "run", BUCKET="").stderr
+    assert "unknown argument 'wotch'" in call("tpu_pod.sh", "wotch").stderr
+
+
+def test_one_gpu_is_planned_before_it_is_used():
+    plan, run = call(
+        "single_gpu.sh", "--dry_run", "runs/one", "--stages=sft", MEMORY="24", RANK="8"
+    ).stdout.splitlines()
+    assert "mpo_jax.plan" in plan and "--topology=gpu:24GB" in plan
+    assert "mpo_jax.main" in run and "--workdir=runs/one --stages=sft" in run and "lora.rank=8" in run
+
+
+def test_manifests_call_the_package_with_flags_it_has():
+    jobset = yaml.safe_load((ROOT / "deploy/gke_jobset.yaml").read_text())
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    command = job["template"]["spec"]["containers"][0]["command"]
+    assert command[:4] == ["python", "-m", "mpo_jax.main", "--distributed"]
+    assert job["parallelism"] == job["completions"] == 8  # hosts of a v5e:4x8, 4 chips each
+    task = yaml.safe_load((ROOT / "deploy/skypilot.yaml").read_text())
+    assert "mpo_jax.main" in task["run"] and task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
