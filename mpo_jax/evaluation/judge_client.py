@@ -174,7 +174,7 @@ class _Asker:
             code = error.status_code
             if code in _RETRIED or code >= 500:
                 raise _Again(f"status {code}", _retry_after(error.response.headers)) from error
-            raise InputError(f"judge at {self._endpoint.base_url}: refused with status {code}{_hint(code)}") from error
+            raise InputError(f"judge at {self._endpoint.base_url}: refused with status {code}{_hint(error)}") from error
         except openai.APIConnectionError as error:
             raise _Again(f"no connection ({type(error.__cause__ or error).__name__})") from error
         return _read(raw.content)
@@ -219,7 +219,11 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     return max(seconds, 0.0)
 
 
-def _hint(code: int) -> str:
-    if code in (401, 403):
+def _hint(error: Any) -> str:
+    """What to do about a refusal; what the server says of it, unless it may repeat the key."""
+    if error.status_code in (401, 403):
         return "; check the API key in the variable that key_variable names"
-    return "; check base_url and model" if code == 404 else ""
+    if error.status_code == 404:
+        return "; check base_url and model"
+    said = error.body.get("message") if isinstance(error.body, dict) else None
+    return f": {' '.join(said.split())[:300]}" if isinstance(said, str) else ""

@@ -339,12 +339,14 @@ def test_command_line(tmp_path):
         [sys.executable, "-m", "mpo_jax.annotate", f"--run={run}", "--policies=sft,mpo", "--port=0"],
         cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    line = server.stdout.readline()
-    assert line.startswith("3 comparisons at http://127.0.0.1:")
-    address = line.split()[3].rstrip("/")
-    assert call(address, "/api/judgement", "POST", judgement(0, "first", comment="ok"))[0] == 200
-    server.send_signal(signal.SIGTERM)
-    server.communicate(timeout=60)
+    try:
+        line = server.stdout.readline()
+        assert line.startswith("3 comparisons at http://127.0.0.1:")
+        address = line.split()[3].rstrip("/")
+        assert call(address, "/api/judgement", "POST", judgement(0, "first", comment="ok"))[0] == 200
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.communicate(timeout=60)
     for name in ("out.csv", "out.jsonl"):
         annotate.export(epath.Path(tmp_path / name), epath.Path(run))
     assert next(csv.DictReader((tmp_path / "out.csv").open()))["comment"] == "ok"

@@ -212,6 +212,8 @@ def test_refusals_are_final_and_keys_stay_secret(tmp_path, monkeypatch, capfd):
             pytest.raises(InputError, match="refused with status 404; check base_url") as told,
         ):
             judge_client.ask(bad, ["a question"], cache, "run")
+        with pytest.raises(InputError, match=r"refused with status 400: Say max_tokens\."):
+            judged(server, tmp_path / "c.sqlite", limit_key="max_completion_tokens")
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(InputError, match="JUDGE_KEY is not set"):
         judged(server, tmp_path / "d.sqlite", key_variable="JUDGE_KEY")

@@ -86,6 +86,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.path != "/v1/chat/completions":
             self._send(404, b"{}")
             return
+        if "max_tokens" not in body:
+            self._send(400, b'{"error": {"message": "Say\\nmax_tokens."}}')
+            return
         assert body["model"] and body["temperature"] == 0
         question = body["messages"][0]["content"]
         with server.lock:
