@@ -59,6 +59,49 @@ def _decode(extent: Extent, rows: int, tensor: int, one_device: bool) -> int:
     return int(copies * weights + cache + logits + _layer(model, rows, extent.length, tensor) * _FORWARD)
 
 
+def collectives(extent: Extent, mesh) -> dict[str, int]:
+    """kind -> bytes on one device in one call: weights gathered over fsdp (once forward, twice backward), gradients
+    scattered, activations summed over tensor."""
+    model = extent.model
+    tensor, fsdp = axis_size(mesh, "tensor"), axis_size(mesh, "fsdp")
+    rows = -(-extent.rows // axis_size(mesh, BATCH_AXES))
+    train = extent.kind == "train"
+    found = {}
+    weights = weight_bytes(model) // tensor
+    if fsdp > 1:
+        found["all-gather"] = weights * (3 if train else 1) * extent.trunks * extent.repeats
+        if train:
+            found["reduce-scatter"] = extent.trained * fsdp * extent.repeats
+    if tensor > 1:
+        tokens = rows * (extent.length + (extent.window if extent.kind == "decode" else 0))
+        sums = 2 * model.layers * tokens * model.width * _item(model)
+        found["all-reduce"] = sums * (3 if train else 1) * extent.trunks * extent.repeats
+    return found
+
+
+def moved(extent: Extent, mesh) -> float:
+    """Bytes through one device's memory in one call: weights for each pass, optimizer state once, activations, and in a
+    decode loop weights and half a cache for each token."""
+    model = extent.model
+    tensor = axis_size(mesh, "tensor")
+    rows = -(-extent.rows // axis_size(mesh, BATCH_AXES))
+    weights = weight_bytes(model) / tensor
+    if extent.kind == "decode":
+        heads = -(-model.kv_heads // tensor)
+        cache = 2 * model.layers * rows * (extent.length + extent.window / 2) * heads * model.head_dim * _item(model)
+        return extent.steps * (weights + cache)
+    passes = (3 if extent.kind == "train" else 1) * extent.trunks * extent.repeats
+    layer = _layer(model, rows, extent.length, tensor)
+    return (
+        passes * (weights + model.layers * layer) + 7 * extent.trained
+    )  # parameters, gradient, two moments: read, written
+
+
+def weight_bytes(model: ModelConfig) -> int:
+    """Of the whole trunk, as it is computed with."""
+    return (model.layers * layer_weights(model) + 2 * model.padded_vocab * model.width) * _item(model)
+
+
 def layer_weights(model: ModelConfig) -> int:
     attention = model.width * model.head_dim * (2 * model.heads + 2 * model.kv_heads)
     return attention + model.width * model.mlp_width * (3 if model.gated_mlp else 2)

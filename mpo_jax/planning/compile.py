@@ -50,10 +50,10 @@ def report(program: Program, topology: Topology, mesh, keep_text: bool = False) 
     held, arguments = memory_held(program)
     if not topology.compiled:
         temporaries = arithmetic.temporaries(program.extent, mesh)
+        moved, sent = arithmetic.moved(program.extent, mesh), arithmetic.collectives(program.extent, mesh)
         peak = arguments + held + temporaries
-        return Report(
-            arguments, held, temporaries, peak, peak <= topology.chip.memory, flops, 0.0, {}, "", "arithmetic"
-        )
+        fits = peak <= topology.chip.memory
+        return Report(arguments, held, temporaries, peak, fits, flops, moved, sent, "", "arithmetic")
     began = time.perf_counter()
     try:
         compiled = traced.lower().compile()

@@ -25,7 +25,8 @@ from mpo_jax.types import Batch, PyTree, TrainState
 class Extent:
     """What a program computes at a time, for arithmetic. kind: train | forward | decode. rows, length, window: of a
     microbatch, over all devices (decode: prompts of `length`, `window` response slots). steps: of a decode loop.
-    trained: bytes on one device of what gets gradients; trunks: models whose activations are kept for them."""
+    trained: bytes on one device of what gets gradients; trunks: models that run, and whose activations are kept for
+    gradients. repeats: microbatches of one call."""
 
     model: ModelConfig
     kind: str
@@ -36,6 +37,7 @@ class Extent:
     trained: int = 0
     trunks: int = 1
     accumulates: bool = False
+    repeats: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +154,7 @@ def _ppo(job: Job, model: ModelConfig) -> Programs:
     )
     prepare = ppo.scoring_step(model, rules, job.mesh)
     whole = (params, frozen, drawn, given, state.extra["kl_coefficient"])
-    experience = Program(prepare, whole, _forward(model, drawn.batch), held)
+    experience = Program(prepare, whole, _forward(model, drawn.batch, len(params) + len(frozen) - 1), held)
     made, _ = prepare.eval_shape(*whole)
     update = Program(
         ppo.update_step(settings, model, rules, optimizer, state, job.mesh),
@@ -219,12 +221,13 @@ def _train(job: Job, model: ModelConfig, state: TrainState, rows: Batch, update:
         trained=device_bytes(state.params),
         trunks=2 if "value" in state.params and "head" not in state.params else 1,
         accumulates=part < update or job.settings.kind == "ppo",
+        repeats=update // part * (job.settings.get("inner_epochs", 1) * job.settings.get("minibatches", 1)),
     )
 
 
-def _forward(model: ModelConfig, rows: Batch) -> Extent:
+def _forward(model: ModelConfig, rows: Batch, trunks: int = 1) -> Extent:
     size, length = rows.tokens.shape
-    return Extent(model, "forward", size, length, rows.window)
+    return Extent(model, "forward", size, length, rows.window, trunks=trunks)
 
 
 def _decode(model: ModelConfig, how: SamplingConfig, prompts: Batch) -> Extent:

@@ -1,0 +1,83 @@
+"""The stages' own programs, compiled for eight TPU chips without one: what travels, and what is never made.
+
+
+Read from the compiled text: the decode loop gathers no weight, FSDP gathers each layer's weights once forward and twice
+backward under remat, and no [B,T,V] array is made.
+"""
+
+import math
+
+import pytest
+
+from mpo_jax.planning import hlo
+from tests.tpu import compile_for_tpu
+
+LAYERS, WIDTH, MLP, VOCABULARY, ROWS, PROMPT, RESPONSE, FSDP, TENSOR = 3, 512, 1536, 4096, 32, 128, 128, 4, 2
+PROJECTION, MLP_KERNEL = WIDTH * WIDTH // TENSOR, WIDTH * MLP // TENSOR  # values of a kernel, gathered over fsdp
+SOURCE = f"""
+import dataclasses
+from mpo_jax.planning import chips, compile as compiler, stages
+from mpo_jax.stages import programs
+from tests.planning import case
+
+place = chips.topology("v5e:2x4")
+config = case.config(rows={ROWS}, prompt={PROMPT}, response={RESPONSE}, remat="full")
+config.mesh.update({{"data": 1, "fsdp": {FSDP}, "tensor": {TENSOR}}})
+preset = case.model(layers={LAYERS}, width={WIDTH}, heads=4, mlp={MLP}, vocabulary={VOCABULARY})
+for stage, name in PROGRAMS:
+    job = dataclasses.replace(stages.jobs(config, place, [stage])[stage], preset=preset)
+    with jax.set_mesh(job.mesh):
+        program = programs.programs(job)[name]
+        found = compiler.report(program, place, job.mesh, keep_text=True)
+    report[f"{{stage}}/{{name}}"] = {{"text": found.text, "fits": found.fits, "loop": program.loop}}
+"""
+
+
+def compiled(*programs: tuple[str, str]) -> dict[str, hlo.Module]:
+    found = compile_for_tpu(f"PROGRAMS = {programs!r}\n" + SOURCE)
+    assert all(each["fits"] for each in found.values())
+    return {name: hlo.parse(each["text"], each["loop"]) for name, each in found.items()}
+
+
+def values(array: hlo.Array) -> int:
+    return math.prod(array.shape)
+
+
+def test_the_decode_loop_gathers_no_weight():
+    module = compiled(("mpo", "rollout"))["mpo/rollout"]
+    gathers = [each for each in module.collectives() if each.kind == "all-gather"]
+    looped = [each for each in gathers if each.times >= RESPONSE]
+    assert max((values(array) for each in looped for array in each.arrays), default=0) < PROJECTION
+    before = [each for each in gathers if each.times < RESPONSE and max(map(values, each.arrays)) >= PROJECTION]
+    assert before, "weights are gathered before the loop"
+    assert RESPONSE in module.runs.values(), "there is a loop over tokens"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "name"), [("sft", "train"), ("reward", "train"), ("dpo", "train"), ("mpo", "update")]
+)
+def test_each_layers_weights_are_gathered_once_forward_and_twice_backward(stage, name):
+    module = compiled((stage, name))[f"{stage}/{name}"]
+    gathers = [each for each in module.collectives() if each.kind == "all-gather"]
+    trunks, epochs = (2, 4) if stage == "mpo" else (1, 1)  # policy and critic, in each inner epoch
+    for kernel, kernels in ((PROJECTION, 4), (MLP_KERNEL, 3)):
+        times = sum(each.times for each in gathers for array in each.arrays if values(array) == kernel)
+        assert 0 < times <= 3 * kernels * LAYERS * trunks * epochs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "name"), [("sft", "train"), ("dpo", "train"), ("mpo", "experience"), ("mpo", "update")]
+)
+def test_logits_of_all_tokens_never_exist(stage, name):
+    module = compiled((stage, name))[f"{stage}/{name}"]
+    whole = ROWS // FSDP * RESPONSE * VOCABULARY // TENSOR  # of the response tokens on one chip
+    arrays = [
+        array
+        for computation in module.computations.values()
+        for instruction in computation.values()
+        for array in instruction.arrays
+    ]
+    with_vocabulary = [values(array) for array in arrays if array.shape and array.shape[-1] == VOCABULARY // TENSOR]
+    assert with_vocabulary and max(with_vocabulary) < whole
