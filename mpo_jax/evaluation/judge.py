@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from scipy import stats
 
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import judge_prompts, statistics
@@ -171,7 +170,9 @@ def _whole(by: str, tables: Sequence[dict[str, Any]], asked: bool) -> dict[str, 
         | {
             "asked": asked,
             "position_bias": _share(total["first"], total["decided"]),
-            "position_bias_interval": _wilson(total["first"], total["decided"]),
+            "position_bias_interval": statistics.share_interval(total["first"], total["decided"])
+            if total["decided"]
+            else None,
             "agreement": _share(total["agreed"], total["twice"]),
         },
     }
@@ -194,13 +195,6 @@ def _length_preference(outcome: np.ndarray, lengths: np.ndarray) -> float | None
 
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
-
-
-def _wilson(part: int, whole: int) -> tuple[float, float] | None:
-    if not whole:
-        return None
-    found = stats.binomtest(part, whole).proportion_ci(0.95, "wilson")
-    return float(found.low), float(found.high)
 
 
 def verdict_lines(questions: Sequence[Question], answers: Sequence[str | None]) -> str:

@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from mpo_jax.errors import InputError
 
@@ -69,7 +69,7 @@ def bootstrap_interval(outcomes, resamples: int = 2000, level: float = 0.95, see
         unseen = 1 - tail ** (1 / prompts)
         return float(values[0] * (1 - unseen)), float(values[0] * (1 - unseen) + unseen)
     draws = np.random.default_rng(seed).multinomial(prompts, counts / prompts, size=resamples)
-    expanded = stats.norm.cdf(math.sqrt(prompts / (prompts - 1)) * stats.t.ppf(tail, prompts - 1))
+    expanded = special.ndtr(math.sqrt(prompts / (prompts - 1)) * special.stdtrit(prompts - 1, tail))
     low, high = np.quantile(draws @ values / prompts, [expanded, 1 - expanded])
     return float(low), float(high)
 
@@ -78,7 +78,7 @@ def sign_test(outcomes) -> float:
     """Two-sided exact p-value of as many prompts won and lost, were either as likely; ties say nothing."""
     won = _checked(outcomes)
     wins, losses = int(np.sum(won > 0.5)), int(np.sum(won < 0.5))
-    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    return min(1.0, 2 * float(special.bdtr(min(wins, losses), wins + losses, 0.5)))
 
 
 def holm(comparisons: list[Comparison]) -> list[Comparison]:
@@ -118,8 +118,16 @@ def sample_size(win_rate: float, level: float = 0.95, power: float = 0.8) -> int
     if not 0 <= win_rate <= 1 or win_rate == 0.5:
         raise InputError(f"a win rate of {win_rate} is told from one half by no number of prompts; expected 0 to 1")
     null, alternative = 0.5, math.sqrt(win_rate * (1 - win_rate))
-    reach = stats.norm.ppf((1 + level) / 2) * null + stats.norm.ppf(power) * alternative
+    reach = special.ndtri((1 + level) / 2) * null + special.ndtri(power) * alternative
     return math.ceil((reach / (win_rate - 0.5)) ** 2)
+
+
+def share_interval(part: int, whole: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a share seen in `whole` independent trials."""
+    z = float(special.ndtri((1 + level) / 2))
+    middle = (part + z**2 / 2) / (whole + z**2)
+    half = z * math.sqrt(part * (whole - part) / whole + z**2 / 4) / (whole + z**2)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def sentence(comparison: Comparison) -> str:

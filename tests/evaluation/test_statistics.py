@@ -69,6 +69,14 @@ def test_sign_test_by_hand():
     assert statistics.sign_test([0.5, 0.5]) == 1.0
 
 
+@pytest.mark.parametrize(("part", "whole"), [(0, 20), (7, 20), (20, 20), (260, 500)])
+def test_shares_as_in_scipy(part, whole):
+    found = stats.binomtest(part, whole)
+    interval = found.proportion_ci(0.95, "wilson")
+    assert statistics.share_interval(part, whole) == pytest.approx((interval.low, interval.high))
+    assert statistics.sign_test([1.0] * part + [0.0] * (whole - part)) == pytest.approx(found.pvalue)
+
+
 def test_holm_as_in_r():
     """p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm")"""
     given = [Comparison("a", "b", "x", 9, 0.6, 0.5, 0.7, p) for p in (0.01, 0.04, 0.03, 0.005)]
