@@ -4,7 +4,8 @@
 
 dpo, reward, ppo, sample: the package's own steps and sampler on random weights, warm-up not counted. input: pairs from
 disk to device. load: import of a Hugging Face folder. start: from command to first step, with a cold and a warm
-compilation cache. scaling: growth with layers, lengths, replies and devices, as a table and a plot.
+compilation cache. scaling: growth with layers, lengths, replies and devices, as a table and a plot; --json names the
+table, beside which the plot lies.
 """
 
 import json
@@ -18,13 +19,18 @@ import jax
 from absl import app, flags
 
 from mpo_jax import allocator, sharding
-from run_scripts.benchmarks import measure
+from mpo_jax.errors import InputError
+from run_scripts.benchmarks import measure, scaling
+from run_scripts.benchmarks.paths import PATHS
 from run_scripts.benchmarks.programs import DTYPES, SHAPES, STEPS, Case
 
-_WHAT = flags.DEFINE_enum("what", None, [*STEPS], "What is measured.")
+_WHAT = flags.DEFINE_enum("what", None, [*STEPS, *PATHS, "scaling"], "What is measured.")
 _SHAPE = flags.DEFINE_enum("shape", "S", [*SHAPES], "S: 15 M weights, M: 110 M.")
 _PROMPT = flags.DEFINE_integer("prompt", 64, "Prompt tokens.", lower_bound=1)
 _RESPONSE = flags.DEFINE_integer("response", 64, "Tokens of a reply.", lower_bound=1)
+_SAMPLES = flags.DEFINE_integer("samples", 1, "Replies to a prompt.", lower_bound=1)
+_LAYERS = flags.DEFINE_integer("layers", 0, "Layers; 0: the shape's own.", lower_bound=0)
+_DEVICES = flags.DEFINE_integer("devices", 1, "Virtual CPU devices, over which rows are spread.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "f32", [*DTYPES], "Of computation.")
 _RUNS = flags.DEFINE_integer("runs", 3, "Timed runs, of which the median counts.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Where the result goes too.")
@@ -33,18 +39,31 @@ _JSON = flags.DEFINE_string("json", None, "Where the result goes too.")
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    case = Case(_SHAPE.value, _DTYPE.value, _PROMPT.value, _RESPONSE.value)
-    result = run(_WHAT.value, case, _RUNS.value)
-    line = f"{_WHAT.value} {case.shape} {case.dtype} prompt {case.prompt} response {case.response}: "
+    what = _WHAT.value
+    if what == "scaling":
+        scaling.run(_SHAPE.value, _DTYPE.value, _RUNS.value, Path(_JSON.value or "scaling.json"))
+        return
+    case = Case(
+        _SHAPE.value, _DTYPE.value, _PROMPT.value, _RESPONSE.value, samples=_SAMPLES.value, layers=_LAYERS.value
+    )
+    try:
+        result = run(what, case, _RUNS.value, _DEVICES.value)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    line = f"{what} {case.shape} {case.dtype} prompt {case.prompt} response {case.response}: "
     print(line + ", ".join(f"{name} {_short(value)}" for name, value in result.items()), flush=True)
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(result | {"case": vars(case), "jax": jax.__version__}, indent=1))
 
 
-def run(what: str, case: Case, runs: int) -> dict[str, Any]:
+def run(what: str, case: Case, runs: int, devices: int = 1) -> dict[str, Any]:
+    if devices > 1:
+        jax.config.update("jax_num_cpu_devices", devices)
     allocator.keep_memory()
-    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):
+        if what in PATHS:
+            return PATHS[what](case, mesh, runs)
         return measure.work(lambda: STEPS[what](case, mesh), runs)
 
 

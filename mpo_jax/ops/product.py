@@ -53,7 +53,9 @@ _mixed.defvjp(_forward, _backward)
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     axes = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+    out = jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+    # A transpose behind it would be folded into the product, and into a form that jaxlib 0.10.2 refuses at run time.
+    return jax.lax.optimization_barrier(out)
 
 
 def _transpose(x: jax.Array) -> jax.Array:
