@@ -41,8 +41,6 @@ _TOPOLOGIES = flags.DEFINE_list("topologies", list(TOPOLOGIES), "Some topologies
 _METHODS = flags.DEFINE_list("methods", ["DPO", "PPO", "PPO-LoRA", "MPO"], "Some of DPO, PPO, PPO-LoRA, MPO.")
 _DOCS = Path(__file__).resolve().parent.parent / "docs"
 _FIGURES, _PAGE, _PLOT = _DOCS / "scaling.json", _DOCS / "scaling.md", _DOCS / "scaling.png"
-    Path(__file__).resolve().parent.parent / "docs" / name for name in ("scaling.json", "scaling.md", "scaling.png")
-)
 
 
 def main(argv) -> None:
