@@ -111,8 +111,18 @@ def training(algorithm: str, updates: int):
 STARTS = {"the reference": (1, 1.0), "elsewhere": (2, 4.0)}
 
 
-@pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "start"),
+    [
+        pytest.param("ppo", "the reference", marks=SLOW),
+        pytest.param("ppo", "elsewhere", marks=SLOW),
+        pytest.param("rloo", "the reference", marks=SLOW),
+        ("rloo", "elsewhere"),
+    ],
+)
 def test_reaches_the_optimum_in_closed_form(algorithm, start):
     reference = weights(1, 1.0)
     first = weights(*STARTS[start])
