@@ -135,10 +135,12 @@ class MetricsWriter:
             self._clock = None  # an evaluation's time is not the steps'
 
     def _progress(self, step: int, found: dict[str, float]) -> None:
-        names: tuple[str, ...] = ("loss", "accuracy", "padding_efficiency")
+        names: tuple[str, ...] = ("loss", "accuracy", "score", "kl", "padding_efficiency")
         shown = {name: f"{found[name]:.4f}" for name in names if name in found}
         before, self._clock = self._clock, (step, time.perf_counter())
-        if before is not None and "tokens" in found:
+        if "tokens_per_second" in found:
+            shown["tokens/s"] = f"{found['tokens_per_second']:,.0f}"
+        elif before is not None and "tokens" in found:
             steps, seconds = step - before[0], max(self._clock[1] - before[1], 1e-9)
             shown["tokens/s"] = f"{found['tokens'] * steps / seconds:,.0f}"
         self._bar.set_postfix(shown, refresh=False)
