@@ -9,7 +9,7 @@ import difflib
 import ml_collections
 
 OPERATIONAL = (
-    "mesh", "decode_mesh", "remat", "attention", "microbatch", "log_every", "save_every", "keep", "path",
+    "mesh", "remat", "attention", "microbatch", "log_every", "save_every", "keep", "path",
     "cache", "wandb", "score_batch", "key_variable", "concurrency", "seconds", "attempts", "max_calls",
     "max_tokens",
 )  # fmt: skip
@@ -197,6 +197,7 @@ KINDS = {
         "labeller": "",  # a gold labeller beside the reward model, for studies: vader
         "bootstrap": 2000,  # resamples of an interval
         "batch_size": 32,
+        "score_batch": 0,  # rows scored at a time; 0: batch_size
     },
     "judge": {
         "evaluate": "evaluate",  # whose replies are judged

@@ -197,6 +197,15 @@ def _read_post(row: Row, tokenizer) -> Reply:
     return Reply(prompt, _summary(row.get("summary")))
 
 
+def _read_summaries(row: Row, tokenizer) -> Reply:
+    """A post with the summaries of several models, unlabelled: the first of them is the reference."""
+    prompt = tldr_prompt(row.get("subreddit", optional=True), row.get("title", optional=True), row.get("post"))
+    summaries = row.get("summaries", dict)
+    if not summaries:
+        raise Drop("no summary")
+    return Reply(prompt, _summary(Row(summaries, row.where).get(next(iter(summaries)))))
+
+
 def _read_post_alone(row: Row, tokenizer) -> Reply:
     return Reply(tldr_prompt(row.get("subreddit", optional=True), row.get("title", optional=True), row.get("post")))
 
@@ -349,6 +358,7 @@ SCHEMAS = (
     Schema("tldr_comparison", "info/summaries/choice", lambda c, v: {"info", "summaries"} <= c, _read_comparison),
     Schema("tldr_axis", "info/summary", lambda c, v: {"info", "summary"} <= c, _read_axis),
     Schema("tldr_post", "post/summary", lambda c, v: {"post", "summary"} <= c, _read_post),
+    Schema("tldr_summaries", "post/summaries", lambda c, v: {"post", "summaries"} <= c, _read_summaries),
     Schema("tldr_prompt", "post", lambda c, v: "post" in c, _read_post_alone),
     Schema(
         "sharegpt",

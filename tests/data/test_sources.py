@@ -100,9 +100,14 @@ def test_tldr_post_with_reference_summary(shared):
     assert record.prompt.startswith(f"SUBREDDIT: r/{raw['subreddit']}\n\nTITLE: ")
 
 
-def test_posts_without_labels_are_prompts_alone(shared):
-    records, report = load(str(shared / "data/tldr/posts_250x18.jsonl.gz"))
-    assert report.kept == 250 and all(r.chosen is None and r.prompt.startswith("POST: ") for r in records)
+def test_posts_with_many_summaries_take_the_first_as_reference(shared):
+    path = shared / "data/tldr/posts_250x18.jsonl.gz"
+    records, report = load(str(path))
+    assert (report.schema, report.kept) == ("tldr_summaries", 250)
+    with gzip.open(path, "rt") as file:
+        raw = json.loads(file.readline())
+    assert records[0].prompt == f"POST: {raw['post']}\n\nTL;DR:"
+    assert records[0].chosen == f" {next(iter(raw['summaries'].values())).strip()}" and records[0].rejected is None
 
 
 def test_sharegpt_in_the_plain_form(shared):

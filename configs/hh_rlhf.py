@@ -1,0 +1,35 @@
+"""MPO on Anthropic's HH-RLHF dialogues (Gou & Nguyen 2024): LLaMA-2-7B; whole conversations are prompts.
+
+    python -m mpo_jax.main --config=configs/hh_rlhf.py --workdir=gs://BUCKET/hh \
+        --config.model.path=FOLDER_OR_HUB_ID --config.data.path=FOLDER_OR_HUB_ID
+
+Two chains in one run: the data set's own pairs are split and trained on (`split`, `dpo`, `mpo`), and pairs sampled from
+the SFT policy (`split_sampled`, `dpo_sampled`, `mpo_sampled`), with DPO on all pairs and PPO from SFT as baselines.
+Hardware: v5e:4x8 or v4:2x2x4 (what fits, `python -m mpo_jax.plan` says); hours and chip-hours are estimated in
+docs/scaling.md. Not run by us at this size: there are no numbers to expect yet. Variants, after a colon, by commas:
+  sweep      both thresholds of the paper, 1 and 2, beside each other, for the data set's pairs
+  debug      one GPU or CPU, a small model, minutes; the split is by quantile
+  MODEL      pythia-1b, llama2-7b, llama3-8b, qwen2.5-0.5b, tiny
+"""
+
+from configs import base
+
+
+def get_config(variant=""):
+    chosen, model = base.variants(variant, "sweep", "debug")
+    config = base.large_run("hh_rlhf", model or ("tiny" if "debug" in chosen else "llama2-7b"))
+    config.data.path = "Anthropic/hh-rlhf"
+    config.stages.update(base.mpo_stages(pair_source="dataset"))
+    own = base.mpo_stages(pair_source="sampled")
+    config.stages.split_sampled = own["split"]
+    config.stages.dpo_sampled = base.stage("dpo", **(base.LARGE_DPO | {"pairs": "split_sampled/easy"}))
+    config.stages.mpo_sampled = base.stage(
+        "ppo",
+        **(base.LARGE_PPO | {"init": "dpo_sampled", "reference": "dpo_sampled", "prompts": "split_sampled/hard"}),
+    )
+    config.stages.evaluate.policies = (*config.stages.evaluate.policies, "dpo_sampled", "mpo_sampled")
+    if "debug" in chosen:
+        base.shrink(config)
+    if "sweep" in chosen:
+        base.sweep(config.stages, "split", "threshold", (1.0, 2.0))
+    return config
