@@ -1,0 +1,113 @@
+"""The evaluate stage on a real tiny LLaMA: what it writes is what transformers says of the very replies it keeps."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from mpo_jax.data.tokenizer import load_tokenizer
+from mpo_jax.errors import InputError
+from mpo_jax.evaluation import labellers
+from mpo_jax.models import hf
+from mpo_jax.stages import evaluate, rollouts
+from mpo_jax.stages import job as jobs
+from mpo_jax.stages.job import Job
+from tests.stages.ppo_job import make_job
+
+HEAT = 0.8
+
+
+def evaluation(folder, stories, **settings) -> Job:
+    """An evaluation of a policy and its baseline, their inputs as those of a ppo stage."""
+    job = make_job(folder, stories)
+    names = {"policies": ("dpo", "sft"), "baseline": "sft", "reward": "reward", "prompts": "split/all"}
+    small = {"count": 12, "max_new_tokens": 12, "temperature": HEAT, "labeller": "vader", "batch_size": 8}
+    job.config.stages.evaluate = base.stage("evaluate", **(names | small | settings))
+    inputs = {"policies": [job.inputs["init"], job.inputs["sft"]], "reward": job.inputs["reward"],
+              "prompts": dataclasses.replace(job.inputs["prompts"], part="all")}  # fmt: skip
+    target = job.workdir / "evaluate"
+    target.mkdir(exist_ok=True)
+    return dataclasses.replace(job, name="evaluate", settings=job.config.stages.evaluate, folder=target, inputs=inputs)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, stories):
+    job = evaluation(tmp_path_factory.mktemp("evaluate"), stories)
+    with jax.set_mesh(job.mesh):
+        summary = evaluate.run(job)
+    lines = [json.loads(line) for line in (job.folder / evaluate.REPLIES).read_text().splitlines()]
+    return job, summary, json.loads((job.folder / evaluate.REPORT).read_text()), lines
+
+
+def test_files_hold_every_reply_and_its_scores(ran):
+    _, summary, report, lines = ran
+    assert len(lines) == report["prompts"] == 12 and len({line["prompt_id"] for line in lines}) == 12
+    assert list(lines[0]["replies"]) == list(report["policies"]) == ["dpo", "sft"]
+    for name, means in report["policies"].items():
+        replies = [line["replies"][name] for line in lines]
+        assert means["tokens"] == pytest.approx(np.mean([reply["tokens"] for reply in replies]))
+        assert means["reward"] == pytest.approx(np.mean([reply["reward"] for reply in replies]), abs=1e-5)
+        gold = labellers.score("vader", [reply["text"] for reply in replies])
+        np.testing.assert_allclose([reply["gold"] for reply in replies], gold, atol=1e-6)
+        assert set(means) == {"tokens", "finished", "repetition", "kl", "reward", "gold", "distinct"}
+    assert summary["policies"] == report["policies"]
+    assert report["policies"]["sft"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert report["policies"]["dpo"]["kl"] > 0
+
+
+def test_kl_is_that_of_transformers(ran, stories, tmp_path):
+    """Both policies in transformers: the mean of their log-probabilities' difference over the replies of one."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    job, _, report, lines = ran
+    model, tokenizer = jobs.model(job), load_tokenizer(str(stories))
+    prompts = evaluate.heldout_prompts(job, model, tokenizer)
+    found = {}
+    with jax.set_mesh(job.mesh):
+        for artifact in job.inputs["policies"]:
+            weights = jobs.load_weights(job, artifact, model)
+            hf.export_weights(tmp_path / artifact.name, model, weights, str(stories))
+            found[artifact.name] = AutoModelForCausalLM.from_pretrained(tmp_path / artifact.name)
+            if artifact.name == "dpo":
+                how = rollouts.sampling_config(job, job.settings, 1)
+                drawn = rollouts.sample_all(job, model, weights, prompts, how, 4, job.seed)
+    assert [texts[0] for texts in drawn.texts(tokenizer)] == [line["replies"]["dpo"]["text"] for line in lines]
+    differences = []
+    for row, (reply,) in enumerate(drawn.tokens):
+        prompt = prompts.row(row)[0]
+        whole = torch.tensor(np.concatenate([prompt, reply]))[None].long()
+        with torch.no_grad():
+            table = [torch.log_softmax(found[name](whole).logits[0].double() / HEAT, -1) for name in ("dpo", "sft")]
+        places = range(len(prompt), whole.shape[1])
+        differences.append(sum((table[0] - table[1])[n - 1, whole[0, n]].item() for n in places))
+    assert report["policies"]["dpo"]["kl"] == pytest.approx(np.mean(differences), rel=1e-3)
+
+
+def test_comparisons_follow_the_scores(ran):
+    _, _, report, lines = ran
+    assert [(c["left"], c["right"], c["by"]) for c in report["comparisons"]] == [
+        ("dpo", "sft", "the gold labeller"),
+        ("dpo", "sft", "the reward model"),
+    ]
+    for key, comparison in zip(("gold", "reward"), report["comparisons"], strict=True):
+        pairs = [(line["replies"]["dpo"][key], line["replies"]["sft"][key]) for line in lines]
+        assert comparison["win_rate"] == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs]))
+        assert comparison["low"] <= comparison["win_rate"] <= comparison["high"]
+    shown = evaluate.table(report)
+    assert "KL to sft" in shown and "wins by reward model" in shown and "dpo preferred to sft in" in shown
+
+
+def test_repetition_and_diversity_by_hand():
+    assert evaluate.repetition(np.array([1, 2, 3, 4, 1, 2, 3, 4])) == pytest.approx(1 / 5)
+    assert evaluate.repetition(np.array([1, 2, 3])) == 0
+    assert evaluate.distinct([np.array([1, 2, 3]), np.array([1, 2])], 2) == pytest.approx(2 / 3)
+    assert evaluate.distinct([np.array([1])], 2) == 0
+
+
+def test_baseline_that_is_no_policy(tmp_path, stories):
+    with pytest.raises(InputError, match=r"stages\.evaluate\.baseline: 'mpo' is none of dpo, sft"):
+        evaluate.run(evaluation(tmp_path, stories, baseline="mpo"))
