@@ -7,6 +7,11 @@ same command again).
 
 import sys
 
+from mpo_jax import allocator
+
+if __name__ == "__main__":
+    allocator.restart()
+
 import jax
 from absl import app, flags, logging
 from etils import epath

@@ -15,10 +15,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mpo_jax import allocator
+
+if __name__ == "__main__":
+    allocator.restart()
+
 import jax
 from absl import app, flags
 
-from mpo_jax import allocator, sharding
+from mpo_jax import sharding
 from mpo_jax.errors import InputError
 from run_scripts.benchmarks import measure, scaling
 from run_scripts.benchmarks.paths import PATHS
@@ -59,7 +64,6 @@ def main(argv) -> None:
 def run(what: str, case: Case, runs: int, devices: int = 1) -> dict[str, Any]:
     if devices > 1:
         jax.config.update("jax_num_cpu_devices", devices)
-    allocator.keep_memory()
     mesh = sharding.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):
         if what in PATHS:
