@@ -5,6 +5,7 @@ read it. report.json holds the means, the comparisons, and reward against KL alo
 """
 
 import dataclasses
+import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from mpo_jax.stages import reward, rollouts, split
 from mpo_jax.stages.job import Artifact, Job
 
 REPLIES, REPORT = "replies.jsonl", "report.json"
+SAMPLED = "sampled"
+"""The folder that keeps each policy's replies as soon as they are there: a stage that was killed samples the rest."""
 _NGRAM, _DISTINCT = 4, 2
 """Lengths of the n-grams that repetition counts within a reply, and diversity over all of a policy's replies."""
 
@@ -53,8 +56,12 @@ def run(job: Job) -> dict[str, Any]:
     logps = logps_step(model, job.mesh, settings.temperature)
     replied, baseline = {}, None
     for artifact in policies:
-        weights = base | jobs.load_weights(job, artifact, model, jobs.frozen_dtype(job))
-        replied[artifact.name] = _reply(job, model, tokenizer, weights, prompts, logps)
+        kept = _kept(job, artifact.name, prompts, tokenizer)
+        if kept is None:
+            weights = base | jobs.load_weights(job, artifact, model, jobs.frozen_dtype(job))
+            kept = _reply(job, model, tokenizer, weights, prompts, logps)
+            _keep(job, artifact.name, kept)
+        replied[artifact.name] = kept
         if artifact.name == settings.baseline:
             baseline = artifact
     columns: dict[str, dict[str, np.ndarray]] = {name: _measured(each) for name, each in replied.items()}
@@ -64,8 +71,9 @@ def run(job: Job) -> dict[str, Any]:
             columns[name]["kl"] = each.logps - _rowwise(job, logps, weights, each.rows)
     if "reward" in job.inputs:
         weights = base | jobs.load_weights(job, job.inputs["reward"], model, jobs.frozen_dtype(job))
+        score = reward.scoring_step(model, 1, job.mesh)
         for name, each in replied.items():
-            columns[name]["reward"] = reward.score_rows(job, model, weights, each.rows)[:, 0]
+            columns[name]["reward"] = _rowwise(job, score, weights, each.rows)
     if settings.labeller:
         for name, each in replied.items():
             columns[name]["gold"] = labellers.score(settings.labeller, each.texts)
@@ -205,6 +213,33 @@ def _reply(job: Job, model: ModelConfig, tokenizer, weights, prompts: Encoded, l
         found.finished[:, 0],
         _rowwise(job, logps, weights, rows),
     )
+
+
+def _keep(job: Job, name: str, replied: Replied) -> None:
+    """Writes a policy's replies, whole or not at all."""
+    if jax.process_index() != 0:
+        return
+    folder = job.folder / SAMPLED
+    folder.mkdir(parents=True, exist_ok=True)
+    held = io.BytesIO()
+    lens = np.array([len(ids) for ids in replied.tokens], np.int64)
+    np.savez(held, tokens=np.concatenate(replied.tokens), lens=lens, finished=replied.finished, logps=replied.logps)
+    partial = folder / f"{name}.partial"
+    partial.write_bytes(held.getvalue())
+    partial.rename(folder / f"{name}.npz")
+
+
+def _kept(job: Job, name: str, prompts: Encoded, tokenizer) -> Replied | None:
+    """The replies that an earlier run of this very stage kept; a folder belongs to one set of inputs and settings."""
+    file = job.folder / SAMPLED / f"{name}.npz"
+    if not file.exists():
+        return None
+    with file.open("rb") as opened, np.load(opened) as arrays:
+        tokens = np.split(arrays["tokens"], np.cumsum(arrays["lens"])[:-1])
+        finished, logps = arrays["finished"], arrays["logps"]
+    texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in tokens]
+    rows = split.with_replies(prompts, [[ids] for ids in tokens])
+    return Replied(rows, tokens, texts, finished, logps)
 
 
 def _rowwise(job: Job, step, weights, rows: Encoded) -> np.ndarray:

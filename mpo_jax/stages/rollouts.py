@@ -33,8 +33,11 @@ def sampling_config(job: Job, settings: Any, n: int) -> SamplingConfig:
     )
 
 
+@functools.lru_cache(maxsize=4)
 def sampler(model: ModelConfig, settings: SamplingConfig, mesh, everywhere: bool = False):
-    """Jitted `(weights, prompts, seed, round) -> Rollout`; with `everywhere`, the result is on every device whole."""
+    """Jitted `(weights, prompts, seed, round) -> Rollout`; with `everywhere`, the result is on every device whole.
+
+    The same function for the same arguments, so that several policies are sampled with one compiled program."""
     where = sharding.replicated(mesh) if everywhere else sharding.batch_sharding(mesh)
     return jax.jit(functools.partial(sampling.sample, model, settings), out_shardings=where)
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import base
 from mpo_jax.data.tokenizer import load_tokenizer
@@ -106,6 +108,26 @@ def test_repetition_and_diversity_by_hand():
     assert evaluate.repetition(np.array([1, 2, 3])) == 0
     assert evaluate.distinct([np.array([1, 2, 3]), np.array([1, 2])], 2) == pytest.approx(2 / 3)
     assert evaluate.distinct([np.array([1])], 2) == 0
+
+
+def test_killed_after_one_policy_samples_the_rest_alone(ran, tmp_path, monkeypatch):
+    """As after kill -9: the replies of one policy lie there, nothing else does."""
+    job = ran[0]
+    target = tmp_path / "evaluate"
+    (target / evaluate.SAMPLED).mkdir(parents=True)
+    shutil.copy(job.folder / evaluate.SAMPLED / "dpo.npz", target / evaluate.SAMPLED)
+    sampled, whole = [], rollouts.sample_all
+
+    def counted(*args):
+        sampled.append(1)
+        return whole(*args)
+
+    monkeypatch.setattr(rollouts, "sample_all", counted)
+    with jax.set_mesh(job.mesh):
+        evaluate.run(dataclasses.replace(job, folder=epath.Path(target)))
+    assert len(sampled) == 1
+    for name in (evaluate.REPLIES, evaluate.REPORT):
+        assert (target / name).read_text() == (job.folder / name).read_text()
 
 
 def test_baseline_that_is_no_policy(tmp_path, stories):
