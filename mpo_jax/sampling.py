@@ -133,10 +133,10 @@ def begin(
     )
     layers = tuple(
         decoder.LayerCache(
-            constrain(layer.prompt_keys, "batch", None, "kv_heads", None),
-            constrain(layer.prompt_values, "batch", None, "kv_heads", None),
-            constrain(layer.keys, "batch", None, None, "kv_heads", None),
-            constrain(layer.values, "batch", None, None, "kv_heads", None),
+            constrain(layer.prompt_keys, "batch", "kv_heads", None, None),
+            constrain(layer.prompt_values, "batch", "kv_heads", None, None),
+            constrain(layer.keys, "batch", "kv_heads", None, None, None),
+            constrain(layer.values, "batch", "kv_heads", None, None, None),
         )
         for layer in cache.layers
     )

@@ -33,7 +33,10 @@ class RowContext:
 
 @record
 class LayerCache:
-    """One layer's keys and values: of the prompt [B,P,K,D], and of each response's slots [B,N,R,K,D]."""
+    """One layer's keys and values: of the prompt [B,K,P,D], and of each response's slots [B,K,N,R,D].
+
+    Heads come first, as the products of a step read them; so no step moves a cache.
+    """
 
     prompt_keys: jax.Array
     prompt_values: jax.Array
@@ -124,24 +127,24 @@ def attend_step(
 
     Each response sees its prompt and itself, so the cost is linear in N.
     """
-    start = (0, 0, context.cursor, 0, 0)
+    rows, responses, heads, dim = q.shape
+    start = (0, 0, 0, context.cursor, 0)
     cache = dataclasses.replace(
         cache,
-        keys=jax.lax.dynamic_update_slice(cache.keys, k[:, :, None], start),
-        values=jax.lax.dynamic_update_slice(cache.values, v[:, :, None], start),
+        keys=jax.lax.dynamic_update_slice(cache.keys, k.swapaxes(1, 2)[:, :, :, None], start),
+        values=jax.lax.dynamic_update_slice(cache.values, v.swapaxes(1, 2)[:, :, :, None], start),
     )
-    rows, responses, heads, dim = q.shape
-    grouped = q.reshape(rows, responses, config.kv_heads, heads // config.kv_heads, dim)
-    on_prompt = jnp.einsum("bnkgd,bpkd->bnkgp", grouped, cache.prompt_keys, preferred_element_type=jnp.float32)
-    on_own = jnp.einsum("bnkgd,bnrkd->bnkgr", grouped, cache.keys, preferred_element_type=jnp.float32)
-    prompt_mask, own_mask = _step_masks(context, window_kinds(config)[kind], cache.keys.shape[2])
+    grouped = q.reshape(rows, responses, config.kv_heads, heads // config.kv_heads, dim).swapaxes(1, 2)
+    on_prompt = jnp.einsum("bkngd,bkpd->bkngp", grouped, cache.prompt_keys, preferred_element_type=jnp.float32)
+    on_own = jnp.einsum("bkngd,bknrd->bkngr", grouped, cache.keys, preferred_element_type=jnp.float32)
+    prompt_mask, own_mask = _step_masks(context, window_kinds(config)[kind], cache.keys.shape[3])
     mask = jnp.concatenate([prompt_mask, jnp.broadcast_to(own_mask, (rows, responses, own_mask.shape[2]))], axis=-1)
     logits = jnp.concatenate([on_prompt, on_own], axis=-1) * config.scale
-    weights = _softmax(config, logits, mask[:, :, None, None]).astype(v.dtype)
+    weights = _softmax(config, logits, mask[:, None, :, None]).astype(v.dtype)
     prompt_len = on_prompt.shape[-1]
-    out = jnp.einsum("bnkgp,bpkd->bnkgd", weights[..., :prompt_len], cache.prompt_values)
-    out += jnp.einsum("bnkgr,bnrkd->bnkgd", weights[..., prompt_len:], cache.values)
-    return out.reshape(q.shape), cache
+    out = jnp.einsum("bkngp,bkpd->bkngd", weights[..., :prompt_len], cache.prompt_values)
+    out += jnp.einsum("bkngr,bknrd->bkngd", weights[..., prompt_len:], cache.values)
+    return out.swapaxes(1, 2).reshape(q.shape), cache
 
 
 def _step_masks(context: StepContext, window: int, slots: int) -> tuple[jax.Array, jax.Array]:

@@ -94,7 +94,8 @@ def prefill(
     context = _row_context(config, positions, segments, flash.Slots(tokens.shape[1], 0, 0))
     outputs: Any = _Decoder(config, keep_kv=True).apply(_trunk(weights), tokens, context)
     hidden, (keys, values) = outputs
-    empty = jnp.zeros((tokens.shape[0], responses, slots, config.kv_heads, config.head_dim), keys.dtype)
+    keys, values = keys.swapaxes(2, 3), values.swapaxes(2, 3)
+    empty = jnp.zeros((tokens.shape[0], config.kv_heads, responses, slots, config.head_dim), keys.dtype)
     layers = tuple(LayerCache(keys[i], values[i], empty, empty) for i in range(config.layers))
     return hidden, Cache(layers, positions, segments, jnp.zeros((), jnp.int32))
 
