@@ -1,0 +1,110 @@
+"""The report of a made run in a real Chromium: every plot is shown, nothing is asked for, markup in a reply is text."""
+
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from mpo_jax import checkpoint
+from mpo_jax.evaluation import report, statistics
+from tests.browser import PHONE, WIDE, browser, complaints, overflow, resize
+
+HOSTILE = "<script>document.title = 'broken'</script><b>bold</b>"
+__all__ = ["browser"]  # a fixture
+
+
+def stage(workdir, name, kind, inputs=None, done=True):
+    folder = workdir / f"{name}-0123"
+    folder.mkdir()
+    checkpoint.write_json(
+        folder / "config.json", {"stages": {name: {"kind": kind, "pair_source": "sampled", "labeller": "reward"}}}
+    )
+    entries = {role: [{"name": source, "part": part}] for role, (source, part) in (inputs or {}).items()}
+    manifest = {
+        "name": name,
+        "kind": kind,
+        "key": "0123",
+        "inputs": entries,
+        "shared": "abcd",
+        "packages": {"jax": "1"},
+    }
+    if done:
+        checkpoint.write_manifest(folder, manifest | {"summary": {}})
+    return folder
+
+
+def curve(folder, **values):
+    rows = [{"step": step} | {key: value / step for key, value in values.items()} for step in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    folder = epath.Path(tmp_path / "run")
+    folder.mkdir()
+    curve(stage(folder, "sft", "sft", {"init": ("base", "")}), **{"loss": 2.0, "eval/loss": 2.2})
+    curve(stage(folder, "reward", "reward", {"init": ("sft", "")}), loss=0.7, accuracy=0.6)
+    split = stage(folder, "split", "split", {"reward": ("reward", "")})
+    gap = np.random.default_rng(0).normal(0.5, 1, 200).astype(np.float32)
+    with (split / "gaps.npz").open("wb") as file:
+        np.savez(file, gap=gap)
+    lengths = {"easy": {"prompt": 9.0, "chosen": 5.0, "rejected": 4.0}}
+    checkpoint.write_json(
+        split / "report.json",
+        {"threshold": 1.0, "pairs": 200, "counts": {"easy": 60, "hard": 130}, "agreement": 0.7, "lengths": lengths},
+    )
+    curve(stage(folder, "mpo", "ppo", {"init": ("sft", ""), "prompts": ("split", "hard")}), score=1.0, kl=0.5)
+    stage(folder, "dpo", "dpo", done=False)
+    evaluate = stage(folder, "evaluate", "evaluate", {"policies": ("mpo", "")})
+    won = statistics.compare("mpo", "sft", "the reward model", np.array([1.0, 0.5, 1.0]))
+    means = {"tokens": 5.0, "finished": 1.0, "reward": 0.25, "kl": 0.0}
+    checkpoint.write_json(
+        evaluate / "report.json",
+        {
+            "prompts": 3,
+            "baseline": "sft",
+            "policies": {"sft": means, "mpo": means | {"kl": 1.5}},
+            "comparisons": [vars(won) | {"sentence": statistics.sentence(won)}],
+            "frontier": {"mpo": [{"step": 1, "kl": 0.0, "score": 0.1}, {"step": 2, "kl": 1.5, "score": 0.4}]},
+        },
+    )
+    reply = {"text": HOSTILE, "tokens": 5, "finished": False, "reward": 0.25, "gold": None}
+    line = {"prompt_id": 1, "prompt": "A <i>prompt</i>", "replies": {"sft": reply, "mpo": reply}}
+    (evaluate / "replies.jsonl").write_text(json.dumps(line) + "\n")
+    names = ("sft", "reward", "split", "dpo", "mpo", "evaluate")
+    checkpoint.write_json(folder / "stages.json", {name: f"{name}-0123" for name in names})
+    return folder
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
+def test_every_plot_is_shown_and_markup_is_text(workdir, browser, size):
+    page = report.write(workdir)
+    complaints(browser)
+    resize(browser, size)
+    browser.get(f"file://{page}")
+    assert complaints(browser) == []
+    assert browser.title == "run: report"
+    plots = browser.find_elements("css selector", "svg.plot")
+    assert len(plots) == 1 + 1 + 1 + 2 + 2  # frontier, gaps, sft, reward, ppo
+    drawn = [*plots, browser.find_element("css selector", "svg.graph")]
+    assert all(plot.size["width"] > 50 and plot.size["height"] > 25 for plot in drawn)  # a chain of stages is one row
+    assert [text.text for text in browser.find_elements("css selector", ".reply p")] == [HOSTILE] * 2
+    assert browser.find_element("css selector", ".prompt").text == "A <i>prompt</i>"
+    assert overflow(browser) <= 0
+    asked = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert [name for name in asked if not name.startswith("data:")] == []
+    ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map(element => element.id)")
+    assert len(ids) == len(set(ids))
+
+
+def test_unfinished_and_absent_stages_are_left_out(workdir):
+    (workdir / "evaluate-0123" / "manifest.json").unlink()
+    page = report.write(workdir).read_text()
+    assert 'id="training"' in page and 'id="split"' in page
+    assert 'id="results' not in page and 'id="samples"' not in page and 'id="judge"' not in page
+    assert [each.name for each in report.finished(workdir)] == ["sft", "reward", "split", "mpo"]
+
+
+def test_a_run_without_any_finished_stage(tmp_path):
+    assert "<section" not in report.write(epath.Path(tmp_path)).read_text()
