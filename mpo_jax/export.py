@@ -1,0 +1,147 @@
+"""A finished stage enters; its model leaves as a Hugging Face folder with a model card.
+
+`python -m mpo_jax.export --stage=WORKDIR/mpo --output=FOLDER [--adapter] [--verify]`. A policy becomes a causal model,
+its adapters merged or, with --adapter, a PEFT folder of them alone; a reward model becomes one for sequence
+classification. --verify reads the folder again and holds its logits or scores against the stage's own.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jinja2
+import ml_collections
+import numpy as np
+from absl import app, flags, logging
+from etils import epath
+
+from mpo_jax import checkpoint, graph, sharding
+from mpo_jax.data.tokenizer import load_tokenizer
+from mpo_jax.errors import InputError
+from mpo_jax.models import decoder, hf, hf_adapter, lora
+from mpo_jax.models.config import ModelConfig, from_folder
+from mpo_jax.sample import prompt_batch
+from mpo_jax.stages import job as jobs
+from mpo_jax.stages.job import Artifact, Job
+from mpo_jax.types import Batch, PyTree
+
+_STAGE = flags.DEFINE_string("stage", None, "WORKDIR/NAME, as in its stages.json, or WORKDIR/NAME-KEY.")
+_OUTPUT = flags.DEFINE_string("output", None, "An empty folder, or one that is not there yet.")
+_ADAPTER = flags.DEFINE_bool("adapter", False, "Write the LoRA adapters alone, as PEFT reads them.")
+_VERIFY = flags.DEFINE_bool("verify", False, "Read the folder again and compare what it computes.")
+_PROBES = ["Once upon a time", "The", "How do I"]
+_TOLERANCE = 1e-5
+
+
+def find(stage: epath.PathLike) -> epath.Path:
+    """The folder of a finished stage. InputError where there is none, or it is not finished."""
+    path = epath.Path(stage)
+    names = path.parent / "stages.json"
+    known = json.loads(names.read_text()) if names.exists() else {}
+    folder = path.parent / known.get(path.name, path.name)
+    if not (folder / "config.json").exists():
+        hint = f"; expected one of {', '.join(known)}" if known else f"; no stages.json in {path.parent}"
+        raise InputError(f"--stage={stage}: no such stage{hint}")
+    if checkpoint.read_manifest(folder) is None:
+        raise InputError(f"--stage={stage}: {folder.name} is not finished; run it to its end first")
+    return folder
+
+
+def load(folder: epath.Path) -> tuple[Job, Artifact, dict[str, Any]]:
+    """A finished stage's job, as its own config tells it, itself as an artifact, and its manifest."""
+    manifest = checkpoint.read_manifest(folder) or {}
+    name, kind = manifest["name"], manifest["kind"]
+    if graph.PRODUCES[kind] not in ("policy", "reward"):
+        raise InputError(f"{folder.name} is a {kind} stage and leaves a {graph.PRODUCES[kind]}; "
+                         "expected a policy or a reward model")  # fmt: skip
+    config = ml_collections.ConfigDict(json.loads((folder / "config.json").read_text()))
+    config.model.dtype = config.model.frozen_dtype = "float32"
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    job = Job(name, config.stages[name], config, folder, folder.parent, {}, mesh)
+    return job, Artifact(name, kind, folder), manifest
+
+
+def export(stage: epath.PathLike, output: epath.PathLike, adapter: bool = False, verify: bool = False) -> None:
+    """Writes the folder; with `verify`, InputError where what is read again computes something else."""
+    target = Path(output).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"--output={output}: exists and is not an empty folder; choose another")
+    job, artifact, manifest = load(find(stage))
+    model, base = jobs.model(job), job.config.model.path
+    head = artifact.kind == "reward"
+    if adapter and (head or model.lora is None):
+        raise InputError(
+            f"--adapter: {artifact.name} has {'a scalar head' if head else 'no adapters'}; export it whole"
+        )
+    with jax.set_mesh(job.mesh):
+        weights = jobs.base_weights(job, model) | jobs.load_weights(job, artifact, model)
+        merged = lora.merge(model, weights)
+        if adapter:
+            hf_adapter.export_adapter(target, model, weights, base)
+        else:
+            hf.export_weights(target, model, merged, base, head=head)
+    (target / "README.md").write_text(card(job, artifact, manifest, adapter))
+    if verify:
+        _verify(target, model, base, merged, adapter, head)
+
+
+def card(job: Job, artifact: Artifact, manifest: dict[str, Any], adapter: bool = False) -> str:
+    """The model card: what the manifest says, and how to load the folder."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mpo_jax.evaluation", "templates"), trim_blocks=True, lstrip_blocks=True
+    )
+    values = {
+        "name": artifact.name,
+        "kind": artifact.kind,
+        "adapter": adapter,
+        "base": Path(job.config.model.path).name if Path(job.config.model.path).is_dir() else job.config.model.path,
+        "manifest": manifest,
+        "settings": job.settings.to_dict(),
+    }
+    return environment.get_template("model_card.md").render(values)
+
+
+def _verify(target: Path, model: ModelConfig, base: str, weights: PyTree, adapter: bool, head: bool) -> None:
+    """Holds the folder's numbers against the stage's own, for the next token of a few prompts."""
+    plain = dataclasses.replace(model, lora=None)
+    if adapter:
+        held = dataclasses.replace(plain, lora=hf_adapter.read_adapter_config(target, plain))
+        again, read = lora.merge(held, hf.import_weights(base, plain) | hf_adapter.import_adapter(target, held)), plain
+    else:
+        read = dataclasses.replace(from_folder(str(target)), dtype=model.dtype)  # an added pad token has a row more
+        again = hf.import_weights(target, read)
+    batch = prompt_batch(_PROBES, load_tokenizer(base))
+    first, second = _numbers(plain, weights, batch, head), _numbers(read, again, batch, head)
+    furthest = float(np.abs(first - second).max())
+    if not furthest <= _TOLERANCE:
+        raise InputError(f"{target}: read again, it differs from the stage by {furthest:.3g}; expected {_TOLERANCE:g}")
+    print(f"verified: {first.size} {'scores' if head else 'logits'} differ by {furthest:.3g} at most")
+
+
+def _numbers(model: ModelConfig, weights: PyTree, batch: Batch, head: bool) -> np.ndarray:
+    """Prompts end in the last column: their scores, or the logits of what comes next."""
+    hidden = decoder.forward(model, weights, batch.tokens, batch.positions, batch.segments)[:, -1]
+    if head:
+        return np.asarray(decoder.scalar_head(weights, hidden))
+    return np.asarray(decoder.logits(model, weights, hidden)[:, : model.vocab_size])
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected arguments {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        for name, value in (("stage", _STAGE.value), ("output", _OUTPUT.value)):
+            if not value:
+                raise InputError(f"--{name} is missing; give --stage=WORKDIR/NAME --output=FOLDER")
+        export(_STAGE.value, _OUTPUT.value, _ADAPTER.value, _VERIFY.value)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    print(f"exported to {_OUTPUT.value}")
+
+
+if __name__ == "__main__":
+    app.run(main)

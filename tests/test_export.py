@@ -1,0 +1,82 @@
+"""Stages on a real tiny LLaMA, exported: transformers loads them, agrees with ours, and generates."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from mpo_jax import checkpoint, export
+from mpo_jax.errors import InputError
+from mpo_jax.models import decoder
+from mpo_jax.sample import prompt_batch
+from mpo_jax.stages import job as jobs
+from tests.stages.ppo_job import make_job
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, stories):
+    """A run's folder with a policy and a reward model, and what the pipeline writes beside them."""
+    folder = tmp_path_factory.mktemp("export")
+    job = make_job(folder, stories)
+    for artifact in (job.inputs["init"], job.inputs["reward"]):
+        config = job.config.copy_and_resolve_references()
+        config.stages = {artifact.name: job.settings}
+        checkpoint.write_json(artifact.folder / "config.json", config.to_dict())
+        manifest = {"name": artifact.name, "kind": artifact.kind, "key": "0123", "inputs": {}, "shared": "abcd"}
+        checkpoint.write_manifest(artifact.folder, manifest | {"packages": {"jax": jax.__version__}})
+    checkpoint.write_json(job.workdir / "stages.json", {"mpo": job.inputs["init"].folder.name})
+    return job
+
+
+def ours(job, role, stories):
+    model = dataclasses.replace(jobs.model(job), lora=None)
+    weights = jobs.load_weights(job, job.inputs[role], model)
+    batch = prompt_batch(["Once upon a time, there was a"], export.load_tokenizer(str(stories)))
+    hidden = decoder.forward(model, weights, batch.tokens, batch.positions, batch.segments)
+    if role == "reward":
+        return batch.tokens, decoder.scalar_head(weights, hidden)[0, -1:]
+    return batch.tokens, decoder.logits(model, weights, hidden)[0, :, : model.vocab_size]
+
+
+@pytest.mark.parametrize("role", ["init", "reward"])
+def test_transformers_agrees(workdir, stories, tmp_path, capsys, role):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    export.export(workdir.inputs[role].folder, tmp_path / "out", verify=True)
+    assert "verified" in capsys.readouterr().out
+    kind = "AutoModelForSequenceClassification" if role == "reward" else "AutoModelForCausalLM"
+    loaded = getattr(transformers, kind).from_pretrained(tmp_path / "out")
+    tokens, expected = ours(workdir, role, stories)
+    with torch.no_grad():
+        found = loaded(torch.tensor(np.asarray(tokens)).long()).logits[0].numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    if role == "init":
+        drawn = loaded.generate(torch.tensor(np.asarray(tokens)).long(), max_new_tokens=4, do_sample=False)
+        assert drawn.shape[1] > tokens.shape[1]
+    assert "key `0123`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_named_by_stages_json(workdir):
+    assert export.find(workdir.workdir / "mpo") == workdir.inputs["init"].folder
+    with pytest.raises(InputError, match="no such stage; expected one of mpo"):
+        export.find(workdir.workdir / "dpo_full")
+
+
+def test_refusals(workdir, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    with pytest.raises(InputError, match="not an empty folder"):
+        export.export(workdir.workdir / "mpo", tmp_path / "full")
+    with pytest.raises(InputError, match="no adapters"):
+        export.export(workdir.workdir / "mpo", tmp_path / "out", adapter=True)
+    unfinished = tmp_path / "dpo-1"
+    unfinished.mkdir()
+    (unfinished / "config.json").write_text(json.dumps({}))
+    with pytest.raises(InputError, match="not finished"):
+        export.find(unfinished)
+    checkpoint.write_manifest(checkpoint.epath.Path(unfinished), {"name": "split", "kind": "split"})
+    with pytest.raises(InputError, match="is a split stage"):
+        export.export(unfinished, tmp_path / "out")
