@@ -17,6 +17,7 @@ import jax
 from etils import epath
 
 from mpo_jax import checkpoint, processes
+from mpo_jax.evaluation import report
 from mpo_jax.graph import BASE, Node, needed, resolve
 from mpo_jax.stages.job import Artifact, Job
 
@@ -56,6 +57,8 @@ def run(config, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dict[str
             _set_aside(node, workdir)
         run_stage(config, workdir, mesh, nodes, node)
         _say(f"{name}: finished in {time.perf_counter() - began:.1f} s")
+    if jax.process_index() == 0:
+        print(f"report: {report.write(workdir)}", flush=True)
     return nodes
 
 

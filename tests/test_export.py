@@ -80,3 +80,20 @@ def test_refusals(workdir, tmp_path):
     checkpoint.write_manifest(checkpoint.epath.Path(unfinished), {"name": "split", "kind": "split"})
     with pytest.raises(InputError, match="is a split stage"):
         export.export(unfinished, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_adapters_alone_and_merged(stories, tmp_path, capsys):
+    """Both exports of a LoRA policy compute what the stage computes."""
+    job = make_job(tmp_path / "run", stories, rank=2)
+    artifact = job.inputs["init"]
+    config = job.config.copy_and_resolve_references()
+    config.stages = {artifact.name: job.settings}
+    checkpoint.write_json(artifact.folder / "config.json", config.to_dict())
+    manifest = {"name": artifact.name, "kind": artifact.kind, "key": "0123", "inputs": {}, "shared": "abcd"}
+    checkpoint.write_manifest(artifact.folder, manifest | {"packages": {}})
+    for adapter, file in ((True, "adapter_model.safetensors"), (False, "model.safetensors")):
+        target = tmp_path / str(adapter)
+        export.export(artifact.folder, target, adapter=adapter, verify=True)
+        assert "verified" in capsys.readouterr().out
+        assert (target / file).exists() and (target / "README.md").exists()
