@@ -17,17 +17,6 @@ from mpo_jax import checkpoint
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import annotation, judge
 
-_RUN = flags.DEFINE_string("run", None, "The run's folder.")
-_POLICIES = flags.DEFINE_list("policies", [], "Policies to compare, as sft,mpo; empty: all that the evaluation has.")
-_EVALUATION = flags.DEFINE_string("evaluation", "", "Whose replies, where the run has several evaluate stages.")
-_COUNT = flags.DEFINE_integer("count", 0, "Prompts; 0: all.", lower_bound=0)
-_SEED = flags.DEFINE_integer("seed", 0, "Shuffles the order of items and the sides of replies.")
-_QUESTION = flags.DEFINE_string("question", "Which reply is better?", "What annotators are asked.")
-_PORT = flags.DEFINE_integer("port", 8008, "Of the page; 0: any free one.", lower_bound=0, upper_bound=65535)
-_HOST = flags.DEFINE_string("host", None, "Address to serve at. Default: 127.0.0.1, or with a token 0.0.0.0.")
-_TOKEN = flags.DEFINE_string("token", "", "What every visitor must bring; needed beyond this machine.")
-_EXPORT = flags.DEFINE_string("export", None, "Write the judgements to this .jsonl or .csv file, serve nothing.")
-
 _SHORTEST_TOKEN = 16
 """Characters. Guessing one over a network must be hopeless."""
 
@@ -123,4 +112,16 @@ def _run() -> None:
 
 
 if __name__ == "__main__":
+    _RUN = flags.DEFINE_string("run", None, "The run's folder.")
+    _POLICIES = flags.DEFINE_list(
+        "policies", [], "Policies to compare, as sft,mpo; empty: all that the evaluation has."
+    )
+    _EVALUATION = flags.DEFINE_string("evaluation", "", "Whose replies, where the run has several evaluate stages.")
+    _COUNT = flags.DEFINE_integer("count", 0, "Prompts; 0: all.", lower_bound=0)
+    _SEED = flags.DEFINE_integer("seed", 0, "Shuffles the order of items and the sides of replies.")
+    _QUESTION = flags.DEFINE_string("question", "Which reply is better?", "What annotators are asked.")
+    _PORT = flags.DEFINE_integer("port", 8008, "Of the page; 0: any free one.", lower_bound=0, upper_bound=65535)
+    _HOST = flags.DEFINE_string("host", None, "Address to serve at. Default: 127.0.0.1, or with a token 0.0.0.0.")
+    _TOKEN = flags.DEFINE_string("token", "", "What every visitor must bring; needed beyond this machine.")
+    _EXPORT = flags.DEFINE_string("export", None, "Write the judgements to this .jsonl or .csv file, serve nothing.")
     app.run(main)

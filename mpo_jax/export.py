@@ -6,62 +6,28 @@ classification. --verify reads the folder again and holds its logits or scores a
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import jinja2
-import ml_collections
 import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from mpo_jax import checkpoint, graph, sharding
+from mpo_jax import finished
+from mpo_jax.data.prompts import prompt_batch
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
 from mpo_jax.models import decoder, hf, hf_adapter, lora
 from mpo_jax.models.config import ModelConfig, from_folder
-from mpo_jax.sample import prompt_batch
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Artifact, Job
 from mpo_jax.types import Batch, PyTree
 
-_STAGE = flags.DEFINE_string("stage", None, "WORKDIR/NAME, as in its stages.json, or WORKDIR/NAME-KEY.")
-_OUTPUT = flags.DEFINE_string("output", None, "An empty folder, or one that is not there yet.")
-_ADAPTER = flags.DEFINE_bool("adapter", False, "Write the LoRA adapters alone, as PEFT reads them.")
-_VERIFY = flags.DEFINE_bool("verify", False, "Read the folder again and compare what it computes.")
 _PROBES = ["Once upon a time", "The", "How do I"]
 _TOLERANCE = 1e-5
-
-
-def find(stage: epath.PathLike) -> epath.Path:
-    """The folder of a finished stage. InputError where there is none, or it is not finished."""
-    path = epath.Path(stage)
-    names = path.parent / "stages.json"
-    known = json.loads(names.read_text()) if names.exists() else {}
-    folder = path.parent / known.get(path.name, path.name)
-    if not (folder / "config.json").exists():
-        hint = f"; expected one of {', '.join(known)}" if known else f"; no stages.json in {path.parent}"
-        raise InputError(f"--stage={stage}: no such stage{hint}")
-    if checkpoint.read_manifest(folder) is None:
-        raise InputError(f"--stage={stage}: {folder.name} is not finished; run it to its end first")
-    return folder
-
-
-def load(folder: epath.Path) -> tuple[Job, Artifact, dict[str, Any]]:
-    """A finished stage's job, as its own config tells it, itself as an artifact, and its manifest."""
-    manifest = checkpoint.read_manifest(folder) or {}
-    name, kind = manifest["name"], manifest["kind"]
-    if graph.PRODUCES[kind] not in ("policy", "reward"):
-        raise InputError(f"{folder.name} is a {kind} stage and leaves a {graph.PRODUCES[kind]}; "
-                         "expected a policy or a reward model")  # fmt: skip
-    config = ml_collections.ConfigDict(json.loads((folder / "config.json").read_text()))
-    config.model.dtype = config.model.frozen_dtype = "float32"
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    job = Job(name, config.stages[name], config, folder, folder.parent, {}, mesh)
-    return job, Artifact(name, kind, folder), manifest
 
 
 def export(stage: epath.PathLike, output: epath.PathLike, adapter: bool = False, verify: bool = False) -> None:
@@ -69,7 +35,7 @@ def export(stage: epath.PathLike, output: epath.PathLike, adapter: bool = False,
     target = Path(output).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"--output={output}: exists and is not an empty folder; choose another")
-    job, artifact, manifest = load(find(stage))
+    job, artifact, manifest = finished.load(finished.find(stage))
     model, base = jobs.model(job), job.config.model.path
     head = artifact.kind == "reward"
     if adapter and (head or model.lora is None):
@@ -144,4 +110,8 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
+    _STAGE = flags.DEFINE_string("stage", None, "WORKDIR/NAME, as in its stages.json, or WORKDIR/NAME-KEY.")
+    _OUTPUT = flags.DEFINE_string("output", None, "An empty folder, or one that is not there yet.")
+    _ADAPTER = flags.DEFINE_bool("adapter", False, "Write the LoRA adapters alone, as PEFT reads them.")
+    _VERIFY = flags.DEFINE_bool("verify", False, "Read the folder again and compare what it computes.")
     app.run(main)

@@ -18,15 +18,6 @@ from mpo_jax.errors import InputError
 from mpo_jax.planning import chips, proposal, report, stages
 from mpo_jax.planning.estimate import Assumptions
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; its model may be a preset, as llama2-7b.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x8, v4:2x2x4, ...; cpu; gpu:80GB or gpu:8x80GB.")
-_STAGES = flags.DEFINE_list("stages", [], "Plan these stages; empty: all.")
-_JSON = flags.DEFINE_string("json", None, "Where the figures go too.")
-_PAIRS = flags.DEFINE_integer("pairs", Assumptions.pairs, "Pairs of the data, for chip-hours.", lower_bound=1)
-_EASY = flags.DEFINE_float("easy", Assumptions.easy, "Share of pairs that are easy.", 0.0, 1.0)
-_UTILISATION = flags.DEFINE_float("utilisation", Assumptions.utilisation, "Of a chip's peak.", 0.01, 1.0)
-_PROPOSE = flags.DEFINE_bool("propose", True, "Where a stage does not fit, try what would make it.")
-
 
 def main(argv) -> None:
     if len(argv) > 1:
@@ -72,4 +63,12 @@ def run() -> None:
 
 
 if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; its model may be a preset, as llama2-7b.")
+    _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x8, v4:2x2x4, ...; cpu; gpu:80GB or gpu:8x80GB.")
+    _STAGES = flags.DEFINE_list("stages", [], "Plan these stages; empty: all.")
+    _JSON = flags.DEFINE_string("json", None, "Where the figures go too.")
+    _PAIRS = flags.DEFINE_integer("pairs", Assumptions.pairs, "Pairs of the data, for chip-hours.", lower_bound=1)
+    _EASY = flags.DEFINE_float("easy", Assumptions.easy, "Share of pairs that are easy.", 0.0, 1.0)
+    _UTILISATION = flags.DEFINE_float("utilisation", Assumptions.utilisation, "Of a chip's peak.", 0.01, 1.0)
+    _PROPOSE = flags.DEFINE_bool("propose", True, "Where a stage does not fit, try what would make it.")
     run()

@@ -18,15 +18,6 @@ from mpo_jax.data.sources import load
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config whose data and model keys the other flags override.")
-_DATA_PATH = flags.DEFINE_string("data_path", None, "File, folder, tfds:name or hub name. Default: config.data.path.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer folder. Default: config.model.path.")
-_SPLIT = flags.DEFINE_string("split", "train", "Split to read; 'all' for every one.")
-_INDEX = flags.DEFINE_integer("index", 0, "Which of the records kept.")
-_MAX_LENGTH = flags.DEFINE_integer("max_length", None, "Tokens of a row. Default: config.data.max_length, or 512.")
-_MAX_RESPONSE = flags.DEFINE_integer(
-    "max_response", None, "Tokens of one reply. Default: config.data.max_response, or 192."
-)
 _MULTIPLE = 8
 
 
@@ -98,4 +89,17 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file(
+        "config", None, "Config whose data and model keys the other flags override."
+    )
+    _DATA_PATH = flags.DEFINE_string(
+        "data_path", None, "File, folder, tfds:name or hub name. Default: config.data.path."
+    )
+    _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer folder. Default: config.model.path.")
+    _SPLIT = flags.DEFINE_string("split", "train", "Split to read; 'all' for every one.")
+    _INDEX = flags.DEFINE_integer("index", 0, "Which of the records kept.")
+    _MAX_LENGTH = flags.DEFINE_integer("max_length", None, "Tokens of a row. Default: config.data.max_length, or 512.")
+    _MAX_RESPONSE = flags.DEFINE_integer(
+        "max_response", None, "Tokens of one reply. Default: config.data.max_response, or 192."
+    )
     app.run(main)

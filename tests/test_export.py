@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from mpo_jax import checkpoint, export
+from mpo_jax import checkpoint, export, finished
+from mpo_jax.data.prompts import prompt_batch
 from mpo_jax.errors import InputError
 from mpo_jax.models import decoder
-from mpo_jax.sample import prompt_batch
 from mpo_jax.stages import job as jobs
 from tests.stages.ppo_job import make_job
 
@@ -60,9 +60,9 @@ def test_transformers_agrees(workdir, stories, tmp_path, capsys, role):
 
 
 def test_named_by_stages_json(workdir):
-    assert export.find(workdir.workdir / "mpo") == workdir.inputs["init"].folder
+    assert finished.find(workdir.workdir / "mpo") == workdir.inputs["init"].folder
     with pytest.raises(InputError, match="no such stage; expected one of mpo"):
-        export.find(workdir.workdir / "dpo_full")
+        finished.find(workdir.workdir / "dpo_full")
 
 
 def test_refusals(workdir, tmp_path):
@@ -76,7 +76,7 @@ def test_refusals(workdir, tmp_path):
     unfinished.mkdir()
     (unfinished / "config.json").write_text(json.dumps({}))
     with pytest.raises(InputError, match="not finished"):
-        export.find(unfinished)
+        finished.find(unfinished)
     checkpoint.write_manifest(checkpoint.epath.Path(unfinished), {"name": "split", "kind": "split"})
     with pytest.raises(InputError, match="is a split stage"):
         export.export(unfinished, tmp_path / "out")

@@ -4,19 +4,22 @@ what they claim, alone or in a batch, on one device or eight."""
 import dataclasses
 import functools
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpo_jax import sampling, sharding
+from mpo_jax import sample, sampling, sharding
+from mpo_jax.data.prompts import prompt_batch
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
 from mpo_jax.models import decoder, hf
 from mpo_jax.models.config import ModelConfig, from_folder
 from mpo_jax.ops import choose, masks
-from mpo_jax.sample import prompt_batch, replies
+from mpo_jax.sample import replies
 from mpo_jax.sampling import SamplingConfig
 
 BOS, EOS = 1, 2
@@ -420,27 +423,26 @@ def test_streamed_replies_are_those_of_one_call(config, weights, tokenizer, n):
         assert len(own) > 3, "text comes in pieces"
 
 
-def test_command_line(stories, capfd):
-    from mpo_jax import sample
-
-    def command(*flags):
-        with flagsaver():
-            sample.flags.FLAGS(["sample", f"--model={stories}", *flags])
-            sample.main(["sample"])
+def test_spoken_replies(stories, capfd):
+    def spoken(prompt, seed=0, **settings):
+        sample.speak(str(stories), prompt, SamplingConfig(**settings), seed)
         return capfd.readouterr().out
 
-    from absl.testing.flagsaver import flagsaver
-
-    greedy = command("--prompt=Once upon a time", "--temperature=0", "--max_new_tokens=16")
+    greedy = spoken("Once upon a time", temperature=0.0, max_new_tokens=16)
     assert greedy.startswith(", there was") and greedy.endswith("\n") and greedy.count("\n") == 1
-    several = command("--prompt=Once upon a time", "--n=3", "--temperature=0.7", "--max_new_tokens=8", "--seed=1")
+    several = spoken("Once upon a time", n=3, temperature=0.7, max_new_tokens=8, seed=1)
     assert {line[:4] for line in several.splitlines()} == {"[0] ", "[1] ", "[2] "}
-    for flags, message in (
-        (["--prompt=a", "--n=2", "--temperature=0"], "greedy"),
-        (["--prompt="], "--prompt is missing"),
-        (["--prompt=a", "--model=nowhere"], "nowhere"),
-        (["--prompt=a", "--max_new_tokens=512"], "context of 512"),
-    ):
-        with pytest.raises(SystemExit, match=message) as stop:
-            command(*flags)
-        assert "\n" not in str(stop.value)
+    with pytest.raises(InputError, match="context of 512"):
+        spoken("a", max_new_tokens=512)
+    with pytest.raises(InputError, match="greedy"):
+        spoken("a", n=2, temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--prompt="], "--prompt is missing"), (["--prompt=a", "--model=nowhere"], "nowhere")],
+)
+def test_command_line_refuses_in_one_line(stories, flags, message):
+    command = [sys.executable, "-m", "mpo_jax.sample", f"--model={stories}", *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
