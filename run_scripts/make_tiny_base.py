@@ -52,6 +52,7 @@ TEACHER_BOS = 1  # stories260K begins the next story with it
 TEMPERATURE = 0.8
 NEW_TOKENS = 112  # of the teacher, about 280 characters
 OPENING_WORDS = (6, 14)  # the prompt of a story: this many of its first words
+LONGEST_OPENING = 24  # words
 STORY_CHARACTERS = (120, 260)  # a story is cut after its last sentence within these
 HELD_OUT = 2500  # stories that are not trained on: some for the figures, the others for the openings
 OPENINGS = 1500  # stories that the package ships, no two with the same opening
@@ -102,6 +103,19 @@ def divide(story: str, number: int, seed: int) -> dict[str, str]:
     words = np.random.default_rng([seed, number]).integers(*OPENING_WORDS, endpoint=True)
     at = [match.start() for match in re.finditer(" ", story)][words - 1]
     return {"prompt": story[:at], "chosen": story[at:]}
+
+
+def distinct(records: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The stories with openings of which no two are the same: a taken one is made longer, word by word."""
+    found: dict[str, dict[str, str]] = {}
+    for record in records:
+        opening, rest = record["prompt"], record["chosen"]
+        while opening in found and len(opening.split()) < LONGEST_OPENING:
+            word, space, rest = rest[1:].partition(" ")
+            opening, rest = f"{opening} {word}", space + rest
+        if opening not in found and rest:
+            found[opening] = {"prompt": opening, "chosen": rest}
+    return list(found.values())
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -158,7 +172,7 @@ def finish(teacher: str, stage: Path, folder: Path, output: Path) -> None:
     hf.export_weights(output, config, weights, folder / "init", dtype="bfloat16")
     held_out = read(folder / "held_out.jsonl.gz")
     measured = held_out[:MEASURED]
-    openings = list({record["prompt"]: record for record in held_out[MEASURED:]}.values())[:OPENINGS]
+    openings = distinct(held_out[MEASURED:])[:OPENINGS]
     write(output / "stories.jsonl.gz", openings)
     ours, theirs = (nats_per_character(name, measured) for name in (str(output), teacher))
     text = card(
