@@ -41,7 +41,7 @@ class Checkpoints:
     def __init__(self, folder: epath.PathLike, keep: int = 2):
         if keep < 1:
             raise InputError(f"keep: {keep}; expected at least 1 checkpoint to resume from")
-        folder = epath.Path(folder)
+        folder = _absolute(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._name = str(folder)
         if (abandoned := _open.get(self._name)) is not None:

@@ -430,3 +430,15 @@ def test_fingerprint_of_files(tmp_path):
     before = checkpoint.fingerprint_files(tmp_path)
     (tmp_path / "two.jsonl").rename(tmp_path / "three.jsonl")
     assert checkpoint.fingerprint_files(tmp_path) != before
+
+
+def test_relative_folders(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = trained(1)
+    with Checkpoints("run/checkpoints") as checkpoints:
+        checkpoints.save(1, state, {})
+    checkpoint.save_weights("run/weights", state.params)
+    again = checkpoint.restore_weights("run/weights", state.params)
+    jax.tree.map(np.testing.assert_array_equal, again, state.params)
+    with Checkpoints("run/checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == 1

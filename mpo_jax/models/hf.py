@@ -15,13 +15,12 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
-from safetensors.numpy import save_file
 
 from mpo_jax import sharding
 from mpo_jax.errors import InputError
 from mpo_jax.models import hf_names
 from mpo_jax.models.config import ModelConfig, read_config_json
-from mpo_jax.models.hf_files import DTYPES, INDEX, Reader, read_json, write_json
+from mpo_jax.models.hf_files import DTYPES, INDEX, Reader, read_json, write_json, write_tensors
 from mpo_jax.models.hf_names import Entry
 from mpo_jax.types import PyTree
 
@@ -220,7 +219,7 @@ def _write_tensors(
             if jax.process_index() == 0:
                 held[tensor] = found
         if held:
-            save_file(held, target / name, metadata={"format": "pt"})
+            write_tensors(target / name, held)
     if len(files) > 1 and jax.process_index() == 0:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(target / INDEX, index)

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
 from mpo_jax import sharding
 from mpo_jax.errors import InputError
 from mpo_jax.models import hf_names
 from mpo_jax.models.config import PROJECTIONS, LoraConfig, ModelConfig
-from mpo_jax.models.hf_files import Reader, read_json, write_json
+from mpo_jax.models.hf_files import Reader, read_json, write_json, write_tensors
 from mpo_jax.models.lora import projection_shapes
 from mpo_jax.types import PyTree
 
@@ -47,7 +46,7 @@ def export_adapter(folder: epath.PathLike, config: ModelConfig, weights: PyTree,
     if jax.process_index() != 0:
         return
     target.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(target / WEIGHTS, tensors)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -1,4 +1,4 @@
-"""A folder of safetensors enters; its tensors leave slice by slice, from whichever file holds them."""
+"""A folder of safetensors enters; its tensors leave slice by slice, from whichever file holds them. Writes one too."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from mpo_jax.errors import InputError
 
@@ -96,3 +97,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """A safetensors file, readable by whom the process's umask lets read (safetensors alone makes it the owner's)."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)

@@ -103,6 +103,8 @@ def test_exported_stories_writes_the_same_story_in_transformers(torch, stories, 
     config = model_config.from_folder(stories)
     weights = hf.import_weights(stories, config)
     hf.export_weights(tmp_path / "out", config, weights, stories)
+    (tmp_path / "beside").touch()
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "beside").stat().st_mode
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.generation_config.eos_token_id == 2 == hf.read_stop_ids(tmp_path / "out")[0]
