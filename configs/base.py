@@ -111,6 +111,8 @@ KINDS = {
         "margin": False,  # subtract the annotator's margin inside the sigmoid, where the data has one
         "learning_rate": 1e-5,  # ours
         "pairs": "",  # a pairs stage to learn from; empty: the data's own pairs
+        "folds": 0,  # parts of the share, by prompt, for cross-fitting (see `crossfit`); 0: learn from all of it
+        "fold": 0,  # the part that is left out
         "score_batch": 0,  # rows scored at a time for the statistics; 0: batch_size
     },
     "pairs": SAMPLING
@@ -124,7 +126,7 @@ KINDS = {
     },
     "split": SAMPLING
     | {
-        "reward": "reward",
+        "reward": "reward",  # one that never saw the share, or the k of cross-fitting
         "policy": "sft",
         "pairs": "",  # a pairs stage to read; empty: the data's own pairs
         "share": "policy",
@@ -250,6 +252,16 @@ def variants(text: str, *known: str) -> tuple[set[str], str]:
     if len(models) > 1:
         raise ValueError(f"config: two models, {' and '.join(models)}; expected one")
     return {word for word in words if word in known}, "".join(models)
+
+
+def crossfit(stages, reward: str, split: str, folds: int) -> None:
+    """Scores the pairs that a reward model learns from, where data is short: `folds` further reward stages, each blind
+    to its part of the prompts, score that part for `split`. In place; `reward` stays, trained on all, for PPO."""
+    names = tuple(f"{reward}_fold_{fold}" for fold in range(folds))
+    for fold, name in enumerate(names):
+        stages[name] = ml_collections.ConfigDict(stages[reward].to_dict() | {"folds": folds, "fold": fold})
+    share = stages[reward].share
+    stages[split] = ml_collections.ConfigDict(stages[split].to_dict() | {"reward": names, "share": share})
 
 
 def sweep(stages, name: str, key: str, values) -> None:

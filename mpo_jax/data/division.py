@@ -71,5 +71,10 @@ def prompt_ids(prompts: Sequence[str]) -> np.ndarray:
     return np.array([ids[prompt] for prompt in prompts], np.int32)
 
 
+def folds(prompt_id: np.ndarray, count: int) -> np.ndarray:
+    """Which of `count` about equal parts each prompt belongs to, i32 [rows]: 0 to count - 1, by its id alone."""
+    return np.asarray(prompt_id, np.int32) % np.int32(count)
+
+
 def _hash(prompt: str, purpose: bytes, size: int) -> bytes:
     return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=size, person=purpose).digest()

@@ -58,15 +58,23 @@ def easy_share(path: epath.PathLike, gap: np.ndarray, threshold: float) -> None:
     save(path, figure)
 
 
-def bars(path: epath.PathLike, labels: Sequence[str], values: Sequence[float], xlabel: str, ylabel: str) -> None:
-    """One bar for each label, with a line at 0.5."""
+def bars(
+    path: epath.PathLike,
+    labels: Sequence[str],
+    shares: Sequence[float],
+    counts: Sequence[int],
+    xlabel: str,
+    ylabel: str,
+) -> None:
+    """A bar for each label: a share of `counts` things, with its standard error, and a line at chance, 0.5."""
     figure, axes = new()
-    axes.bar(range(len(labels)), values, color="#4878a8")
-    axes.axhline(0.5, color="black", linestyle="--")
+    errors = [np.sqrt(share * (1 - share) / max(count, 1)) for share, count in zip(shares, counts, strict=True)]
+    axes.bar(range(len(labels)), shares, yerr=errors, color="#4878a8", ecolor="#404040", capsize=3, zorder=2)
+    axes.axhline(0.5, color="black", linestyle="--", zorder=3)
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, 1.05)
     save(path, figure)
 
 

@@ -121,7 +121,12 @@ def _split(stage: Stage) -> dict[str, Any]:
     report = json.loads((stage.folder / "report.json").read_text())
     with (stage.folder / "gaps.npz").open("rb") as file, np.load(file) as arrays:
         gap = arrays["gap"]
-    return {"name": stage.name, "report": report, "histogram": Markup(figures.histogram(gap, report["threshold"]))}
+    return {
+        "name": stage.name,
+        "report": report,
+        "histogram": Markup(figures.histogram(gap, report["threshold"])),
+        "samples": json.loads((stage.folder / "samples.json").read_text()),
+    }
 
 
 def _evaluation(stage: Stage) -> dict[str, Any]:

@@ -78,6 +78,11 @@ def model(job: Job) -> ModelConfig:
         architecture = model_config.from_folder(hf.resolve(settings.path))
     else:
         architecture = job.preset.architecture
+    if settings.attention == "flash" and job.config.data.multiple % model_config.FLASH_MULTIPLE:
+        raise InputError(
+            f"data.multiple: {job.config.data.multiple}; with model.attention flash expected a multiple of "
+            f"{model_config.FLASH_MULTIPLE}"
+        )
     adapters = settings.lora
     return dataclasses.replace(
         architecture.for_mesh(job.mesh),
@@ -222,13 +227,14 @@ def share_prompts(job: Job, model: ModelConfig, loaded_tokenizer, share: str) ->
     """The prompts of a share, each once, with room left for a reply within the row."""
     data = job.config.data
     rows = division.unique_prompts(records(job, share, loaded_tokenizer))
-    limits = encode.Limits(
-        data.max_length,
-        data.max_response,
-        max_prompt=data.max_prompt or data.max_length - data.max_response,
-        too_long=data.too_long,
-    )
+    limits = encode.Limits(data.max_length, data.max_response, max_prompt=prompt_limit(job), too_long=data.too_long)
     return encode.encode(rows, loaded_tokenizer, 0, limits, _cache(job))
+
+
+def prompt_limit(job: Job) -> int:
+    """Tokens of a prompt that replies are sampled to: max_prompt, or what one reply leaves of a row."""
+    data = job.config.data
+    return data.max_prompt or data.max_length - data.max_response
 
 
 def _cache(job: Job) -> str | None:

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from mpo_jax.errors import InputError
 from mpo_jax.evaluation import labellers
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import rollouts, split
@@ -19,10 +18,8 @@ from mpo_jax.stages.job import Job
 def run(job: Job) -> dict[str, Any]:
     """Samples, labels, writes a folder of encoded pairs for each share that holds prompts."""
     settings = job.settings
-    if settings.samples < 2:
-        raise InputError(f"samples: {settings.samples}; a pair needs 2 or more")
-    if settings.pairing not in split.PAIRINGS:
-        raise InputError(f"pairing: {settings.pairing!r}; expected one of {', '.join(split.PAIRINGS)}")
+    jobs.local(job.folder)
+    split.check_sampled(job, labellers.LABELLERS)
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
     weights = jobs.base_weights(job, model) | jobs.load_weights(

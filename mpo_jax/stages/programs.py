@@ -245,8 +245,7 @@ def frozen_weights(job: Job, model: ModelConfig, head: bool = False) -> PyTree:
 
 def prompt_length(job: Job) -> int:
     """P: the longest prompt, or what one reply leaves of a row."""
-    data = job.config.data
-    return _up(data.max_prompt or data.max_length - data.max_response, data.multiple)
+    return _up(jobs.prompt_limit(job), job.config.data.multiple)
 
 
 def pairs(job: Job, rows: int, made_by: Any, ref_logps: bool = False, margin: bool = False) -> Batch:

@@ -11,9 +11,11 @@ import jax
 import numpy as np
 
 from mpo_jax import checkpoint, scoring, sharding
+from mpo_jax.data import division, encode
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.loader import Loader
 from mpo_jax.data.plan import FILLER
+from mpo_jax.errors import InputError
 from mpo_jax.evaluation import pairs as pair_tables
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import losses
@@ -40,7 +42,11 @@ def run(job: Job) -> dict[str, Any]:
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
     settings = job.settings
+    loop.check(settings, job.mesh)
+    check_fold(job)
     encoded = {share: jobs.share_pairs(job, model, tokenizer, share) for share in (settings.share, "eval")}
+    if settings.folds:
+        encoded[settings.share] = without_fold(encoded[settings.share], settings.folds, settings.fold)
     train, heldout = (
         jobs.loader(job, rows, settings.batch_size, shuffle=share != "eval") for share, rows in encoded.items()
     )
@@ -68,6 +74,18 @@ def run(job: Job) -> dict[str, Any]:
     return summary | {"statistics": statistics, "report": report}
 
 
+def check_fold(job: Job) -> None:
+    """InputError for a fold that is none."""
+    folds, fold = job.settings.folds, job.settings.fold
+    if folds and not (folds >= 2 and 0 <= fold < folds):
+        raise InputError(f"stages.{job.name}.fold: {fold} of {folds}; expected 2 or more folds, counted from 0")
+
+
+def without_fold(encoded: Encoded, folds: int, fold: int) -> Encoded:
+    """The rows whose prompts lie in the other folds."""
+    return encode.take(encoded, np.flatnonzero(division.folds(encoded.prompt_id, folds) != fold))
+
+
 def score_rows(job: Job, model: ModelConfig, weights, encoded: Encoded) -> np.ndarray:
     """Scores of every row's responses, f32 [rows,N], in the rows' own order; equal on every process."""
     # Rows of many samples may be longer than those of the data; no position in them is.
@@ -77,8 +95,11 @@ def score_rows(job: Job, model: ModelConfig, weights, encoded: Encoded) -> np.nd
     return collect(step, weights, loader, encoded.replies)
 
 
+@functools.lru_cache(maxsize=4)
 def scoring_step(model: ModelConfig, replies: int, mesh):
-    """Jitted `(weights, batch) -> f32 [B,replies]`, on every device: the scores of a batch's replies."""
+    """Jitted `(weights, batch) -> f32 [B,replies]`, on every device: the scores of a batch's replies.
+
+    The same function for the same arguments, so that several models score with one compiled program."""
     return jax.jit(
         lambda weights, batch: scoring.response_scores(model, weights, batch, replies),
         out_shardings=sharding.replicated(mesh),

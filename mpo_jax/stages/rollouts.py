@@ -21,8 +21,9 @@ from mpo_jax.stages.job import Job
 
 
 def sampling_config(job: Job, settings: Any, n: int) -> SamplingConfig:
-    """How a stage samples: its keys, with the base model's own stop ids."""
-    return SamplingConfig(
+    """How a stage samples: its keys, with the base model's own stop ids. InputError for what the model can't do with
+    prompts as long as the data's limits allow."""
+    how = SamplingConfig(
         temperature=settings.temperature,
         top_k=settings.top_k or None,
         top_p=settings.top_p if 0 < settings.top_p < 1 else None,
@@ -31,6 +32,8 @@ def sampling_config(job: Job, settings: Any, n: int) -> SamplingConfig:
         n=n,
         stop_ids=jobs.stop_ids(job),
     )
+    how.check(jobs.model(job), jobs.prompt_limit(job))
+    return how
 
 
 @functools.lru_cache(maxsize=4)

@@ -2,6 +2,8 @@
 
 The gap of a pair is its chosen score minus its rejected one, in reward units: sigmoid(gap) is the reward model's
 probability that chosen is better. Gou & Nguyen 2024 (arXiv 2403.19443): easy pairs have a large gap, hard ones a small.
+No pair is scored by a reward model that was trained on it: pairs come from another share of the data, or each from the
+part that one of k reward models has not seen (cross-fitting).
 """
 
 import dataclasses
@@ -13,11 +15,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from mpo_jax.data import encode
+from mpo_jax.data import division, encode
 from mpo_jax.data.encode import Encoded
 from mpo_jax.errors import InputError
-from mpo_jax.evaluation import labellers, plots
-from mpo_jax.evaluation import pairs as pair_tables
+from mpo_jax.evaluation import labellers, split_report
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import reward, rollouts
@@ -27,7 +28,7 @@ from mpo_jax.types import BUCKETS, GapTable
 SOURCES = ("dataset", "sampled", "both")
 PAIRINGS = ("best_worst", "all")
 FLIPPED = ("hard", "drop", "swap")
-TABLE, PAIRS, HELDOUT, REPORT = "gaps.npz", "pairs", "heldout", "report.json"
+TABLE, PAIRS, HELDOUT, REPORT, SAMPLES = "gaps.npz", "pairs", "heldout", "report.json", "samples.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Scored:
 def run(job: Job) -> dict[str, Any]:
     """Scores, divides, reports; leaves the pairs, their GapTable, held-out pairs made the same way, and plots."""
     settings = job.settings
-    check(settings)
+    check(job)
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
     base = jobs.base_weights(job, model)
@@ -58,37 +59,88 @@ def run(job: Job) -> dict[str, Any]:
         gap=gap,
         bucket=buckets(gap, threshold),
     )
-    check_buckets(table, threshold, settings.flipped)
-    report = _report(scored, table, threshold)
+    check_buckets(job.name, table, threshold, settings.flipped)
+    report = split_report.build(table, scored.encoded, threshold)
     heldout_pairs = make("eval").encoded
     if jax.process_index() == 0:
         replace(heldout_pairs, job.folder / HELDOUT)
         replace(scored.encoded, job.folder / PAIRS)
         save_table(job.folder / TABLE, table)
-        _draw(job.folder, table, report)
-        samples = _samples(scored.encoded, table, tokenizer)
-        jobs.write_json(job.folder / "samples.json", samples)
+        split_report.draw(job.folder, gap, report)
+        jobs.write_json(job.folder / SAMPLES, split_report.samples(scored.encoded, table, tokenizer))
         jobs.write_json(job.folder / REPORT, report)
         counts = ", ".join(f"{count} {name}" for name, count in report["counts"].items())
         print(
-            f"split at gap {threshold:.4g}: {counts}; the reward model agrees with {report['agreement']:.3f} of labels"
+            f"{job.name} at gap {threshold:.4g}: {counts}; the reward model agrees with "
+            f"{report['agreement']:.3f} of the labels"
         )
     return {"threshold": threshold, "counts": report["counts"], "agreement": report["agreement"]}
 
 
-def check(settings) -> None:
-    """InputError for settings that can't be meant."""
-    for name, allowed in (("pair_source", SOURCES), ("pairing", PAIRINGS), ("flipped", FLIPPED)):
+def check(job: Job) -> None:
+    """InputError for settings that can't be meant, and where a reward model has seen the pairs; nothing is loaded."""
+    settings, where = job.settings, f"stages.{job.name}"
+    jobs.local(job.folder)
+    for name, allowed in (("pair_source", SOURCES), ("flipped", FLIPPED)):
         if settings[name] not in allowed:
-            raise InputError(f"{name}: {settings[name]!r}; expected one of {', '.join(allowed)}")
-    if settings.pair_source != "dataset" and settings.samples < 2:
-        raise InputError(
-            f"samples: {settings.samples} with pair_source {settings.pair_source!r}; a pair needs 2 or more"
-        )
+            raise InputError(f"{where}.{name}: {settings[name]!r}; expected one of {', '.join(allowed)}")
     if not 0 <= settings.quantile < 1:
-        raise InputError(f"quantile: {settings.quantile}; expected 0 (use threshold) or a share below 1")
+        raise InputError(f"{where}.quantile: {settings.quantile}; expected 0 (use threshold) or a share below 1")
     if settings.quantile == 0 and not settings.threshold > 0:
-        raise InputError(f"threshold: {settings.threshold}; expected above 0, in reward units")
+        raise InputError(f"{where}.threshold: {settings.threshold}; expected above 0, in reward units")
+    if "reward" not in job.inputs:
+        raise InputError(f"{where}.reward: empty; expected the reward stage that scores the pairs")
+    if settings.pair_source != "dataset":
+        check_sampled(job, (*labellers.LABELLERS, "reward"))
+    if settings.pair_source != "sampled":
+        _check_unseen(job)
+    elif len(reward_models(job)) > 1:
+        _check_folds(job)
+
+
+def check_sampled(job: Job, known_labellers: tuple[str, ...]) -> None:
+    """InputError for settings with which no pairs can be sampled."""
+    settings, where = job.settings, f"stages.{job.name}"
+    if "policy" not in job.inputs:
+        raise InputError(f"{where}.policy: empty; expected the policy whose replies are paired")
+    for name, allowed in (("pairing", PAIRINGS), ("labeller", known_labellers)):
+        if settings[name] not in allowed:
+            raise InputError(f"{where}.{name}: {settings[name]!r}; expected one of {', '.join(allowed)}")
+    if settings.samples < 2:
+        raise InputError(f"{where}.samples: {settings.samples}; a pair needs 2 or more replies to a prompt")
+    if settings.label_temperature < 0:
+        raise InputError(f"{where}.label_temperature: {settings.label_temperature}; expected 0 (no noise) or more")
+    rollouts.sampling_config(job, settings, settings.samples)
+
+
+def reward_models(job: Job) -> list[Artifact]:
+    """One, or the k of cross-fitting."""
+    given: Any = job.inputs["reward"]
+    return given if isinstance(given, list) else [given]
+
+
+def _check_unseen(job: Job) -> None:
+    """InputError where a pair would be scored by a model that was trained on it: its gap would be inflated."""
+    models = reward_models(job)
+    if len(models) > 1:
+        _check_folds(job)
+    elif job.config.stages[models[0].name].share == job.settings.share:
+        raise InputError(
+            f"stages.{job.name}.share: {models[0].name!r} is trained on the share {job.settings.share!r} itself, "
+            "so its gaps there would be inflated; take another share, or cross-fitting (see docs/split.md)"
+        )
+
+
+def _check_folds(job: Job) -> None:
+    names = [artifact.name for artifact in reward_models(job)]
+    found = [job.config.stages[name] for name in names]
+    if [(each.folds, each.fold) for each in found] != [(len(found), index) for index in range(len(found))]:
+        raise InputError(
+            f"stages.{job.name}.reward: {', '.join(names)}; expected the {len(names)} models of cross-fitting, with "
+            f"folds={len(names)} and fold=0 to {len(names) - 1} in this order"
+        )
+    if {each.share for each in found} != {job.settings.share}:
+        raise InputError(f"stages.{job.name}.share: {job.settings.share!r}; the folds of {names[0]} are of another")
 
 
 def gap_threshold(gap: np.ndarray, threshold: float, quantile: float = 0.0) -> float:
@@ -104,16 +156,36 @@ def buckets(gap: np.ndarray, threshold: float) -> np.ndarray:
     return found
 
 
-def check_buckets(table: GapTable, threshold: float, flipped: str) -> None:
-    """InputError, suggesting a threshold, if no pair is easy or none is hard."""
-    for name in ("easy", "hard"):
-        if not len(_members(table, name, flipped)[0]):
-            middle = float(np.median(np.abs(table.gap)))
-            raise InputError(
-                f"threshold: at {threshold:.4g} no pair is {name}; sizes of gaps run from "
-                f"{float(np.abs(table.gap).min()):.4g} to {float(np.abs(table.gap).max()):.4g}, "
-                f"half of them above {middle:.4g}: try --config.stages.NAME.threshold={middle:.3g}, or quantile=0.5"
+def check_buckets(name: str, table: GapTable, threshold: float, flipped: str) -> None:
+    """InputError, suggesting a threshold, if no pair is easy or none is hard. name: the stage's."""
+    for part in ("easy", "hard"):
+        if len(members(table, part, flipped)[0]):
+            continue
+        gap = np.asarray(table.gap, np.float64)
+        better = suggestion(table, flipped)
+        raise InputError(
+            f"stages.{name}.threshold: at {threshold:.4g} no pair is {part}; gaps run from {gap.min():.4g} to "
+            f"{gap.max():.4g}, "
+            + (
+                "and no threshold parts them: the reward model agrees with no label, or scores all pairs alike"
+                if better is None
+                else f"so try --config.stages.{name}.threshold={better} --config.stages.{name}.quantile=0"
             )
+        )
+
+
+def suggestion(table: GapTable, flipped: str) -> float | None:
+    """A threshold at which some pairs are easy and some hard, near the median size of the gaps; None where there is
+    none."""
+    sizes = np.sort(np.append(np.abs(table.gap), max(np.max(table.gap), 0)))
+    tried = np.unique(sizes[np.linspace(0, len(sizes) - 1, 101).astype(int)])
+    # Whatever parts the pairs at all, the largest gap does: rounded up it would not.
+    for size in sorted([*tried, np.max(table.gap)], key=lambda size: abs(size - np.median(sizes))):
+        for rounded in (float(f"{size:.4g}"), float(f"{size:.9g}")):
+            found = dataclasses.replace(table, bucket=buckets(table.gap, rounded))
+            if rounded > 0 and all(len(members(found, part, flipped)[0]) for part in ("easy", "hard")):
+                return rounded
+    return None
 
 
 def pairs(artifact: Artifact) -> Encoded:
@@ -125,7 +197,7 @@ def pairs(artifact: Artifact) -> Encoded:
     if artifact.part == "all":
         return encoded
     table = load_table(artifact.folder / TABLE)
-    rows, swapped = _members(table, artifact.part, run_settings(artifact)["flipped"])
+    rows, swapped = members(table, artifact.part, run_settings(artifact)["flipped"])
     if not len(rows):
         raise InputError(f"{artifact.name}/{artifact.part} is empty; change the split's threshold")
     return encode.take(encoded, rows, swapped)
@@ -164,13 +236,32 @@ def load_table(path: epath.Path) -> GapTable:
 
 
 def make_scorer(job: Job, model: ModelConfig, base):
-    """`(encoded) -> f32 [rows,N]`, by the job's reward model."""
-    weights = base | jobs.load_weights(job, job.inputs["reward"], model, jobs.frozen_dtype(job))
-    return functools.partial(reward.score_rows, job, model, weights)
+    """`(encoded, share) -> f32 [rows,N]`, by the job's reward model; or by k of them, each row by the one that has not
+    seen its prompt, and rows of other shares, which none has seen, by the mean of all."""
+    models = reward_models(job)
+
+    def scorer(artifact: Artifact):
+        weights = base | jobs.load_weights(job, artifact, model, jobs.frozen_dtype(job))
+        return functools.partial(reward.score_rows, job, model, weights)
+
+    if len(models) == 1:
+        score = scorer(models[0])
+        return lambda encoded, share: score(encoded)
+
+    def crossfit(encoded: Encoded, share: str) -> np.ndarray:
+        found = np.zeros((len(encoded), encoded.replies), np.float32)
+        parts = division.folds(encoded.prompt_id, len(models))
+        for fold, artifact in enumerate(models):
+            rows = np.flatnonzero(parts == fold) if share == job.settings.share else np.arange(len(encoded))
+            if len(rows):
+                found[rows] += scorer(artifact)(encode.take(encoded, rows))
+        return found if share == job.settings.share else found / len(models)
+
+    return crossfit
 
 
-def _members(table: GapTable, part: str, flipped: str) -> tuple[np.ndarray, np.ndarray]:
-    """Row indices of a part, and which of them are turned around."""
+def members(table: GapTable, part: str, flipped: str) -> tuple[np.ndarray, np.ndarray]:
+    """Row indices of a part, by where flipped pairs go, and which of them are turned around."""
     names = [part] + (["flipped"] if (part, flipped) in (("hard", "hard"), ("easy", "swap")) else [])
     rows = np.flatnonzero(np.isin(table.bucket, [BUCKETS.index(name) for name in names]))
     turned = table.bucket[rows] == BUCKETS.index("flipped")
@@ -183,7 +274,7 @@ def _scored_pairs(job: Job, model: ModelConfig, tokenizer, base, score, share: s
     found = []
     if source in ("dataset", "both"):
         encoded = jobs.share_pairs(job, model, tokenizer, share)
-        found.append(Scored(encoded, score(encoded)))
+        found.append(Scored(encoded, score(encoded, share)))
     if source in ("sampled", "both"):
         found.append(sampled_pairs(job, model, tokenizer, base, score, share))
     if len(found) == 1:
@@ -199,7 +290,7 @@ def sampled_pairs(job: Job, model: ModelConfig, tokenizer, base, score, share: s
     how = rollouts.sampling_config(job, settings, settings.samples)
     replies = rollouts.sample_all(job, model, weights, encoded, how, settings.batch_size, job.seed)
     candidates = with_replies(encoded, replies.tokens)
-    scores = score(candidates)
+    scores = score(candidates, share)
     gold = scores
     if settings.labeller != "reward":
         texts = [text for row in replies.texts(tokenizer) for text in row]
@@ -243,70 +334,6 @@ def pair_up(candidates: Encoded, scores: np.ndarray, gold: np.ndarray, settings,
         pieces, 2, candidates.conventions, candidates.key, id=np.arange(len(found)), prompt_id=np.array(prompt_ids)
     )
     return Scored(encoded, np.array(found, np.float32))
-
-
-def _report(scored: Scored, table: GapTable, threshold: float) -> dict[str, Any]:
-    gap, lens = np.asarray(table.gap), scored.encoded.piece_lens
-    order = np.argsort(np.abs(gap), kind="stable")
-    deciles = [part for part in np.array_split(order, 10) if len(part)]
-    whole = pair_tables.pair_report(scored.scores, lens[:, 1:], np.asarray(scored.encoded.confidence))
-    report = {
-        "threshold": threshold,
-        "pairs": len(gap),
-        "counts": {name: int((table.bucket == index).sum()) for index, name in enumerate(BUCKETS)},
-        "agreement": whole["accuracy"],
-        "agreement_by_gap_decile": [
-            {
-                "from": float(np.abs(gap[part]).min()),
-                "to": float(np.abs(gap[part]).max()),
-                "pairs": len(part),
-                "agreement": pair_tables.accuracy(gap[part]),
-            }
-            for part in deciles
-        ],
-        "lengths": {
-            name: {
-                "prompt": float(lens[here, 0].mean()),
-                "chosen": float(lens[here, 1].mean()),
-                "rejected": float(lens[here, 2].mean()),
-            }
-            for index, name in enumerate(BUCKETS)
-            if (here := table.bucket == index).any()
-        },
-        "scores": whole,
-    }
-    return report
-
-
-def _draw(folder: epath.Path, table: GapTable, report: dict[str, Any]) -> None:
-    gap = np.asarray(table.gap)
-    plots.gap_histogram(folder / "gaps.png", gap, report["threshold"])
-    plots.easy_share(folder / "easy_share.png", gap, report["threshold"])
-    deciles = report["agreement_by_gap_decile"]
-    labels = [f"{row['from']:.2g}-{row['to']:.2g}" for row in deciles]
-    values = [row["agreement"] for row in deciles]
-    plots.bars(folder / "agreement.png", labels, values, "size of the gap, by decile", "agreement with the label")
-    if "by_confidence" in report["scores"]:
-        rows = report["scores"]["by_confidence"]
-        plots.bars(
-            folder / "confidence.png",
-            [f"{row['confidence']:g}" for row in rows],
-            [row["accuracy"] for row in rows],
-            "annotator's confidence",
-            "agreement with the label",
-        )
-
-
-def _samples(encoded: Encoded, table: GapTable, tokenizer, count: int = 5) -> dict[str, list[dict[str, Any]]]:
-    """A few pairs of each bucket, as text."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for index, name in enumerate(BUCKETS):
-        found[name] = []
-        for row in np.flatnonzero(table.bucket == index)[:count]:
-            texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in encoded.row(int(row))]
-            kept = dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))
-            found[name].append({"id": int(table.id[row]), "gap": float(table.gap[row])} | kept)
-    return found
 
 
 def replace(encoded: Encoded, folder: epath.Path) -> None:

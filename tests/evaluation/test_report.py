@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from mpo_jax import checkpoint
-from mpo_jax.evaluation import report, statistics
+from mpo_jax.evaluation import report, split_report, statistics
 from tests.browser import PHONE, WIDE, browser, complaints, overflow, resize
 
 HOSTILE = "<script>document.title = 'broken'</script><b>bold</b>"
@@ -49,7 +49,9 @@ def workdir(tmp_path):
     gap = np.random.default_rng(0).normal(0.5, 1, 200).astype(np.float32)
     with (split / "gaps.npz").open("wb") as file:
         np.savez(file, gap=gap)
-    lengths = {"easy": {"prompt": 9.0, "chosen": 5.0, "rejected": 4.0}}
+    lengths = {"easy": split_report.lengths(np.array([[9, 5, 4], [8, 6, 7]]))}
+    texts = {"prompt": "<b>one</b>", "chosen": HOSTILE, "rejected": "two"}
+    checkpoint.write_json(split / "samples.json", {"easy": [{"id": 1, "gap": 2.0} | texts], "hard": []})
     checkpoint.write_json(
         split / "report.json",
         {"threshold": 1.0, "pairs": 200, "counts": {"easy": 60, "hard": 130}, "agreement": 0.7, "lengths": lengths},
@@ -89,8 +91,11 @@ def test_every_plot_is_shown_and_markup_is_text(workdir, browser, size):
     assert len(plots) == 1 + 1 + 1 + 2 + 2  # frontier, gaps, sft, reward, ppo
     drawn = [*plots, browser.find_element("css selector", "svg.graph")]
     assert all(plot.size["width"] > 50 and plot.size["height"] > 25 for plot in drawn)  # a chain of stages is one row
-    assert [text.text for text in browser.find_elements("css selector", ".reply p")] == [HOSTILE] * 2
-    assert browser.find_element("css selector", ".prompt").text == "A <i>prompt</i>"
+    texts = browser.find_elements("css selector", "#samples .reply p")
+    assert [text.text for text in texts] == [HOSTILE] * 2
+    assert browser.find_element("css selector", "#samples .prompt").text == "A <i>prompt</i>"
+    browser.find_element("css selector", "#split summary").click()
+    assert [text.text for text in browser.find_elements("css selector", "#split .reply p")] == [HOSTILE, "two"]
     assert overflow(browser) <= 0
     asked = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert [name for name in asked if not name.startswith("data:")] == []
