@@ -57,10 +57,15 @@ def run() -> None:
     try:
         app.run(main)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # ml_collections reports a mistyped key, with the nearest one, by these
-        if "config" not in str(error).lower() and "did you mean" not in str(error).lower():
+        found: BaseException = error
+        while found.args and isinstance(found.args[0], BaseException):  # ml_collections wraps a mistyped key's KeyError
+            found = found.args[0]
+        told = " ".join(str(found.args[0] if found.args else found).split())
+        if found is not error:
+            sys.exit(f"error: --config: no such key: {told}")
+        if "config" not in told.lower() and "did you mean" not in told.lower():
             raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {told}")
 
 
 if __name__ == "__main__":

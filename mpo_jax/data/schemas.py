@@ -136,8 +136,8 @@ def split_hh(text: str) -> tuple[str, str]:
 
 
 def _read_hh(row: Row, tokenizer) -> Reply:
-    prompt, chosen = split_hh(row.get("chosen"))
-    other, rejected = split_hh(row.get("rejected"))
+    sides = row.get("chosen"), row.get("rejected")  # both columns, before a rule may drop the row
+    (prompt, chosen), (other, rejected) = (split_hh(side) for side in sides)
     if prompt != other:
         raise Drop("prompts differ")
     return Reply(prompt, chosen, rejected)

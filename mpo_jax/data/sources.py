@@ -221,7 +221,7 @@ def _row(value, where: str) -> Row:
 
 def _read_lines(file: epath.Path, name: str) -> Iterator[Row]:
     for number, line in _lines(file, name):
-        if line.strip():
+        if line := line.rstrip():  # with its line break, an error at its end would be one of the next line
             yield _row(_parse(line, name, number), f"{name}, line {number}")
 
 

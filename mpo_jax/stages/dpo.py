@@ -51,6 +51,7 @@ def run(job: Job) -> dict[str, Any]:
     """Trains, writes the weights, returns the summary."""
     model = jobs.model(job)
     settings = job.settings
+    loop.check(settings, job.mesh)
     loss = make_loss(model, settings.algorithm, settings.beta, settings.label_smoothing, settings.sft)
     train = split.pairs(job.inputs["pairs"])
     heldout = split.heldout(job.inputs["pairs"])

@@ -31,6 +31,9 @@ from mpo_jax.types import Batch, PyTree, TrainState
 PREEMPTED = 75
 """Exit code of a run that was told to stop and saved: run the same command again to go on (EX_TEMPFAIL)."""
 
+SELECTIONS = ("last", "best")
+"""Which weights a stage leaves: the last, or those of the best evaluation."""
+
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """name -> (sum, weight): sums add over microbatches and batches, so that their quotient is the exact mean."""
 
@@ -95,6 +98,14 @@ def supervised(
         settings=settings,
         key=key,
     )
+
+
+def check(settings, mesh) -> None:
+    """InputError for settings that such a training can't have; to be asked before anything is loaded or compiled."""
+    _microbatches(settings, mesh)
+    make_optimizer(settings, settings.steps or 1)
+    if settings.select not in SELECTIONS:
+        raise InputError(f"select: {settings.select!r}; expected one of {', '.join(SELECTIONS)}")
 
 
 def supervised_step(loss: Loss, optimizer, settings, state: TrainState, mesh):
@@ -261,8 +272,6 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
     """
     settings, loader = training.settings, training.loader
     steps = total_steps(settings, loader)
-    if settings.select not in ("last", "best"):
-        raise InputError(f"select: {settings.select!r}; expected last or best")
     checkpoints = Checkpoints(folder / "checkpoints", keep=settings.keep)
     progress: dict[str, Any] = {"best": None, "best_step": None, "evaluation": {}}
     if (latest := checkpoints.latest_step()) is None:

@@ -48,6 +48,7 @@ def check(settings) -> None:
             raise InputError(f"{name}: a ppo stage samples from the full softmax, or its KL is that of another policy")
     scorers = ("reward", *labellers.LABELLERS)
     choices = {"algorithm": ALGORITHMS, "kl_term": KL_TERMS, "critic": CRITICS, "labeller": scorers}
+    choices |= {"select": loop.SELECTIONS}
     for name, allowed in choices.items():
         if settings[name] not in allowed:
             raise InputError(f"{name}: {settings[name]!r}; expected one of {', '.join(allowed)}")

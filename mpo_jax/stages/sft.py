@@ -28,6 +28,7 @@ def run(job: Job) -> dict[str, Any]:
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
     settings = job.settings
+    loop.check(settings, job.mesh)
     train, heldout = (
         jobs.loader(
             job,
