@@ -143,7 +143,7 @@ def _evaluation(stage: Stage) -> dict[str, Any]:
         "columns": {key: head for key, head in _COLUMNS.items() if all(key in means for means in policies.values())},
         "judges": list(dict.fromkeys(by for _, by in wins)),
         "wins": wins,
-        "frontier": Markup(figures.lines(frontier, "KL to its own reference, nats", "score", "o"))
+        "frontier": Markup(figures.lines(frontier, f"KL to {report['baseline']}, nats", "reward model's score", "o"))
         if frontier
         else None,
         "samples": rows[:_SAMPLES],

@@ -1,7 +1,7 @@
 """Policies and held-out prompts enter; a reply of each to every prompt leaves, scored, compared, and told in a table.
 
 replies.jsonl holds a line for each prompt, with every policy's reply and its scores: a judge, people and the report
-read it. report.json holds the means, the comparisons, and reward against KL along the training of PPO's policies.
+read it. report.json holds the means, the comparisons, and reward against KL of every policy, along PPO's training too.
 """
 
 import dataclasses
@@ -83,12 +83,13 @@ def run(job: Job) -> dict[str, Any]:
         "baseline": settings.baseline,
         "policies": {
             name: {key: float(np.mean(values)) for key, values in columns[name].items()}
+            | ({"kl_error": standard_error(columns[name]["kl"])} if "kl" in columns[name] else {})
             | {"distinct": distinct(replied[name].tokens, _DISTINCT)}
             for name in names
         },
         "comparisons": compared(lines, settings.baseline, settings.bootstrap, job.seed),
-        "frontier": frontier(job),
     }
+    report["frontier"] = frontier(job, report["policies"])
     if jax.process_index() == 0:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (job.folder / REPLIES).write_text(text)
@@ -146,18 +147,34 @@ def compared(lines: Sequence[judge.Row], baseline: str, resamples: int, seed: in
     return found
 
 
-def frontier(job: Job) -> dict[str, list[dict[str, float]]]:
-    """Score against KL to its own reference at each mid-run evaluation of the PPO policies."""
-    found = {}
+def frontier(job: Job, policies: Mapping[str, Mapping[str, float]]) -> dict[str, list[dict[str, float]]]:
+    """Reward-model score against KL to the baseline: of each policy, and along training of the PPO stages that logged
+    both. {} where the evaluation has no baseline or no reward model. A policy's own point is its last, without a step.
+    """
+    found: dict[str, list[dict[str, float]]] = {}
     for artifact in policies_of(job):
-        points = [
-            {"step": row["step"], "kl": row["eval/kl"], "score": row["eval/score"]}
-            for row in (metrics.read(artifact.folder) if artifact.kind == "ppo" else [])
-            if "eval/kl" in row and "eval/score" in row
-        ]
-        if points:
-            found[artifact.name] = points
+        means = policies[artifact.name]
+        if "kl" not in means or "reward" not in means:
+            return {}
+        along = _along_training(job, artifact) if artifact.kind == "ppo" else []
+        found[artifact.name] = [*along, {"kl": means["kl"], "score": means["reward"]}]
     return found
+
+
+def _along_training(job: Job, artifact: Artifact) -> list[dict[str, float]]:
+    """The held-out evaluations of a ppo stage whose KL is to the baseline and whose score is this reward model's."""
+    settings = job.config.stages[artifact.name]
+    baseline = job.settings.baseline
+    key = {settings.sft: "eval/kl_sft", settings.reference: "eval/kl"}.get(baseline, "")
+    if (settings.labeller, settings.reward) != ("reward", job.settings.reward):
+        return []
+    rows = metrics.read(artifact.folder)
+    return [{"step": row["step"], "kl": row[key], "score": row["eval/score"]} for row in rows if key in row]
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of a mean over prompts."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -170,7 +187,7 @@ def table(report: Mapping[str, Any]) -> str:
     heads += [f"wins by {by.removeprefix('the ')}" for by in kinds]
     rows = []
     for name, means in report["policies"].items():
-        cells = [f"{means[key]:.3f}" for key in keys]
+        cells = [f"{means[key]:.3f}" + (f" ± {means['kl_error']:.3f}" if key == "kl" else "") for key in keys]
         for by in kinds:
             c = wins.get((name, by))
             cells.append("" if c is None else f"{c['win_rate']:.3f} [{c['low']:.3f}, {c['high']:.3f}]")

@@ -163,6 +163,9 @@ def measure(
     sums = {name: (masks.masked_sum(values, real), count) for name, values in kept.items()}
     kl = policy.kl_metrics(seen.logps, reference, seen.mask)
     sums |= {"kl": kl["kl"], "kl_k3": kl["kl_k3"]}
+    if "sft" in frozen:
+        sft = reference_logps(model, frozen["base"] | frozen["sft"], rollout, rules.temperature)
+        sums["kl_sft"] = policy.kl_metrics(seen.logps, sft, seen.mask)["kl"]
     if given is not None and "reward" in frozen:
         sums["reward_score"] = (masks.masked_sum(score(model, frozen, rollout), real), count)
     return sums, raw

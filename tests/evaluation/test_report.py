@@ -60,7 +60,7 @@ def workdir(tmp_path):
     stage(folder, "dpo", "dpo", done=False)
     evaluate = stage(folder, "evaluate", "evaluate", {"policies": ("mpo", "")})
     won = statistics.compare("mpo", "sft", "the reward model", np.array([1.0, 0.5, 1.0]))
-    means = {"tokens": 5.0, "finished": 1.0, "reward": 0.25, "kl": 0.0}
+    means = {"tokens": 5.0, "finished": 1.0, "reward": 0.25, "kl": 0.0, "kl_error": 0.0}
     checkpoint.write_json(
         evaluate / "report.json",
         {

@@ -54,7 +54,7 @@ def test_files_hold_every_reply_and_its_scores(ran):
         assert means["reward"] == pytest.approx(np.mean([reply["reward"] for reply in replies]), abs=1e-5)
         gold = labellers.score("vader", [reply["text"] for reply in replies])
         np.testing.assert_allclose([reply["gold"] for reply in replies], gold, atol=1e-6)
-        assert set(means) == {"tokens", "finished", "repetition", "kl", "reward", "gold", "distinct"}
+        assert set(means) == {"tokens", "finished", "repetition", "kl", "kl_error", "reward", "gold", "distinct"}
     assert summary["policies"] == report["policies"]
     assert report["policies"]["sft"]["kl"] == pytest.approx(0, abs=1e-5)
     assert report["policies"]["dpo"]["kl"] > 0
@@ -101,6 +101,23 @@ def test_comparisons_follow_the_scores(ran):
         assert comparison["low"] <= comparison["win_rate"] <= comparison["high"]
     shown = evaluate.table(report)
     assert "KL to sft" in shown and "wins by reward model" in shown and "dpo preferred to sft in" in shown
+
+
+def test_frontier_is_of_every_policy_and_along_ppo(ran, tmp_path):
+    job, _, report, _ = ran
+    assert {name: len(points) for name, points in report["frontier"].items()} == {"dpo": 1, "sft": 1}
+    means = report["policies"]
+    assert report["frontier"]["dpo"] == [{"kl": means["dpo"]["kl"], "score": means["dpo"]["reward"]}]
+    row = {"step": 2, "eval/kl_sft": 1.5, "eval/kl": 0.5, "eval/score": 0.25}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "score": 0.1}) + "\n" + json.dumps(row) + "\n")
+    job.config.stages.mpo = base.stage("ppo", sft="sft")
+    artifact = jobs.Artifact("mpo", "ppo", epath.Path(tmp_path))
+    along = dataclasses.replace(job, inputs=job.inputs | {"policies": [artifact]})
+    found = evaluate.frontier(along, {"mpo": {"kl": 2.0, "reward": 0.5}})
+    assert found == {"mpo": [{"step": 2, "kl": 1.5, "score": 0.25}, {"kl": 2.0, "score": 0.5}]}
+    job.config.stages.mpo.labeller = "vader"  # another score
+    assert evaluate.frontier(along, {"mpo": {"kl": 2.0, "reward": 0.5}}) == {"mpo": [{"kl": 2.0, "score": 0.5}]}
+    assert evaluate.frontier(along, {"mpo": {"reward": 0.5}}) == {}
 
 
 def test_repetition_and_diversity_by_hand():
