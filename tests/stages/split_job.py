@@ -24,7 +24,7 @@ HH = "data/hh_rlhf/harmless-base/test.jsonl.gz"
 def make_job(
     folder: Path, shared: Path, kind: str = "split", mesh=None, data=None, limit: int = 60, inputs=None, **settings
 ) -> Job:
-    """The Job of a stage named as its kind. data: a file; None: HH harmless. inputs: those of another job; None: made."""
+    """The Job of a stage named as its kind. data: a file; None: HH harmless. inputs: of another job; None: made."""
     config = base.get_config()
     config.model.path = str(shared / "models/stories260K")
     config.data.path, config.data.split, config.data.limit = str(data or shared / HH), "all", limit

@@ -1,0 +1,207 @@
+"""The dpo stage on a real tiny LLaMA: where it begins, what it learns, its reference's log-probs, what it refuses."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import base
+from mpo_jax import checkpoint, metrics
+from mpo_jax.errors import InputError
+from mpo_jax.models import hf
+from mpo_jax.stages import dpo, split
+from mpo_jax.stages import job as jobs
+from mpo_jax.stages.job import Artifact, Job
+from tests.stages.ppo_job import make_job, part, policy, replaced
+
+SMALL = {"batch_size": 8, "steps": 6, "learning_rate": 1e-3, "eval_every": 6, "save_every": 3, "eval_batches": 2}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, stories) -> Job:
+    """A dpo stage's job whose policy begins as its reference, on all pairs of a small split."""
+    job = make_job(tmp_path_factory.mktemp("dpo"), stories)
+    job.config.stages.dpo = base.stage("dpo", **(SMALL | {"pairs": "split/all"}))
+    job.config.data.max_buckets = 1
+    inputs = dict.fromkeys(("init", "reference"), job.inputs["sft"]) | {"pairs": part(job.inputs["prompts"], "all")}
+    return dataclasses.replace(
+        job, name="dpo", settings=job.config.stages.dpo, folder=job.workdir / "dpo_stage", inputs=inputs
+    )
+
+
+def run(job: Job, name: str = "", inputs=None, **settings) -> tuple[dict, list[dict]]:
+    """The summary and the rows of metrics.jsonl of the stage in another folder and with other settings."""
+    changed = job.settings.copy_and_resolve_references()
+    changed.update(settings)
+    fields = {"folder": job.workdir / name} if name else {}
+    job = replaced(job, changed, inputs=job.inputs | (inputs or {}), **fields)
+    job.folder.mkdir(exist_ok=True)
+    with jax.set_mesh(job.mesh):
+        summary = dpo.run(job)
+    return summary, metrics.read(job.folder)
+
+
+@pytest.fixture(scope="module")
+def ran(made):
+    return run(made)
+
+
+def test_the_first_step_is_at_the_reference(ran):
+    summary, rows = ran
+    first = rows[0]
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    for name in ("chosen_reward", "rejected_reward", "reward_margin", "kl_chosen", "kl_rejected"):
+        assert first[name] == pytest.approx(0, abs=1e-4)
+    assert summary["pairs"] == 36 and summary["heldout_pairs"] == 12
+
+
+def test_what_is_logged_and_learned(ran):
+    summary, rows = ran
+    names = {
+        "chosen_reward", "rejected_reward", "reward_margin", "accuracy", "chosen_logps", "rejected_logps", "kl_chosen",
+        "kl_rejected", "loss",
+    }  # fmt: skip
+    assert names <= set(rows[0]) and {f"eval/{name}" for name in names} <= set(rows[-1])
+    held = summary["evaluation"]
+    assert held["loss"] < np.log(2) and held["accuracy"] > 0.9 and held["reward_margin"] > 0
+    assert held["reward_margin"] == pytest.approx(held["chosen_reward"] - held["rejected_reward"], abs=1e-5)
+    assert held["chosen_reward"] == pytest.approx(0.1 * held["kl_chosen"], abs=1e-5)  # beta 0.1
+
+
+def cached(job: Job) -> set[str]:
+    return {path.name for path in (job.workdir / "cache").glob("reference-*.npy")}
+
+
+def test_reference_log_probs_equal_those_of_transformers(made, ran, stories, tmp_path, torch):
+    from transformers import AutoModelForCausalLM
+
+    model, rows = jobs.model(made), split.heldout(made.inputs["pairs"])
+    with jax.set_mesh(made.mesh):
+        weights = jobs.load_weights(made, made.inputs["reference"], model)
+        hf.export_weights(tmp_path / "reference", model, weights, str(stories))
+        (found,) = dpo.reference_logps(made, model, {}, [rows])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "reference")
+    for row in range(len(rows)):
+        prompt, *replies = (ids.tolist() for ids in rows.row(row))
+        for side, reply in enumerate(replies):
+            with torch.no_grad():
+                table = torch.log_softmax(theirs(torch.tensor([prompt + reply])).logits[0].double(), -1)
+            expected = sum(table[len(prompt) + place - 1, token].item() for place, token in enumerate(reply))
+            assert found[row, side] == pytest.approx(expected, abs=1e-4)
+
+
+def test_reference_log_probs_are_computed_once_and_kept_under_their_key(made, ran, monkeypatch):
+    before = cached(made)
+    assert len(before) == 2  # the pairs and the held-out ones
+    computed, whole = [], dpo.collect
+
+    def counted(*args):
+        computed.append(1)
+        return whole(*args)
+
+    monkeypatch.setattr(dpo, "collect", counted)
+    model, rows = jobs.model(made), split.pairs(made.inputs["pairs"])
+    with jax.set_mesh(made.mesh):
+        kept = dpo.reference_logps(made, model, {}, [rows])
+        assert not computed and cached(made) == before  # the reference was not even loaded
+        easy = split.pairs(part(made.inputs["pairs"], "easy"))  # other rows
+        dpo.reference_logps(made, model, {}, [easy])
+        assert len(computed) == 1 and len(cached(made)) == 3
+        other = policy(made, "dpo", seed=1)  # another reference
+        found = dpo.reference_logps(dataclasses.replace(made, inputs={"reference": other}), model, {}, [rows])
+        assert len(computed) == 2 and len(cached(made)) == 4
+        assert np.abs(found[0] - kept[0]).max() > 0.01
+        again = Artifact("sft", "sft", epath.Path(made.workdir / "again" / made.inputs["reference"].folder.name))
+        checkpoint.save_weights(again.folder / jobs.WEIGHTS, jobs.load_weights(made, other, model))
+        checkpoint.write_manifest(again.folder, {"made": "another time", "kind": "sft"})  # same name, made again
+        remade = dpo.reference_logps(dataclasses.replace(made, inputs={"reference": again}), model, {}, [rows])
+        assert len(computed) == 3
+        np.testing.assert_array_equal(remade[0], found[0])
+
+
+def test_a_reference_that_is_the_base_model_is_known_by_its_content(made, tmp_path):
+    folders = []
+    for content in (b"one", b"two"):
+        folder = tmp_path / content.decode() / "model"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(content)
+        folders.append(folder)
+    names = set()
+    for folder in (*folders, folders[0]):
+        config = made.config.copy_and_resolve_references()
+        config.model.path = str(folder)
+        artifact = Artifact("base", "base", epath.Path(folder))
+        names.add(tuple(dpo._identity(dataclasses.replace(made, config=config, inputs={"reference": artifact}))))
+    assert len(names) == 2
+
+
+def test_resumed_after_its_half_it_ends_with_the_same_parameters(made, ran, monkeypatch):
+    """As after a kill: the checkpoint of step 3 lies there, and the cached reference; nothing is computed again."""
+    half = made.workdir / "half"
+    shutil.copytree(made.folder, half)
+    for late in (half / "checkpoints" / "last" / "6", half / jobs.WEIGHTS):
+        late.rmtree()
+    monkeypatch.setattr(dpo, "make_reference", None)
+    resumed, _ = run(made, "half")
+    assert metrics.curve(half, "loss") == metrics.curve(made.folder, "loss")
+    assert resumed["evaluation"] == ran[0]["evaluation"]
+    model = jobs.model(made)
+    with jax.set_mesh(made.mesh):
+        one, two = (jobs.load_weights(made, Artifact("dpo", "dpo", folder), model) for folder in (made.folder, half))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        ({"algorithm": "ipo", "beta": 0.5}, 1.0),  # (0 - 1 / (2 beta))^2
+        pytest.param({"label_smoothing": 0.25}, np.log(2), marks=pytest.mark.slow),
+        pytest.param({"sft": 0.5}, None, marks=pytest.mark.slow),
+    ],
+    ids=["ipo", "conservative", "with an SFT term"],
+)
+def test_variants(made, ran, settings, first):
+    _, rows = run(made, "-".join(settings), steps=1, **settings)
+    start = rows[0]
+    if first is not None:
+        assert start["loss"] == pytest.approx(first, abs=1e-4)
+    else:
+        assert start["loss"] == pytest.approx(np.log(2) + 0.5 * start["chosen_nll"], abs=1e-4)
+    assert start["grad_norm"] != pytest.approx(ran[1][0]["grad_norm"], rel=1e-3)
+
+
+def test_its_line_stands_beside_those_of_the_runs_other_dpo_stages(made, ran):
+    folder = made.workdir / "dpo_easy-0123"
+    checkpoint.write_manifest(folder, {"kind": "dpo", "summary": ran[0] | {"pairs": 12}})
+    (made.workdir / "stages.json").write_text(json.dumps({"dpo_easy": folder.name, "dpo": "dpo-4567"}))
+    config = made.config.copy_and_resolve_references()
+    config.stages.dpo_easy = base.stage("dpo", **SMALL)
+    job = dataclasses.replace(made, config=config)
+    head, columns, easy, whole = dpo.table(dpo.finished(job) | {"dpo": ran[0]}, job).splitlines()
+    assert head == "on held-out pairs (sft: reward accuracy 0.5 by definition)"
+    assert columns.startswith("policy") and "reward accuracy" in columns
+    assert easy.startswith("dpo_easy  12 of split/easy  1.000 ± 0.000")
+    assert whole.startswith("dpo       36 of split/all   1.000 ± 0.000")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"algorithm": "kto"}, r"stages\.dpo\.algorithm: 'kto'; expected one of dpo, ipo"),
+        ({"beta": 0.0}, "beta: 0.0; expected above 0"),
+        ({"label_smoothing": 0.5}, "label_smoothing: 0.5; expected 0 or more, below 0.5"),
+        ({"label_smoothing": 0.1, "algorithm": "ipo"}, "label_smoothing: ipo has none"),
+        ({"sft": -1.0}, "sft: -1.0; expected 0"),
+        ({"microbatch": 3}, "microbatch: 3 rows do not divide batch_size 8"),
+    ],
+)
+def test_bad_settings(made, settings, message):
+    before = metrics.compiles()
+    with pytest.raises(InputError, match=message) as caught:
+        run(made, "bad", **settings)
+    assert "\n" not in str(caught.value) and metrics.compiles() == before
