@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh. `install [EXTRA]` makes .venv and installs the package, with the versions of
 # constraints.txt; a second call does nothing until those or pyproject.toml change.
 install() {
