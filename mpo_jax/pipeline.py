@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import json
+import sys
 import time
 import uuid
 from collections.abc import Iterable, Mapping
@@ -58,8 +59,16 @@ def run(config, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dict[str
         run_stage(config, workdir, mesh, nodes, node)
         _say(f"{name}: finished in {time.perf_counter() - began:.1f} s")
     if jax.process_index() == 0:
-        print(f"report: {report.write(workdir)}", flush=True)
+        _report(workdir)
     return nodes
+
+
+def _report(workdir: epath.Path) -> None:
+    """All stages are done: a page that can't be written must not make the run a failed one."""
+    try:
+        print(f"report: {report.write(workdir)}", flush=True)
+    except Exception as error:
+        print(f"report: not written: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
 def run_stage(config, workdir: epath.Path, mesh, nodes: Mapping[str, Node], node: Node) -> None:

@@ -124,3 +124,12 @@ def test_the_tree_shows_every_stage_beneath_its_last_input(run):
     depth = [line.index("──") for line in lines[1::2]]
     assert depth == sorted(set(depth))  # a chain: each hangs from the one before
     assert "missing (never run)" in lines[1] and "pairs=split/easy" in lines[-1]
+
+
+def test_a_report_that_cannot_be_written_does_not_fail_a_finished_run(run, monkeypatch, capsys):
+    def broken(workdir):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(pipeline.report, "write", broken)
+    assert run() == ["sft", "reward", "split", "dpo"]
+    assert "report: not written: OSError: no space left" in capsys.readouterr().err

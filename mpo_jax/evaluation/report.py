@@ -6,7 +6,8 @@ reply that holds markup is read as text.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jinja2
@@ -58,7 +59,10 @@ def write(workdir: epath.Path) -> epath.Path:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    page = environment.get_template("report.html").render(sections(workdir))
+    shown = sections(workdir)
+    for line in shown["left_out"]:
+        print(f"report: left out {line}", file=sys.stderr)
+    page = environment.get_template("report.html").render(shown)
     target, partial = workdir / NAME, workdir / f"{NAME}.partial"
     partial.write_text(page)
     partial.replace(target)
@@ -66,20 +70,27 @@ def write(workdir: epath.Path) -> epath.Path:
 
 
 def sections(workdir: epath.Path) -> dict[str, Any]:
-    """What each template shows; None for a section without a stage."""
+    """What each template shows; None for a section without a stage. left_out: what is wrong with those that can't be
+    shown, a line each: a damaged file of one stage must cost neither the page nor a run that has come to its end."""
     stages = finished(workdir)
     folders = {stage.name: stage.folder for stage in stages}
-    return {
-        "title": workdir.name,
-        "graph": _graph(stages),
-        "evaluations": [_evaluation(stage) for stage in stages if stage.kind == "evaluate"],
-        "training": list(_training(stages)),
-        "splits": [_split(stage) for stage in stages if stage.kind == "split"],
-        "judge": judge.section(folders),
-        "human": human.section(workdir, folders),
-        "validation": validation.section(folders),
-        "provenance": stages,
+    makers: dict[str, Callable[[], Any]] = {
+        "graph": lambda: _graph(stages),
+        "evaluations": lambda: [_evaluation(stage) for stage in stages if stage.kind == "evaluate"],
+        "training": lambda: list(_training(stages)),
+        "splits": lambda: [_split(stage) for stage in stages if stage.kind == "split"],
+        "judge": lambda: judge.section(folders),
+        "human": lambda: human.section(workdir, folders),
+        "validation": lambda: validation.section(folders),
     }
+    found: dict[str, Any] = {"title": workdir.name, "provenance": stages, "left_out": []}
+    for name, make in makers.items():
+        try:
+            found[name] = make()
+        except Exception as error:
+            found[name] = None
+            found["left_out"].append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
+    return found
 
 
 def finished(workdir: epath.Path) -> list[Stage]:

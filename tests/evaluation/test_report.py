@@ -103,6 +103,20 @@ def test_every_plot_is_shown_and_markup_is_text(workdir, browser, size):
     assert len(ids) == len(set(ids))
 
 
+def test_a_damaged_stage_costs_its_section_alone(workdir, capsys):
+    (workdir / "split-0123" / "gaps.npz").write_bytes(b"not an archive")
+    (workdir / "mpo-0123" / "config.json").write_text("{")
+    page = report.write(workdir).read_text()
+    assert "Left out: splits: " in page and "Left out: validation: JSONDecodeError: " in page
+    assert 'id="training"' in page and 'id="results' in page and 'id="split"' not in page
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in told] == ["left out splits", "left out validation"]
+
+
+def test_a_whole_run_leaves_nothing_out(workdir):
+    assert report.sections(workdir)["left_out"] == []
+
+
 def test_unfinished_and_absent_stages_are_left_out(workdir):
     (workdir / "evaluate-0123" / "manifest.json").unlink()
     page = report.write(workdir).read_text()
