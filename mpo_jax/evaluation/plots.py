@@ -34,12 +34,13 @@ def gap_histogram(path: epath.PathLike, gap: np.ndarray, threshold: float) -> No
     axes.hist(gap, bins=min(60, max(10, len(gap) // 20)), color="#4878a8")
     for place in (-threshold, threshold):
         axes.axvline(place, color="#b04030", linestyle="--")
-    top = axes.get_ylim()[1]
+    top = 1.15 * axes.get_ylim()[1]  # room for the words above the bars
+    axes.set_ylim(0, top)
     edge = max(float(np.abs(gap).max()), threshold * 1.2)
     axes.set_xlim(-edge * 1.05, edge * 1.05)
     for place, word in ((-(threshold + edge) / 2, "flipped"), (0, "hard"), ((threshold + edge) / 2, "easy")):
-        axes.text(place, top * 0.95, word, ha="center", va="top", bbox={"color": "white", "alpha": 0.7})
-    axes.set_xlabel("gap: score of chosen - score of rejected, reward units")
+        axes.text(place, top * 0.97, word, ha="center", va="top", bbox={"color": "white", "alpha": 0.7})
+    axes.set_xlabel("gap: score of chosen − score of rejected, reward units")
     axes.set_ylabel("pairs")
     save(path, figure)
 
@@ -49,7 +50,7 @@ def easy_share(path: epath.PathLike, gap: np.ndarray, threshold: float) -> None:
     figure, axes = new()
     places = np.linspace(0, max(float(np.abs(gap).max()), threshold), 200)
     axes.plot(places, [(gap >= place).mean() for place in places], label="easy (gap ≥ γ)", color="#4878a8")
-    axes.plot(places, [(gap <= -place).mean() for place in places], label="flipped (gap ≤ -γ)", color="#b04030")
+    axes.plot(places, [(gap <= -place).mean() for place in places], label="flipped (gap ≤ −γ)", color="#b04030")
     axes.axvline(threshold, color="black", linestyle="--", label=f"γ = {threshold:.3g}")
     axes.set_xlabel("threshold γ, reward units")
     axes.set_ylabel("share of pairs")
@@ -71,7 +72,8 @@ def bars(
     errors = [np.sqrt(share * (1 - share) / max(count, 1)) for share, count in zip(shares, counts, strict=True)]
     axes.bar(range(len(labels)), shares, yerr=errors, color="#4878a8", ecolor="#404040", capsize=3, zorder=2)
     axes.axhline(0.5, color="black", linestyle="--", zorder=3)
-    axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+    long = max(map(len, labels)) > 3
+    axes.set_xticks(range(len(labels)), labels, rotation=45 if long else 0, ha="right" if long else "center")
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.set_ylim(0, 1.05)

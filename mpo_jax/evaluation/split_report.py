@@ -63,7 +63,7 @@ def draw(folder: epath.Path, gap: np.ndarray, report: dict[str, Any]) -> None:
     deciles = report["agreement_by_gap_decile"]
     plots.bars(
         folder / "agreement.png",
-        [f"{row['from']:.2g}–{row['to']:.2g}" for row in deciles],
+        [f"{row['from']:.2f}–{row['to']:.2f}" for row in deciles],
         [row["agreement"] for row in deciles],
         [row["pairs"] for row in deciles],
         "size of the gap, by decile, reward units",
