@@ -4,6 +4,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source run_scripts/install.sh
-install
+install .
 export HF_HUB_OFFLINE=1 JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 exec .venv/bin/python -m mpo_jax.main --config=configs/quickstart.py --workdir=runs/quickstart "$@"

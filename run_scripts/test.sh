@@ -3,6 +3,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source run_scripts/install.sh
-install test
+install '.[test]'
 export HF_HUB_OFFLINE=1 JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 exec .venv/bin/python -m pytest "$@"
