@@ -1,0 +1,30 @@
+"""DPO on the easy pairs of HH harmless beside DPO on all, with stories260K; gaps by cross-fitting, as data is short.
+
+    python -m mpo_jax.main --config=tests/configs/hh_dpo.py --workdir=FOLDER
+
+From the project's folder, with ../shared beside it; the numbers are in docs/split.md. Both policies take equally many
+steps from the same SFT policy and are judged on the same held-out pairs.
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.name = "hh_dpo"
+    config.model.path = "../shared/models/stories260K"
+    config.data.path = "../shared/data/hh_rlhf/harmless-base/test.jsonl.gz"
+    config.data.split = "all"
+    config.data.shares = {"sft_reward": 0.8, "policy": 0.0, "eval": 0.2}
+    config.data.max_length, config.data.max_response, config.data.max_buckets = 192, 64, 3
+    often = {"log_every": 10, "eval_every": 25, "save_every": 100}
+    stages = config.stages
+    stages.sft = base.stage("sft", learning_rate=1e-3, eval_batches=16, **often)
+    stages.reward = base.stage("reward", epochs=2.0, learning_rate=5e-4, score_batch=32, **often)
+    stages.split = base.stage("split", quantile=0.5, batch_size=32)
+    base.crossfit(stages, "reward", "split", folds=2)
+    del stages.reward  # only PPO would need the one that is trained on all
+    dpo = {"steps": 100, "learning_rate": 3e-4, "beta": 0.1, **often}
+    stages.dpo = base.stage("dpo", **dpo)
+    stages.dpo_all = base.stage("dpo", pairs="split/all", **dpo)
+    return config
