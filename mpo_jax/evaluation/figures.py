@@ -12,8 +12,8 @@ from mpo_jax.evaluation import plots
 
 _INK = "#010203"  # drawn with, then replaced by the page's text colour
 _COLOURS = ("#3b82c4", "#d9772b", "#3f9e62", "#b5519c", "#8a7a2e", "#6d6ad1")
-_BOX, _GAP = (128, 46), (52, 18)
-"""Width and height of a stage's box, and the space between boxes, pixels."""
+_BOX, _GAP, _LANE = (128, 46), (52, 18), 8
+"""Width and height of a stage's box, the space between boxes, and the height of an edge that passes by, pixels."""
 
 Points = Sequence[tuple[float, float]]
 _numbers = itertools.count()
@@ -46,35 +46,75 @@ def histogram(gap: np.ndarray, threshold: float) -> str:
 
 def graph(sources: Mapping[str, Sequence[str]], kinds: Mapping[str, str]) -> str:
     """Stages as boxes, left to right after what they rest on. sources: of each stage, in an order they can run in."""
-    depth: dict[str, int] = {}
-    for name in sources:
-        depth[name] = max((depth[source] + 1 for source in sources[name] if source in depth), default=0)
-    columns = [[name for name in sources if depth[name] == level] for level in range(max(depth.values()) + 1)]
-    rows = max(map(len, columns))
-    width, height = _BOX[0] + _GAP[0], _BOX[1] + _GAP[1]
-    place = {
-        name: (2 + level * width, 2 + (row + (rows - len(column)) / 2) * height)
-        for level, column in enumerate(columns)
-        for row, name in enumerate(column)
-    }
-    total = len(columns) * width - _GAP[0] + 4, rows * height - _GAP[1] + 4
+    place, lanes = _layout(sources)
+    width = max(x for x, _ in place.values()) + _BOX[0] + 2
+    height = max([y + _BOX[1] for _, y in place.values()] + list(lanes.values())) + 2
     parts = [
-        f'<svg class="graph" viewBox="0 0 {total[0]} {total[1]}" width="{total[0]}" height="{total[1]}" role="img" '
+        f'<svg class="graph" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" '
         'aria-label="The stages and what each rests on">'
     ]
     for name, above in sources.items():
         for source in (source for source in above if source in place):
-            x0, y0 = place[source][0] + _BOX[0], place[source][1] + _BOX[1] / 2
-            x1, y1 = place[name][0], place[name][1] + _BOX[1] / 2
-            bend = _GAP[0] * 0.7
-            parts.append(f'<path d="M{x0} {y0}C{x0 + bend} {y0} {x1 - bend} {y1} {x1} {y1}"/>')
+            parts.append(f'<path d="{_edge(source, name, place, lanes)}"/>')
     for name, (x, y) in place.items():
         parts.append(
-            f'<rect x="{x}" y="{y}" width="{_BOX[0]}" height="{_BOX[1]}" rx="8"/>'
-            f'<text x="{x + _BOX[0] / 2}" y="{y + 20}">{html.escape(name)}</text>'
-            f'<text class="kind" x="{x + _BOX[0] / 2}" y="{y + 36}">{html.escape(kinds[name])}</text>'
+            f'<rect x="{x:g}" y="{y:g}" width="{_BOX[0]}" height="{_BOX[1]}" rx="8"/>'
+            f'<text x="{x + _BOX[0] / 2:g}" y="{y + 20:g}">{html.escape(name)}</text>'
+            f'<text class="kind" x="{x + _BOX[0] / 2:g}" y="{y + 36:g}">{html.escape(kinds[name])}</text>'
         )
     return "".join([*parts, "</svg>"])
+
+
+def _layout(
+    sources: Mapping[str, Sequence[str]],
+) -> tuple[dict[str, tuple[float, float]], dict[tuple[str, int], float]]:
+    """Where each stage's box begins, and the height of the lanes, by source and column, on which edges to later columns
+    pass between boxes."""
+    depth: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for name in sources:
+        known = [source for source in sources[name] if source in depth]
+        depth[name] = max((depth[source] + 1 for source in known), default=0)
+        last |= {source: max(last.get(source, 0), depth[name]) for source in known}
+    middle: dict[str, float] = {}  # of a stage, or of its lane in the column before
+    place, lanes = {}, {}
+    for level in range(max(depth.values()) + 1):
+        items = [(name, _BOX[1]) for name in sources if depth[name] == level]
+        items += [(name, _LANE) for name in sources if depth[name] < level < last.get(name, 0)]
+
+        def beside(item: tuple[str, int]) -> float:
+            """The mean height of what an item rests on; a lane goes straight on."""
+            above = [item[0]] if item[1] == _LANE else [source for source in sources[item[0]] if source in middle]
+            return sum(middle[source] for source in above) / len(above) if above else 0.0
+
+        items.sort(key=beside)
+        y = -(sum(size for _, size in items) + _GAP[1] * (len(items) - 1)) / 2
+        for name, size in items:
+            middle[name] = y + size / 2
+            if size == _LANE:
+                lanes[name, level] = middle[name]
+            else:
+                place[name] = (2.0 + level * (_BOX[0] + _GAP[0]), y)
+            y += size + _GAP[1]
+    top = min([y for _, y in place.values()] + list(lanes.values())) - 2
+    return {name: (x, y - top) for name, (x, y) in place.items()}, {key: y - top for key, y in lanes.items()}
+
+
+def _edge(source: str, target: str, place, lanes) -> str:
+    """An SVG path from one box to another, on the source's lanes through the columns between them."""
+    step, bend = _BOX[0] + _GAP[0], _GAP[0] * 0.7
+    x, y = place[source][0] + _BOX[0], place[source][1] + _BOX[1] / 2
+    end, height = place[target][0], place[target][1] + _BOX[1] / 2
+    parts = [f"M{x:g} {y:g}"]
+    while x < end:
+        left = x + _GAP[0]
+        following = height if left >= end else lanes[source, round((left - 2) / step)]
+        parts.append(f"C{x + bend:g} {y:g} {left - bend:g} {following:g} {left:g} {following:g}")
+        x, y = left, following
+        if left < end:
+            x = left + _BOX[0]
+            parts.append(f"H{x:g}")
+    return "".join(parts)
 
 
 def _svg(figure, label: str) -> str:

@@ -1,13 +1,14 @@
 """The report of a made run in a real Chromium: every plot is shown, nothing is asked for, markup in a reply is text."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from etils import epath
 
 from mpo_jax import checkpoint
-from mpo_jax.evaluation import report, split_report, statistics
+from mpo_jax.evaluation import figures, report, split_report, statistics
 from tests.browser import PHONE, WIDE, browser, complaints, overflow, resize
 
 HOSTILE = "<script>document.title = 'broken'</script><b>bold</b>"
@@ -127,3 +128,16 @@ def test_unfinished_and_absent_stages_are_left_out(workdir):
 
 def test_a_run_without_any_finished_stage(tmp_path):
     assert "<section" not in report.write(epath.Path(tmp_path)).read_text()
+
+
+def test_no_edge_of_the_graph_passes_behind_a_box():
+    sources = {"base": [], "sft": ["base"], "reward": ["sft"], "split": ["reward", "sft"], "dpo": ["sft", "split"],
+               "dpo_all": ["sft", "split"], "mpo": ["dpo", "reward", "split", "sft"],
+               "evaluate": ["sft", "dpo", "mpo", "dpo_all", "reward"]}  # fmt: skip
+    drawn = figures.graph(sources, dict.fromkeys(sources, "kind"))
+    boxes = [tuple(map(float, box)) for box in re.findall(r'<rect x="(\S+)" y="(\S+)"', drawn)]
+    passing = re.findall(r"([\d.]+) ([\d.]+)H([\d.]+)", drawn)
+    assert len(boxes) == len(sources) and len(passing) > 8
+    for left, y, right in (tuple(map(float, each)) for each in passing):
+        for x, top in boxes:
+            assert right <= x or left >= x + figures._BOX[0] or not top < y < top + figures._BOX[1]
