@@ -22,7 +22,7 @@ from mpo_jax.errors import InputError
 from mpo_jax.stages.loop import NonFinite
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as configs/tldr.py or configs/tldr.py:debug.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder, local or gs://.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
 _STAGES = flags.DEFINE_list("stages", [], "Run these stages and what they rest on; empty: all.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the graph with the state of every stage, and run nothing.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the platform does not tell.")

@@ -20,9 +20,12 @@ from etils import epath
 from mpo_jax import checkpoint, processes
 from mpo_jax.evaluation import report
 from mpo_jax.graph import BASE, Node, needed, resolve
+from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Artifact, Job
 
 PACKAGES = ("mpo_jax", "jax", "flax", "optax", "orbax-checkpoint")
+MAPPED = ("pairs", "split", "judge")
+"""Kinds whose artifacts are memory-mapped, or a database: told before the stages above them have run."""
 INPUTS = "inputs.json"
 """The file that a stage writes first: which making of each input it works from."""
 
@@ -41,6 +44,8 @@ def run(config, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dict[str
     """Runs every stage that is not done (or those of `only`, with what they need), in order."""
     nodes = resolve(config, workdir)
     wanted = needed(nodes, only)
+    if any(nodes[name].kind in MAPPED for name in wanted):
+        jobs.local(workdir)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(workdir / "stages.json", {name: node.folder.name for name, node in nodes.items()})

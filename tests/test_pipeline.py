@@ -9,6 +9,7 @@ from etils import epath
 
 from configs import base
 from mpo_jax import graph, pipeline, sharding
+from mpo_jax.errors import InputError
 
 
 @dataclasses.dataclass
@@ -133,3 +134,10 @@ def test_a_report_that_cannot_be_written_does_not_fail_a_finished_run(run, monke
     monkeypatch.setattr(pipeline.report, "write", broken)
     assert run() == ["sft", "reward", "split", "dpo"]
     assert "report: not written: OSError: no space left" in capsys.readouterr().err
+
+
+def test_a_bucket_that_is_not_mounted_is_refused_before_any_stage(run):
+    run.workdir = epath.Path("gs://bucket/run")
+    with pytest.raises(InputError, match=r"^gs://bucket/run: pairs are memory-mapped; expected a workdir on a file"):
+        run()
+    assert run.ran == []

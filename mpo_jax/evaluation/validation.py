@@ -16,7 +16,6 @@ from etils import epath
 from scipy import stats
 
 from mpo_jax import metrics
-from mpo_jax.data import encode
 from mpo_jax.evaluation import pairs as pair_tables
 from mpo_jax.evaluation import plots
 
@@ -129,7 +128,8 @@ def _labelled(settings: Mapping[str, Any]) -> bool:
 def _split(folder: epath.Path) -> dict[str, Any]:
     with (folder / "gaps.npz").open("rb") as file, np.load(file) as arrays:
         gap = arrays["gap"]
-    confidence = np.asarray(encode.read(Path(folder / "pairs")).confidence)
+    with (folder / "pairs" / "confidence.npy").open("rb") as file:
+        confidence = np.load(file)
     rows = by_gap_decile(gap)
     share = pair_tables.accuracy(gap)
     return {

@@ -219,7 +219,7 @@ def read_rows(folder: epath.Path) -> encode.Encoded:
 def local(folder: epath.Path) -> Path:
     """Encoded rows are memory-mapped: InputError for a folder that no file system holds."""
     if "://" in str(folder):
-        raise InputError(f"{folder}: encoded pairs are memory-mapped; expected a workdir on a file system (mount it)")
+        raise InputError(f"{folder}: pairs are memory-mapped; expected a workdir on a file system (mount the bucket)")
     return Path(folder)
 
 
