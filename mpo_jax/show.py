@@ -4,13 +4,15 @@
 `python -m mpo_jax.show --data_path=FILE --tokenizer=FOLDER --split=train --index=0`.
 """
 
+import dataclasses
 import sys
+from collections.abc import Mapping
 
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from mpo_jax.data.division import share
+from mpo_jax.data.division import SHARES, share
 from mpo_jax.data.encode import Encoded, Limits, encode
 from mpo_jax.data.rows import tight_rows
 from mpo_jax.data.schemas import TextRecord
@@ -21,9 +23,9 @@ from mpo_jax.errors import InputError
 _MULTIPLE = 8
 
 
-def describe(record: TextRecord, encoded: Encoded, tokenizer) -> str:
+def describe(record: TextRecord, encoded: Encoded, tokenizer, shares: Mapping[str, float] = SHARES) -> str:
     """The text of a record, and its row token by token: column, position, segment, mask, id, token, marks."""
-    lines = [f"record {record.id} of split {record.split}, share {share(record.prompt)}"]
+    lines = [f"record {record.id} of split {record.split}, share {share(record.prompt, shares)}"]
     lines += [f"prompt_id {encoded.prompt_id[0]}, confidence {record.confidence}, margin {record.margin}"]
     for name in ("prompt", "chosen", "rejected"):
         text = getattr(record, name)
@@ -51,30 +53,29 @@ def describe(record: TextRecord, encoded: Encoded, tokenizer) -> str:
     return "\n".join(lines)
 
 
-def settings() -> tuple[str, str, Limits]:
-    """Data path, tokenizer folder and limits, from the flags and, beneath them, the config."""
-    config = _CONFIG.value
+def settings() -> tuple[str, str, Limits, Mapping[str, float]]:
+    """Data path, tokenizer folder, limits and shares, from the flags and, beneath them, the config."""
     path, folder = _DATA_PATH.value, _TOKENIZER.value
-    max_length, max_response = _MAX_LENGTH.value, _MAX_RESPONSE.value
-    if config is not None:
-        path = config.data.path if path is None else path
-        folder = config.model.path if folder is None else folder
-        max_length = config.data.max_length if max_length is None else max_length
-        max_response = config.data.max_response if max_response is None else max_response
+    limits, shares = Limits(512, 192), SHARES
+    if _CONFIG.value is not None:
+        data = _CONFIG.value.data
+        path, folder = path or data.path, folder or _CONFIG.value.model.path
+        limits = Limits(data.max_length, data.max_response, data.max_prompt or None, data.too_long)
+        shares = {name: float(part) for name, part in data.shares.items()}
     if not path or not folder:
         raise InputError("no data path or tokenizer: give --config, or --data_path and --tokenizer")
-    return (
-        path,
-        folder,
-        Limits(512 if max_length is None else max_length, 192 if max_response is None else max_response),
-    )
+    if _MAX_LENGTH.value is not None:
+        limits = dataclasses.replace(limits, max_length=_MAX_LENGTH.value)
+    if _MAX_RESPONSE.value is not None:
+        limits = dataclasses.replace(limits, max_response=_MAX_RESPONSE.value)
+    return path, folder, limits, shares
 
 
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     try:
-        path, folder, limits = settings()
+        path, folder, limits, shares = settings()
         tokenizer = load_tokenizer(folder)
         records, report = load(path, _SPLIT.value, tokenizer)
         if not 0 <= _INDEX.value < len(records):
@@ -85,7 +86,7 @@ def main(argv) -> None:
     except InputError as error:
         sys.exit(f"error: {error}")
     print(report.line())
-    print(describe(record, encoded, tokenizer))
+    print(describe(record, encoded, tokenizer, shares))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ The rows keep their source's own columns, so shards and files give the same reco
 `python -m mpo_jax.data.tfds_builder --source=FOLDER --kind=hh|comparisons|posts --data_dir=OUT`
 """
 
+import sys
+
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import app, flags
@@ -92,7 +94,10 @@ def _fill(kind: str, row) -> dict:
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    folder = prepare(_SOURCE.value, _KIND.value, _DATA_DIR.value)
+    try:
+        folder = prepare(_SOURCE.value, _KIND.value, _DATA_DIR.value)
+    except InputError as error:
+        sys.exit(f"error: {error}")
     print(f"shards in {folder}")
 
 

@@ -17,15 +17,17 @@ def _show(*arguments):
 def test_show_marks_bos_eos_and_padding(shared, tmp_path):
     config, comparisons = tmp_path / "config.py", shared / "data/tldr/comparisons.jsonl"
     config.write_text(
-        "import ml_collections\n"
+        "from configs import base\n"
         "def get_config():\n"
-        "    config = ml_collections.ConfigDict()\n"
-        f"    config.data = dict(path={str(comparisons)!r}, max_length=122, max_response=40)\n"
-        f"    config.model = dict(path={str(shared / 'models/stories260K')!r})\n"
+        "    config = base.get_config()\n"
+        f"    config.data.update(dict(path={str(comparisons)!r}, max_length=122, max_response=40))\n"
+        "    config.data.shares = {'sft_reward': 0.0, 'policy': 0.0, 'eval': 1.0}\n"
+        f"    config.model.path = {str(shared / 'models/stories260K')!r}\n"
         "    return config\n"
     )
     done = _show(f"--config={config}", "--split=train", "--index=0", "--max_response=50")
     assert done.returncode == 0, done.stderr
+    assert "share eval" in done.stdout
     table = done.stdout.split("--- tokens")[1].splitlines()[2:]
     assert len(table) == 128 and table[0].split()[-1] == "BOS" and "SUBREDDIT: r/legaladvice" in done.stdout
     assert [line.split()[-1] for line in table[122:]] == ["padding"] * 6
