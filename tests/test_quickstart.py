@@ -1,5 +1,5 @@
-"""The quickstart's own config enters, as its script starts it; the table leaves, the same after ten kills. Slow: a run takes
-minutes of two cores. The script itself, with its install, is run by hand."""
+"""The quickstart's own config enters, as its script starts it; the table leaves, the same after ten kills. Slow: a run
+takes minutes of two cores. The script itself, with its install, is run by hand."""
 
 import json
 import random
