@@ -78,19 +78,17 @@ def model(job: Job) -> ModelConfig:
         architecture = model_config.from_folder(hf.resolve(settings.path))
     else:
         architecture = job.preset.architecture
-    if settings.attention == "flash" and job.config.data.multiple % model_config.FLASH_MULTIPLE:
-        raise InputError(
-            f"data.multiple: {job.config.data.multiple}; with model.attention flash expected a multiple of "
-            f"{model_config.FLASH_MULTIPLE}"
-        )
     adapters = settings.lora
-    return dataclasses.replace(
+    found = dataclasses.replace(
         architecture.for_mesh(job.mesh),
         dtype=model_config.compute_dtype(settings.dtype, job.platform),
         remat=job.settings.get("remat") or settings.remat,
         attention=settings.attention,
         lora=LoraConfig(adapters.rank, adapters.alpha, tuple(adapters.targets)) if adapters.rank else None,
     )
+    for length in (job.config.data.multiple, job.config.data.max_length):  # what rows of the data can be long
+        found.check_attention(job.platform, job.mesh.shape.get("tensor", 1), length)
+    return found
 
 
 def frozen_dtype(job: Job) -> str:
