@@ -84,20 +84,22 @@ def run(job: Job) -> dict[str, Any]:
     params, summary = loop.train(training, job.folder, job.mesh)
     checkpoint.save_weights(job.folder / jobs.WEIGHTS, params)
     judged = min(len(heldout), settings.eval_batches * settings.batch_size)
-    summary |= {"pairs": len(train), "heldout_pairs": judged}
+    summary |= {"pairs": len(train), "heldout_pairs": judged, "heldout": encode.rows_fingerprint(heldout)}
     if jax.process_index() == 0:
-        print(table(finished(job) | {job.name: summary}, job), flush=True)
+        print(table(finished(job, summary["heldout"]) | {job.name: summary}, job), flush=True)
     return summary
 
 
-def finished(job: Job) -> dict[str, Any]:
-    """The summaries of the run's other dpo stages that are done, by name."""
+def finished(job: Job, heldout: str) -> dict[str, Any]:
+    """The summaries of the run's other dpo stages that are done and were judged on the same held-out pairs, by name."""
     file = job.workdir / "stages.json"
     folders = json.loads(file.read_text()) if file.exists() else {}
     found = {}
     for name, folder in folders.items():
         manifest = checkpoint.read_manifest(job.workdir / folder)
-        if name != job.name and manifest is not None and manifest["kind"] == "dpo":
+        if name == job.name or manifest is None or manifest["kind"] != "dpo":
+            continue
+        if manifest["summary"].get("heldout") == heldout:
             found[name] = manifest["summary"]
     return found
 

@@ -176,13 +176,15 @@ def test_variants(made, ran, settings, first):
 
 
 def test_its_line_stands_beside_those_of_the_runs_other_dpo_stages(made, ran):
-    folder = made.workdir / "dpo_easy-0123"
-    checkpoint.write_manifest(folder, {"kind": "dpo", "summary": ran[0] | {"pairs": 12}})
-    (made.workdir / "stages.json").write_text(json.dumps({"dpo_easy": folder.name, "dpo": "dpo-4567"}))
+    others = {"dpo_easy": {"pairs": 12}, "dpo_sampled": {"heldout": "other pairs"}}
+    for name, differs in others.items():
+        checkpoint.write_manifest(made.workdir / f"{name}-0123", {"kind": "dpo", "summary": ran[0] | differs})
+    folders = {name: f"{name}-0123" for name in others}
+    (made.workdir / "stages.json").write_text(json.dumps(folders | {"dpo": "dpo-4567"}))
     config = made.config.copy_and_resolve_references()
     config.stages.dpo_easy = base.stage("dpo", **SMALL)
     job = dataclasses.replace(made, config=config)
-    head, columns, easy, whole = dpo.table(dpo.finished(job) | {"dpo": ran[0]}, job).splitlines()
+    head, columns, easy, whole = dpo.table(dpo.finished(job, ran[0]["heldout"]) | {"dpo": ran[0]}, job).splitlines()
     assert head == "on held-out pairs (sft: reward accuracy 0.5 by definition)"
     assert columns.startswith("policy") and "reward accuracy" in columns
     assert easy.startswith("dpo_easy  12 of split/easy  1.000 ± 0.000")
