@@ -18,22 +18,23 @@ def get_config():
     config.model.path = MODEL
     config.data.path = f"{MODEL}/stories.jsonl.gz"
     config.data.shares = {"sft_reward": 0.4, "policy": 0.4, "eval": 0.2}
-    config.data.max_length = 160
+    config.data.max_length = 144
     config.data.max_response = 56
-    config.data.max_prompt = 40
-    config.data.max_buckets = 2
+    config.data.max_prompt = 32
+    config.data.max_buckets = 1  # at this size a step takes less than compiling it for another length
     sampled = {"max_new_tokens": 56, "batch_size": 64}
     dpo = {"batch_size": 32, "learning_rate": 2e-4, "beta": 0.1, "log_every": 5, "eval_every": 50}
     ppo = {
         "sft": "sft",
         "batch_size": 32,
-        "steps": 40,
+        "steps": 20,
         "max_new_tokens": 56,
         "learning_rate": 2e-4,
         "value_learning_rate": 1e-3,
-        "inner_epochs": 4,
-        "kl_coefficient": 0.03,
+        "inner_epochs": 2,
+        "kl_coefficient": 0.05,
         "eval_every": 10,
+        "gold": "vader",
     }
     config.stages.update(
         {
