@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from scipy import stats
 
 from mpo_jax import metrics
 from mpo_jax.evaluation import pairs as pair_tables
@@ -59,6 +58,8 @@ def with_confidence(gap: np.ndarray, confidence: np.ndarray) -> dict[str, float]
     known = np.isfinite(confidence)
     if known.sum() < _FEWEST or np.ptp(confidence[known]) == 0 or np.ptp(gap[known]) == 0:
         return None
+    from scipy import stats  # a third of a command's start, and only reports of data with confidences need it
+
     found = stats.spearmanr(gap[known], confidence[known])
     return {"pairs": int(known.sum()), "spearman": float(found.statistic), "p_value": float(found.pvalue)}
 
