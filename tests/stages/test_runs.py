@@ -65,7 +65,9 @@ def test_killed_five_times_in_each_stage_ends_with_the_same_parameters(whole, tm
     """In small, within one process: tests/stages/test_loop.py."""
     workdir = tmp_path / "run"
     for seed, stage in enumerate(STAGES):
-        at = kills.run_killed([DEBUG, f"--stages={stage}"], workdir, stage, steps=STEPS, kills=5, seed=seed)
+        at = kills.run_killed(
+            [DEBUG, f"--stages={stage}"], workdir, stage, steps=STEPS, kills=5, seed=seed, script=SCRIPT
+        )
         print(f"{stage}: killed after steps {at}")
     assert_same_weights(whole, workdir)
     for stage in STAGES:

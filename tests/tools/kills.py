@@ -15,17 +15,19 @@ LIMIT = 1200
 """Seconds after which a run that has not come to where it should is given up."""
 
 
-def run_killed(arguments: list[str], workdir: Path, stage: str, steps: int, kills: int, seed: int) -> list[int]:
-    """Runs `mpo_jax.main`, kills it with SIGKILL `kills` times while `stage` is at work, and runs it to its end.
+def run_killed(
+    arguments: list[str], workdir: Path, stage: str, steps: int, kills: int, seed: int, script: str = "mpo_jax.main"
+) -> list[int]:
+    """Runs a command, kills it with SIGKILL `kills` times while `stage` is at work, and runs it to its end.
 
     Every instant is drawn: a step of the stage's `steps`, later each time, and a part of a second after it, so that
-    kills fall into steps, evaluations and saves. arguments: of the command, --workdir excepted. Returns the last step
-    written before each kill.
+    kills fall into steps, evaluations and saves. arguments: of the command, --workdir excepted. script: the module it
+    is. Returns the last step written before each kill.
     """
     arguments, log = [*arguments, f"--workdir={workdir}"], workdir.parent / f"{workdir.name}.log"
     draw, found = random.Random(seed), []
     for target in sorted(draw.sample(range(1, steps), kills)):
-        (process,) = processes.start(1, arguments, log)
+        (process,) = processes.start(1, arguments, log, script)
         try:
             deadline = time.monotonic() + LIMIT
             while last_step(workdir, stage) < target and process.poll() is None and time.monotonic() < deadline:
@@ -36,7 +38,7 @@ def run_killed(arguments: list[str], workdir: Path, stage: str, steps: int, kill
             process.kill()
             process.wait()
         found.append(last_step(workdir, stage))
-    processes.run(1, arguments, log)
+    processes.run(1, arguments, log, script)
     return found
 
 
