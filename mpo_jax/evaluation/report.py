@@ -16,7 +16,7 @@ from etils import epath
 from markupsafe import Markup
 
 from mpo_jax import checkpoint, metrics
-from mpo_jax.evaluation import figures, human, judge, validation
+from mpo_jax.evaluation import figures, human, judge, pairs, validation
 
 NAME = "report.html"
 _SAMPLES = 8
@@ -78,6 +78,7 @@ def sections(workdir: epath.Path) -> dict[str, Any]:
         "graph": lambda: _graph(stages),
         "evaluations": lambda: [_evaluation(stage) for stage in stages if stage.kind == "evaluate"],
         "training": lambda: list(_training(stages)),
+        "preferences": lambda: [_preference(stage) for stage in stages if stage.kind == "dpo"],
         "splits": lambda: [_split(stage) for stage in stages if stage.kind == "split"],
         "judge": lambda: judge.section(folders),
         "human": lambda: human.section(workdir, folders),
@@ -126,6 +127,14 @@ def _training(stages: list[Stage]) -> Iterator[dict[str, Any]]:
                 plots.append(Markup(figures.lines(curves, "step", label)))
         if plots:
             yield {"name": stage.name, "kind": stage.kind, "plots": plots}
+
+
+def _preference(stage: Stage) -> dict[str, Any]:
+    """What a dpo stage is worth on held-out pairs."""
+    summary = stage.manifest["summary"]
+    error = pairs.standard_error(summary["judged"]["accuracy"], summary["heldout_pairs"])
+    source = stage.manifest["inputs"]["pairs"][0]
+    return {"name": stage.name, "source": f"{source['name']}/{source['part']}", "error": error, "summary": summary}
 
 
 def _split(stage: Stage) -> dict[str, Any]:

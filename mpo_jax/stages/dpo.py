@@ -84,7 +84,12 @@ def run(job: Job) -> dict[str, Any]:
     params, summary = loop.train(training, job.folder, job.mesh)
     checkpoint.save_weights(job.folder / jobs.WEIGHTS, params)
     judged = min(len(heldout), settings.eval_batches * settings.batch_size)
-    summary |= {"pairs": len(train), "heldout_pairs": judged, "heldout": encode.rows_fingerprint(heldout)}
+    summary |= {
+        "pairs": len(train),
+        "judged": summary["best" if settings.select == "best" else "evaluation"],  # of the parameters it leaves
+        "heldout_pairs": judged,
+        "heldout": encode.rows_fingerprint(heldout),
+    }
     if jax.process_index() == 0:
         print(table(finished(job, summary["heldout"]) | {job.name: summary}, job), flush=True)
     return summary
@@ -112,13 +117,12 @@ def table(summaries: Mapping[str, Mapping[str, Any]], job: Job) -> str:
     """
     rows = []
     for name, summary in summaries.items():
-        stage = job.config.stages[name]
-        found = summary["best"] if stage.select == "best" else summary["evaluation"]
+        found = summary["judged"]
         error = pair_tables.standard_error(found["accuracy"], summary["heldout_pairs"])
         rows.append(
             {
                 "policy": name,
-                "pairs": f"{summary['pairs']} of {stage.pairs}",
+                "pairs": f"{summary['pairs']} of {job.config.stages[name].pairs}",
                 "reward accuracy": f"{found['accuracy']:.3f} ± {error:.3f}",
                 "margin": f"{found['reward_margin']:.3f}",
                 "log-ratio of chosen, rejected": f"{found['kl_chosen']:.2f}, {found['kl_rejected']:.2f}",

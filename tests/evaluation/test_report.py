@@ -114,6 +114,16 @@ def test_a_damaged_stage_costs_its_section_alone(workdir, capsys):
     assert [line.split(": ")[1] for line in told] == ["left out splits", "left out validation"]
 
 
+def test_dpo_stages_stand_beside_each_other(workdir):
+    judged = {"accuracy": 0.75, "reward_margin": 0.25, "kl_chosen": 1.0, "kl_rejected": -2.0}
+    manifest = {"name": "dpo", "kind": "dpo", "key": "0123", "inputs": {"pairs": [{"name": "split", "part": "easy"}]},
+                "summary": {"pairs": 1200, "judged": judged, "heldout_pairs": 75}}  # fmt: skip
+    checkpoint.write_manifest(workdir / "dpo-0123", manifest | {"shared": "abcd", "packages": {}})
+    page = report.write(workdir).read_text()
+    assert "<th>dpo</th><td>1,200 of split/easy</td><td>0.750 ± 0.050</td><td>0.250</td><td>1.00</td>" in page
+    assert "Left out" not in page
+
+
 def test_a_whole_run_leaves_nothing_out(workdir):
     assert report.sections(workdir)["left_out"] == []
 
