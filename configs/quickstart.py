@@ -39,8 +39,8 @@ def get_config():
     config.stages.update(
         {
             "sft": base.stage("sft", batch_size=32, learning_rate=2e-4, eval_every=20),
-            "pairs": base.stage("pairs", samples=4, label_temperature=0.2, **sampled),
-            "reward": base.stage("reward", pairs="pairs", batch_size=16, steps=150, learning_rate=3e-3, eval_every=50),
+            "pairs": base.stage("pairs", samples=3, label_temperature=0.2, **sampled),
+            "reward": base.stage("reward", pairs="pairs", batch_size=16, learning_rate=3e-3, eval_every=50),
             "split": base.stage("split", pairs="pairs", quantile=0.5, batch_size=64),
             "dpo": base.stage("dpo", **dpo),
             "mpo": base.stage("ppo", **ppo),
