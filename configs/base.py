@@ -374,9 +374,11 @@ def mpo_stages(pair_source: str) -> dict[str, ml_collections.ConfigDict]:
 
 
 def shrink(config) -> None:
-    """Minutes on one device: short rows, small batches, few steps, and a split in two halves."""
+    """Minutes on one device: some thousand rows of whatever splits the data has, divided by prompt, short rows, small
+    batches, few steps, and a split in two halves."""
     config.model.remat = "none"
     config.mesh.tensor = 1
+    config.data.update({"split": "all", "eval_split": "", "limit": 3000})
     config.data.update({"max_prompt": 0, "max_response": 64, "max_length": 512, "multiple": 8, "max_buckets": 3})
     for stage_ in config.stages.values():
         small = {"batch_size": 16, "microbatch": 0, "max_new_tokens": 48, "count": 64}
