@@ -26,7 +26,7 @@ def made(tmp_path_factory, stories) -> Job:
     """A dpo stage's job whose policy begins as its reference, on all pairs of a small split."""
     job = make_job(tmp_path_factory.mktemp("dpo"), stories)
     job.config.stages.dpo = base.stage("dpo", **(SMALL | {"pairs": "split/all"}))
-    job.config.data.max_buckets = 1
+    job.config.data.max_buckets, job.config.data.multiple = 1, 16  # few programs to compile
     inputs = dict.fromkeys(("init", "reference"), job.inputs["sft"]) | {"pairs": part(job.inputs["prompts"], "all")}
     return dataclasses.replace(
         job, name="dpo", settings=job.config.stages.dpo, folder=job.workdir / "dpo_stage", inputs=inputs
