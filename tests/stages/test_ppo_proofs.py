@@ -43,9 +43,10 @@ def inputs(tmp_path_factory):
 def test_first_step_of_every_variant(inputs, stories, algorithm, labeller, critic, rank):
     """KL to the reference 0 and ratio 1 at temperature 0.7; under LoRA the reference is the adapter, not the base."""
     samples = 2 if algorithm == "rloo" else 1
+    tokens = 24 if labeller == "vader" else 8  # in eight tokens it finds no sentiment, and there is nothing to learn
     job = ppo_job.make_job(
         inputs[rank], stories, rank=rank, algorithm=algorithm, labeller=labeller, critic=critic, samples=samples,
-        temperature=0.7, steps=2,
+        temperature=0.7, steps=2, max_new_tokens=tokens,
     )  # fmt: skip
     shutil.rmtree(job.folder, ignore_errors=True)
     summary = run(job)
@@ -78,7 +79,7 @@ def test_critic_warmup_leaves_the_policy_where_it_was(tmp_path, stories):
     job = ppo_job.make_job(tmp_path, stories, critic="shared", critic_warmup=2, steps=3, weight_decay=0.1)
     run(job)
     kl = [line["kl_k3"] for line in steps_of(job)]
-    assert kl[0] == kl[1] == pytest.approx(kl[2], abs=1e-7) == pytest.approx(0, abs=1e-7)
+    assert all(abs(each) < 1e-7 for each in kl)
     assert metrics.read(job.folder)[-1]["eval/kl_k3"] > 1e-6, "the third step moved it"
 
 
@@ -89,7 +90,7 @@ FLIPS = {
     "batch_size": 4, "epochs": (2.0, {"steps": 0, "batch_size": 24}), "steps": 1, "learning_rate": 2e-3,
     "schedule": "constant", "warmup": 0.5, "end_fraction": 0.5, "weight_decay": 0.1, "beta1": 0.5, "beta2": 0.5,
     "eps": 1e-2, "clip_norm": 0.1, "moments": "bfloat16", "eval_every": 2, "eval_batches": (1, {"batch_size": 4}),
-    "select": ("best", {"best_kl": 1e-9}), "seed": 1, "algorithm": ("rloo", {"samples": 2}), "labeller": "vader",
+    "select": ("best", {"best_kl": 1e-6, "critic_warmup": 1}), "seed": 1, "algorithm": ("rloo", {"samples": 2}), "labeller": "vader",
     "samples": 2, "temperature": 0.7, "max_new_tokens": 4, "inner_epochs": 1, "minibatches": 1, "clip": 0.01,
     "value_clip": 0.01, "value_learning_rate": 1e-2, "critic": "shared", "critic_warmup": 1, "entropy": 0.1,
     "gamma": 0.5, "lam": 0.5, "whiten": False, "kl_term": ("k2", {"steps": 3}), "kl_coefficient": 0.5,
