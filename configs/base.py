@@ -379,13 +379,15 @@ def shrink(config) -> None:
     config.model.remat = "none"
     config.mesh.tensor = 1
     config.data.update({"split": "all", "eval_split": "", "limit": 3000})
-    config.data.update({"max_prompt": 0, "max_response": 64, "max_length": 512, "multiple": 8, "max_buckets": 3})
+    config.data.update({"max_prompt": 0, "max_response": 64, "max_length": 288, "multiple": 8, "max_buckets": 2})
     for stage_ in config.stages.values():
         small = {"batch_size": 16, "microbatch": 0, "max_new_tokens": 48, "count": 64}
+        small |= {"eval_every": 40, "eval_batches": 8, "save_every": 20}
         if stage_.kind in ("sft", "reward", "dpo"):
             small |= {"learning_rate": 2e-4}
         if stage_.kind == "ppo":
-            small |= {"steps": 20, "learning_rate": 5e-5, "value_learning_rate": 5e-4, "eval_prompts": 32}
+            small |= {"steps": 20, "learning_rate": 5e-5, "value_learning_rate": 5e-4, "eval_every": 10}
+            small |= {"eval_prompts": 32, "save_every": 10}
         if stage_.kind == "split":
             small |= {"quantile": 0.5}
         stage_.update({key: value for key, value in small.items() if key in stage_})
