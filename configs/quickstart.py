@@ -23,7 +23,15 @@ def get_config():
     config.data.max_prompt = 32
     config.data.max_buckets = 1  # at this size a step takes less than compiling it for another length
     sampled = {"max_new_tokens": 56, "batch_size": 64}
-    dpo = {"batch_size": 32, "learning_rate": 2e-4, "beta": 0.1, "log_every": 5, "eval_every": 50}
+    dpo = {
+        "batch_size": 32,
+        "learning_rate": 2e-4,
+        "beta": 0.1,
+        "log_every": 5,
+        "eval_every": 50,
+        "eval_batches": 12,
+        "save_every": 25,
+    }
     ppo = {
         "sft": "sft",
         "batch_size": 32,
@@ -34,13 +42,22 @@ def get_config():
         "inner_epochs": 2,
         "kl_coefficient": 0.05,
         "eval_every": 10,
+        "save_every": 10,
         "gold": "vader",
     }
     config.stages.update(
         {
-            "sft": base.stage("sft", batch_size=32, learning_rate=2e-4, eval_every=20),
+            "sft": base.stage("sft", batch_size=32, learning_rate=2e-4, eval_every=20, save_every=20),
             "pairs": base.stage("pairs", samples=3, label_temperature=0.2, **sampled),
-            "reward": base.stage("reward", pairs="pairs", batch_size=16, learning_rate=3e-3, eval_every=50),
+            "reward": base.stage(
+                "reward",
+                pairs="pairs",
+                batch_size=16,
+                learning_rate=3e-3,
+                eval_every=60,
+                eval_batches=24,
+                save_every=30,
+            ),
             "split": base.stage("split", pairs="pairs", quantile=0.5, batch_size=64),
             "dpo": base.stage("dpo", **dpo),
             "mpo": base.stage("ppo", **ppo),
