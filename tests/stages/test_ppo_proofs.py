@@ -13,12 +13,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from configs import base
 from mpo_jax import metrics, sharding
 from mpo_jax.errors import InputError
 from mpo_jax.graph import ROLES
+from mpo_jax.stages import job as jobs
 from mpo_jax.stages import ppo
 from tests.stages import ppo_job
 from tests.stages.test_ppo import equal, run, state_of, steps_of
@@ -102,14 +104,15 @@ FLIPS = {
 
 
 def left_by(job):
-    """All that a run leaves but times: weights, metrics, samples, summary; or its error."""
+    """All that a run leaves but times: weights, last state, metrics, samples, summary; or its error."""
     shutil.rmtree(job.folder, ignore_errors=True)
     try:
         summary = run(job)
     except InputError as error:
         return str(error)
     lines = [{k: v for k, v in line.items() if "second" not in k} for line in metrics.read(job.folder)]
-    params = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state_of(job)[1]["params"])]
+    left = ocp.PyTreeCheckpointer().restore(job.folder / jobs.WEIGHTS), state_of(job)[1]["params"]
+    params = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(left)]
     return lines, params, (job.folder / ppo.SAMPLES).read_text(), json.dumps(summary, default=str)
 
 
