@@ -24,7 +24,7 @@ def get_config():
     stages.split = base.stage("split", quantile=0.5, batch_size=32)
     base.crossfit(stages, "reward", "split", folds=2)
     del stages.reward  # only PPO would need the one that is trained on all
-    dpo = {"steps": 100, "learning_rate": 1e-4, "beta": 0.1, **often}
+    dpo = {"steps": 100, "learning_rate": 3e-4, "beta": 0.1, **often}
     stages.dpo = base.stage("dpo", **dpo)
     stages.dpo_all = base.stage("dpo", pairs="split/all", **dpo)
     return config
