@@ -19,9 +19,11 @@ from tests.browser import browser  # noqa: F401 - a fixture
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Many tests compile the same tiny programs; within one session each is compiled once.
-_compiled = tempfile.TemporaryDirectory(prefix="compiled_")
-jax.config.update("jax_compilation_cache_dir", _compiled.name)
+# Many tests compile the same tiny programs; within one session, of several workers too, each is compiled once.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="compiled_")
+    os.environ["MPO_JAX_TEST_CACHE"] = _compiled.name
+jax.config.update("jax_compilation_cache_dir", os.environ["MPO_JAX_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
