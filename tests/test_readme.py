@@ -29,8 +29,10 @@ FLAGS = {
     "mpo_jax.sample": ["--max_new_tokens=4"],
     "mpo_jax.plan": [
         "--topology=cpu",
+        "--config.mesh.tensor=1",
         "--stages=dpo",
         "--config.stages.dpo.batch_size=2",
+        "--config.stages.dpo.microbatch=0",
         "--config.data.max_length=64",
     ],
 }
@@ -46,7 +48,6 @@ def test_every_module_of_the_readme_is_there_and_every_command_is_one_line():
     assert set(found) == {f"mpo_jax.{name}" for name in ("show", "main", "sample", "export", "plan")}
     for module in found:
         assert (ROOT / (module.replace(".", "/") + ".py")).exists()
-    assert "RESULTS" not in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
