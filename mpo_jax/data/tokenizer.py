@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 
 from mpo_jax.errors import InputError
 
@@ -24,6 +25,7 @@ def load_tokenizer(folder: str):
     InputError if it cannot be loaded, has no EOS token, or encodes text to nothing (`transformers` 5 loads some
     vocabulary files into a tokenizer that does).
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is as it should be
     from transformers import AutoTokenizer
 
     try:
