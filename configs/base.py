@@ -379,7 +379,7 @@ def shrink(config) -> None:
     config.model.remat = "none"
     config.mesh.tensor = 1
     config.data.update({"split": "all", "eval_split": "", "limit": 3000})
-    config.data.update({"max_prompt": 0, "max_response": 64, "max_length": 288, "multiple": 8, "max_buckets": 2})
+    config.data.update({"max_prompt": 160, "max_response": 64, "max_length": 288, "multiple": 8, "max_buckets": 2})
     for stage_ in config.stages.values():
         small = {"batch_size": 16, "microbatch": 0, "max_new_tokens": 48, "count": 64}
         small |= {"eval_every": 40, "eval_batches": 8, "save_every": 20}

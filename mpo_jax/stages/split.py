@@ -111,6 +111,13 @@ def check_sampled(job: Job, known_labellers: tuple[str, ...]) -> None:
     if settings.label_temperature < 0:
         raise InputError(f"{where}.label_temperature: {settings.label_temperature}; expected 0 (no noise) or more")
     rollouts.sampling_config(job, settings, settings.samples)
+    prompt, reply, longest = jobs.prompt_limit(job), settings.max_new_tokens, job.config.data.max_length
+    if prompt + 2 * reply > longest:
+        hint = f", or set data.max_prompt={longest - 2 * reply}" if longest > 2 * reply else ""
+        raise InputError(
+            f"{where}.max_new_tokens: prompts of {prompt} tokens and two replies of {reply} make {prompt + 2 * reply}, "
+            f"above data.max_length {longest}; lower it{hint}"
+        )
 
 
 def reward_models(job: Job) -> list[Artifact]:

@@ -30,6 +30,7 @@ def make_job(
     config.data.path, config.data.split, config.data.limit = str(data or shared / HH), "all", limit
     config.data.shares = {"sft_reward": 0.3, "policy": 0.5, "eval": 0.2}
     config.data.max_length, config.data.max_response, config.data.max_buckets = 64, 16, 1
+    config.data.max_prompt = 64 - 2 * 16
     config.data.multiple = 16  # few row lengths, so few programs to compile
     config.stages.reward = base.stage("reward")
     known = {key: value for key, value in SMALL.items() if key in base.KINDS[kind]}

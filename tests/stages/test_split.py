@@ -306,7 +306,8 @@ class no_compiles:
     [
         ({"pair_source": "sampled", "samples": 1}, r"stages\.split\.samples: 1; a pair needs 2 or more"),
         ({"pair_source": "both", "temperature": 0.0}, "temperature: 0 is greedy, so n = 3"),
-        ({"pair_source": "sampled", "max_new_tokens": 500}, "48 prompt tokens and 500 .* context of 512"),
+        ({"pair_source": "sampled", "max_new_tokens": 500}, "32 prompt tokens and 500 .* context of 512"),
+        ({"pair_source": "sampled", "max_new_tokens": 20}, r"32 .* two replies of 20 make 72, .*max_prompt=24"),
         ({"pair_source": "sampled", "labeller": "human"}, "labeller: 'human'; expected one of vader, reward"),
         ({"pair_source": "sampled", "pairing": "some"}, "pairing: 'some'; expected one of best_worst, all"),
         ({"pair_source": "sampled", "label_temperature": -1.0}, "label_temperature: -1.0"),
