@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from mpo_jax import finished, graph, sampling
 from mpo_jax.data.prompts import prompt_batch
@@ -84,6 +84,7 @@ def speak(model: str, prompt: str, settings: SamplingConfig, seed: int) -> None:
 def main(argv) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unexpected arguments {argv[1:]}; put the prompt into --prompt")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every read
     try:
         model, prompt = _MODEL.value, _PROMPT.value
         if not model or not prompt:
