@@ -4,7 +4,6 @@
 it to the network, to those who bring the token. `--export=FILE.csv` (or .jsonl) writes what was judged and ends.
 """
 
-import json
 import socket
 import sys
 from collections.abc import Sequence
@@ -23,14 +22,13 @@ _SHORTEST_TOKEN = 16
 
 def replies_of(run: epath.Path, evaluation: str = "") -> epath.Path:
     """The replies.jsonl of a run's finished evaluate stage. InputError where there is none, or several unnamed."""
-    listed = run / "stages.json"
-    if not listed.exists():
+    if not (run / checkpoint.STAGES).exists():
         raise InputError(f"--run: {run} holds no stages.json; expected the --workdir of a run")
-    found = {}
-    for name, folder in json.loads(listed.read_text()).items():
-        manifest = checkpoint.read_manifest(run / folder)
-        if manifest is not None and manifest["kind"] == "evaluate":
-            found[name] = run / folder / "replies.jsonl"
+    found = {
+        name: folder / "replies.jsonl"
+        for name, (folder, manifest) in checkpoint.finished_stages(run).items()
+        if manifest["kind"] == "evaluate"
+    }
     if not found:
         raise InputError(f"--run: {run} has no finished evaluate stage; run it first")
     if evaluation not in found and (evaluation or len(found) > 1):

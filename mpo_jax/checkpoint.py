@@ -22,6 +22,7 @@ from mpo_jax.errors import InputError
 from mpo_jax.types import PyTree, TrainState
 
 MANIFEST = "manifest.json"
+STAGES = "stages.json"
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", "merges.txt", "vocab.txt")
 """What a Hugging Face model folder is made of: weights, settings, tokenizer. Not its README, not other frameworks'."""
 
@@ -259,6 +260,19 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any] | None:
     if not isinstance(manifest, dict):
         raise InputError(f"{path}: holds a {type(manifest).__name__}; expected an object")
     return manifest
+
+
+def stage_folders(workdir: epath.PathLike) -> dict[str, epath.Path]:
+    """Name -> folder of a run's stages, as its STAGES file lists them; {} where the folder is no run's."""
+    file = epath.Path(workdir) / STAGES
+    names = json.loads(file.read_text()) if file.exists() else {}
+    return {name: file.parent / folder for name, folder in names.items()}
+
+
+def finished_stages(workdir: epath.PathLike) -> dict[str, tuple[epath.Path, dict[str, Any]]]:
+    """Name -> folder and manifest of a run's finished stages, in the order of its STAGES file."""
+    found = ((name, folder, read_manifest(folder)) for name, folder in stage_folders(workdir).items())
+    return {name: (folder, manifest) for name, folder, manifest in found if manifest is not None}
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:

@@ -15,16 +15,16 @@ from mpo_jax.stages.job import Artifact, Job
 def is_stage(path: epath.PathLike) -> bool:
     """Whether a path names a stage of a run, rather than a model's folder or a hub id."""
     path = epath.Path(path)
-    known = _known(path.parent)
-    return path.name in known or path.name in known.values()
+    known = checkpoint.stage_folders(path.parent)
+    return path.name in known or path in known.values()
 
 
 def find(stage: epath.PathLike) -> epath.Path:
     """The folder of a finished stage, WORKDIR/NAME or WORKDIR/NAME-KEY. InputError where there is none, or it is not
     finished."""
     path = epath.Path(stage)
-    known = _known(path.parent)
-    folder = path.parent / known.get(path.name, path.name)
+    known = checkpoint.stage_folders(path.parent)
+    folder = known.get(path.name, path)
     if not (folder / "config.json").exists():
         hint = f"; expected one of {', '.join(known)}" if known else f"; no stages.json in {path.parent}"
         raise InputError(f"{stage}: no such stage{hint}")
@@ -45,9 +45,3 @@ def load(folder: epath.Path) -> tuple[Job, Artifact, dict[str, Any]]:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     job = Job(name, config.stages[name], config, folder, folder.parent, {}, mesh)
     return job, Artifact(name, kind, folder), manifest
-
-
-def _known(workdir: epath.Path) -> dict[str, str]:
-    """Name -> folder's name of a run's stages; {} where the folder is no run's."""
-    file = workdir / "stages.json"
-    return json.loads(file.read_text()) if file.exists() else {}

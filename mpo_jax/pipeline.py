@@ -48,7 +48,7 @@ def run(config, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dict[str
         jobs.local(workdir)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(workdir / "stages.json", {name: node.folder.name for name, node in nodes.items()})
+        checkpoint.write_json(workdir / checkpoint.STAGES, {name: node.folder.name for name, node in nodes.items()})
     for name, node in nodes.items():
         if name not in wanted:
             continue

@@ -96,10 +96,7 @@ def sections(workdir: epath.Path) -> dict[str, Any]:
 
 def finished(workdir: epath.Path) -> list[Stage]:
     """The stages of stages.json that have a manifest, in its order."""
-    file = workdir / "stages.json"
-    names = json.loads(file.read_text()) if file.exists() else {}
-    found = ((name, workdir / folder, checkpoint.read_manifest(workdir / folder)) for name, folder in names.items())
-    return [Stage(name, folder, manifest) for name, folder, manifest in found if manifest is not None]
+    return [Stage(name, *found) for name, found in checkpoint.finished_stages(workdir).items()]
 
 
 def _graph(stages: list[Stage]) -> Markup | None:

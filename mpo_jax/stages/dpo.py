@@ -5,7 +5,6 @@ once and kept for every stage that asks for the same.
 """
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,16 +96,11 @@ def run(job: Job) -> dict[str, Any]:
 
 def finished(job: Job, heldout: str) -> dict[str, Any]:
     """The summaries of the run's other dpo stages that are done and were judged on the same held-out pairs, by name."""
-    file = job.workdir / "stages.json"
-    folders = json.loads(file.read_text()) if file.exists() else {}
-    found = {}
-    for name, folder in folders.items():
-        manifest = checkpoint.read_manifest(job.workdir / folder)
-        if name == job.name or manifest is None or manifest["kind"] != "dpo":
-            continue
-        if manifest["summary"].get("heldout") == heldout:
-            found[name] = manifest["summary"]
-    return found
+    return {
+        name: manifest["summary"]
+        for name, (_, manifest) in checkpoint.finished_stages(job.workdir).items()
+        if name != job.name and manifest["kind"] == "dpo" and manifest["summary"].get("heldout") == heldout
+    }
 
 
 def table(summaries: Mapping[str, Mapping[str, Any]], job: Job) -> str:

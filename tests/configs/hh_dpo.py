@@ -7,15 +7,12 @@ steps from the same SFT policy and are judged on the same held-out pairs.
 """
 
 from configs import base
+from tests.configs import stories_hh
 
 
 def get_config():
-    config = base.get_config()
+    config = stories_hh.get_config()
     config.name = "hh_dpo"
-    config.model.path = "../shared/models/stories260K"
-    config.data.path = "../shared/data/hh_rlhf/harmless-base/test.jsonl.gz"
-    config.data.split = "all"
-    config.data.shares = {"sft_reward": 0.8, "policy": 0.0, "eval": 0.2}
     config.data.max_length, config.data.max_response, config.data.max_buckets = 192, 64, 3
     often = {"log_every": 10, "eval_every": 25, "save_every": 100}
     stages = config.stages
