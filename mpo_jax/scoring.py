@@ -6,6 +6,7 @@ D width.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec
 from mpo_jax.models import decoder, flash
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import masks
+from mpo_jax.ops.product import dot, transpose
 from mpo_jax.sharding import BATCH_AXES, axis_size
 from mpo_jax.types import Batch, PyTree, record
 
@@ -128,26 +130,21 @@ def token_logps(
 
 def _local_logps(config, temperature, entropy, chunk, rows, matrix, hidden, targets):
     """One shard's part. rows: the mesh axes that rows are spread over; None: no mesh at all."""
-    first_id = jnp.int32(0)
     if rows is not None:
         # Made to vary here, the matrix gets its gradient summed over these axes once, outside the loop.
         matrix = jax.lax.pcast(matrix, rows, to="varying") if rows else matrix
         hidden, targets = (jax.lax.pcast(x, ("tensor",), to="varying") for x in (hidden, targets))
-        first_id = jax.lax.axis_index("tensor").astype(jnp.int32) * matrix.shape[0]
-    tensor = None if rows is None else "tensor"
     shape, width = targets.shape, hidden.shape[-1]
     tokens = targets.size
     chunk = min(chunk, tokens)
     padding = -tokens % chunk
-    chunks = (
+    head = _Head(config, temperature, entropy, () if rows is None else (*rows, "tensor"))
+    logps, entropies = _chunked(
+        head,
+        matrix,
         jnp.pad(hidden.reshape(tokens, width), ((0, padding), (0, 0))).reshape(-1, chunk, width),
         jnp.pad(targets.reshape(tokens), (0, padding)).reshape(-1, chunk),
     )
-    one = jax.checkpoint(functools.partial(_chunk_logps, config, temperature, entropy, tensor, first_id))
-    if chunks[1].shape[0] == 1:
-        logps, entropies = one(matrix, chunks[0][0], chunks[1][0])
-    else:
-        _, (logps, entropies) = jax.lax.scan(lambda _, part: (None, one(matrix, *part)), None, chunks)
 
     def back(x):
         return x.reshape(-1)[:tokens].reshape(shape)
@@ -155,26 +152,96 @@ def _local_logps(config, temperature, entropy, chunk, rows, matrix, hidden, targ
     return back(logps), back(entropies) if entropy else None
 
 
-def _chunk_logps(config, temperature, entropy, tensor, first_id, matrix, hidden, targets):
-    """hidden [C,D], targets i32 [C] -> logps f32 [C] and, if asked, entropies f32 [C]."""
-    # The matrix is cast here, not before the loop: so its gradient is accumulated in float32.
-    products = decoder.output_products(config, hidden, matrix)
-    logits = decoder.finish_logits(config, products, first_id) / jnp.float32(temperature)
-    top = _across(jax.lax.pmax, jnp.max(jax.lax.stop_gradient(logits), axis=-1), tensor)
-    shifted = logits - top[:, None]
-    exponentials = jnp.exp(shifted)
-    total = _across(jax.lax.psum, jnp.sum(exponentials, axis=-1), tensor)
-    column = targets - first_id
-    here = (column >= 0) & (column < logits.shape[-1])
-    at_target = jnp.take_along_axis(shifted, jnp.where(here, column, 0)[:, None], axis=-1)[:, 0]
-    at_target = _across(jax.lax.psum, jnp.where(here, at_target, jnp.float32(0)), tensor)
-    log_total = jnp.log(total)
-    if not entropy:
-        return at_target - log_total, None
-    # Shifted logits of padding ids are finite and their exponentials exactly 0.
-    expected = _across(jax.lax.psum, jnp.sum(exponentials * shifted, axis=-1), tensor) / total
-    return at_target - log_total, log_total - expected
+class _Head(NamedTuple):
+    """How hidden states become log-probs. axes: those of the mesh that a shard is one part of, "tensor" (over which the
+    vocabulary is spread) the last of them; none without a mesh."""
+
+    config: ModelConfig
+    temperature: float
+    entropy: bool
+    axes: tuple[str, ...]
+
+    def first_id(self, columns: int) -> jax.Array:
+        """i32 []: the token id of this shard's first column."""
+        if not self.axes:
+            return jnp.int32(0)
+        return jax.lax.axis_index("tensor").astype(jnp.int32) * columns
+
+    def logits(self, products: jax.Array, first_id: jax.Array) -> jax.Array:
+        logits = decoder.finish_logits(self.config, products, first_id)
+        return logits if self.temperature == 1 else logits / jnp.float32(self.temperature)
+
+    def across(self, reduce, x: jax.Array) -> jax.Array:
+        return reduce(x, "tensor") if self.axes else x
 
 
-def _across(reduce, x: jax.Array, tensor: str | None) -> jax.Array:
-    return x if tensor is None else reduce(x, tensor)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(head: _Head, matrix: jax.Array, hidden: jax.Array, targets: jax.Array):
+    """matrix [V,D], hidden [chunks,C,D], targets i32 [chunks,C] -> logps and entropies f32 [chunks,C] (or None).
+
+    Its own derivative, so that the backward pass computes a chunk's logits once more and nothing else again. The
+    matrix's gradient is summed as [D,V]: so no product needs [C,V] transposed.
+    """
+    return _chunked_forward(head, matrix, hidden, targets)[0]
+
+
+def _chunked_forward(head, matrix, hidden, targets):
+    narrow = matrix.astype(head.config.operand_dtype)
+    first_id = head.first_id(matrix.shape[0])
+
+    def one(hidden, targets):
+        logits = head.logits(dot(hidden.astype(narrow.dtype), narrow, (1, 1)), first_id)
+        top = head.across(jax.lax.pmax, jnp.max(logits, axis=-1))
+        exponentials = jnp.exp(logits - top[:, None])
+        total = head.across(jax.lax.psum, jnp.sum(exponentials, axis=-1))
+        column = targets - first_id
+        here = (column >= 0) & (column < logits.shape[-1])
+        at_target = jnp.take_along_axis(logits, jnp.where(here, column, 0)[:, None], axis=-1)[:, 0] - top
+        at_target = head.across(jax.lax.psum, jnp.where(here, at_target, jnp.float32(0)))
+        log_total = jnp.log(total)
+        logps, normaliser = at_target - log_total, top + log_total
+        if not head.entropy:
+            return logps, normaliser, None
+        # Shifted logits of padding ids are finite and their exponentials exactly 0.
+        weighted = jnp.sum(exponentials * (logits - top[:, None]), axis=-1)
+        return logps, normaliser, log_total - head.across(jax.lax.psum, weighted) / total
+
+    logps, normalisers, entropies = _over_chunks(one, hidden, targets)
+    like = jnp.zeros((0,), matrix.dtype)  # what the matrix's gradient has to be
+    return (logps, entropies), (narrow, hidden, targets, normalisers, entropies, like)
+
+
+def _chunked_backward(head, kept, gradients):
+    narrow, hidden, targets, normalisers, entropies, like = kept
+    first_id = head.first_id(narrow.shape[0])
+    ids = first_id + jnp.arange(narrow.shape[0], dtype=jnp.int32)[None]
+
+    def one(of_matrix, part):
+        hidden, *of_tokens = part
+        hidden = hidden.astype(narrow.dtype)
+        targets, normaliser, entropy, (of_logps, of_entropies) = jax.tree.map(lambda x: x[:, None], of_tokens)
+        logits, finish = jax.vjp(lambda x: head.logits(x, first_id), dot(hidden, narrow, (1, 1)))
+        log_chances = logits - normaliser
+        chances = jnp.exp(log_chances)
+        of_logits = of_logps * (jnp.where(ids == targets, jnp.float32(1), jnp.float32(0)) - chances)
+        if head.entropy:
+            of_logits -= of_entropies * chances * (log_chances + entropy)
+        (of_products,) = finish(of_logits)
+        of_products = of_products.astype(narrow.dtype)
+        return of_matrix + dot(transpose(hidden), of_products, (1, 0)), dot(of_products, narrow, (1, 0))
+
+    zeros = jnp.zeros(narrow.shape[::-1], jnp.float32)
+    if head.axes:  # a sum begins as its shards go on
+        zeros = jax.lax.pcast(zeros, head.axes, to="varying")
+    of_matrix, of_hidden = jax.lax.scan(one, zeros, (hidden, targets, normalisers, entropies, gradients))
+    return of_matrix.T.astype(like.dtype), of_hidden.astype(hidden.dtype), None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _over_chunks(one, hidden, targets):
+    """one(hidden [C,D], targets [C]) for each chunk, stacked."""
+    if targets.shape[0] == 1:
+        return jax.tree.map(lambda x: x[None], one(hidden[0], targets[0]))
+    return jax.lax.scan(lambda _, part: (None, one(*part)), None, (hidden, targets))[1]

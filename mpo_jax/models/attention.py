@@ -4,6 +4,7 @@ Letters: B rows, T row length, N responses, P prompt slots, R response slots, H 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ from mpo_jax.models.config import NO_WINDOW, ModelConfig
 from mpo_jax.ops import masks
 from mpo_jax.types import record
 
+_F32 = jnp.float32
 _MASKED = -1e30  # far below any logit, and finite: a fully masked row gives no NaN
+_BLOCKS, _LANES = 4, 64  # blocks of queries at most, and what their sizes are multiples of
 
 
 @record
@@ -101,23 +104,81 @@ def attend_rows(
     mask = context.visible[0]
     if len(context.visible) > 1:
         mask = jnp.stack(context.visible)[kind]
-    if config.attention_softcap is None:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=config.scale)
-    return _soft_capped(config, q, k, v, mask)
-
-
-def _soft_capped(config: ModelConfig, q, k, v, mask) -> jax.Array:
     rows, length, heads, dim = q.shape
-    grouped = q.reshape(rows, length, config.kv_heads, heads // config.kv_heads, dim)
-    logits = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) * config.scale
-    weights = _softmax(config, logits, mask[:, None, None]).astype(v.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape)
+    by_head = q.reshape(rows, length, config.kv_heads, heads // config.kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    out = _attend(config.scale, config.attention_softcap, by_head, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(scale: float, softcap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array):
+    """Attention whose mask is causal or less: q [B,K,G,T,D], k and v [B,K,T,D], mask bool [B,T,T] -> [B,K,G,T,D].
+
+    A block of queries meets the keys up to its end alone, and the backward pass computes the weights again, as
+    [keys, queries], so that its products need no transpose of them; what is kept is linear in T.
+    """
+    return _attend_forward(scale, softcap, q, k, v, mask)[0]
+
+
+def _attend_forward(scale, softcap, q, k, v, mask):
+    outs, normalisers = [], []
+    for begin, end in _blocks(q.shape[3]):
+        seen = mask[:, None, None, begin:end, :end]
+        logits = jnp.einsum("bkgtd,bksd->bkgts", q[:, :, :, begin:end], k[:, :, :end], preferred_element_type=_F32)
+        logits = jnp.where(seen, _capped(logits * scale, softcap), _MASKED)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(v.dtype), v[:, :, :end], preferred_element_type=_F32)
+        outs.append((out / total).astype(q.dtype))
+        normalisers.append(top + jnp.log(total))
+    out = jnp.concatenate(outs, axis=3)
+    return out, (q, k, v, mask, out, jnp.concatenate(normalisers, axis=3)[..., 0])
+
+
+def _attend_backward(scale, softcap, kept, of_out):
+    """Letters of products: b rows, k key-value heads, g queries to one of them, t queries, s keys, d dimensions."""
+    q, k, v, mask, out, normalisers = kept
+    mean = jnp.sum((of_out * out).astype(_F32), axis=-1)  # of a query's weight gradients, under its weights
+    across, seen = k.swapaxes(2, 3), mask.swapaxes(1, 2)
+    of_q, of_k, of_v = [], jnp.zeros(k.shape, _F32), jnp.zeros(v.shape, _F32)
+    for begin, end in _blocks(q.shape[3]):
+        queries, cotangent = q[:, :, :, begin:end], of_out[:, :, :, begin:end]
+
+        def of_queries(x, begin=begin, end=end):
+            return x[:, :, None, :, begin:end]
+
+        logits = jnp.einsum("bksd,bkgtd->bksgt", k[:, :, :end], queries, preferred_element_type=_F32) * scale
+        capped = _capped(logits, softcap)
+        weights = jnp.exp(capped - of_queries(normalisers))
+        weights = jnp.where(seen[:, None, :end, None, begin:end], weights, _F32(0))
+        of_weights = jnp.einsum("bksd,bkgtd->bksgt", v[:, :, :end], cotangent, preferred_element_type=_F32)
+        of_logits = weights * (of_weights - of_queries(mean)) * scale
+        if softcap is not None:
+            of_logits *= 1 - (capped / softcap) ** 2
+        of_logits, weights = of_logits.astype(k.dtype), weights.astype(v.dtype)
+        of_q.append(jnp.einsum("bkds,bksgt->bkdgt", across[..., :end], of_logits, preferred_element_type=_F32))
+        of_k = of_k.at[:, :, :end].add(jnp.einsum("bksgt,bkgtd->bksd", of_logits, queries, preferred_element_type=_F32))
+        of_v = of_v.at[:, :, :end].add(jnp.einsum("bksgt,bkgtd->bksd", weights, cotangent, preferred_element_type=_F32))
+    of_queries_all = jnp.concatenate(of_q, axis=4).transpose(0, 1, 3, 4, 2)
+    return of_queries_all.astype(q.dtype), of_k.astype(k.dtype), of_v.astype(v.dtype), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """At most `_BLOCKS` ranges of columns, in lanes' multiples: more would save little and make the program longer."""
+    size = -(-length // (_BLOCKS * _LANES)) * _LANES
+    return [(begin, min(begin + size, length)) for begin in range(0, length, size)]
+
+
+def _capped(logits: jax.Array, softcap: float | None) -> jax.Array:
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def _softmax(config: ModelConfig, logits: jax.Array, mask: jax.Array) -> jax.Array:
-    if config.attention_softcap is not None:
-        logits = config.attention_softcap * jnp.tanh(logits / config.attention_softcap)
-    return jax.nn.softmax(jnp.where(mask, logits, _MASKED), axis=-1)
+    return jax.nn.softmax(jnp.where(mask, _capped(logits, config.attention_softcap), _MASKED), axis=-1)
 
 
 def attend_step(

@@ -13,6 +13,7 @@ from etils import epath
 
 from mpo_jax.errors import InputError
 
+MOST_UNROLLED = 16  # layers; each costs the compiler some tenths of a second
 VOCAB_MULTIPLE = 128  # lane width of a TPU; the vocabulary is padded to a multiple of it for each tensor shard
 FLASH_MULTIPLE = 128  # what the flash backend's row lengths are a multiple of
 NO_WINDOW = 1 << 30  # a sliding window that every pair of positions lies within
@@ -96,6 +97,7 @@ class ModelConfig:
     dtype: str = "float32"  # float32 | bfloat16 | mixed (matrix products of bfloat16, all else float32; for CPUs)
     remat: str = "none"  # none | full: save only a layer's input | dots: save matrix products too
     attention: str = "xla"  # xla | flash
+    unroll: bool = False  # layers one after the other, not a loop; with a remat policy always a loop. See `for_mesh`
     lora: LoraConfig | None = None
 
     def __post_init__(self):
@@ -112,9 +114,13 @@ class ModelConfig:
             raise InputError(f"padded_vocab: {self.padded_vocab} is less than the vocabulary of {self.vocab_size}")
 
     def for_mesh(self, mesh) -> "ModelConfig":
-        """The same model with its vocabulary padded so that the mesh's tensor axis divides it in whole lanes."""
+        """The same model with its vocabulary padded so that the mesh's tensor axis divides it in whole lanes.
+
+        On one CPU, a few layers are unrolled: XLA copies there what each turn of a loop leaves for the backward pass.
+        """
         multiple = VOCAB_MULTIPLE * mesh.shape.get("tensor", 1)
-        return dataclasses.replace(self, padded_vocab=_round_up(self.vocab_size, multiple))
+        unroll = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" and self.layers <= MOST_UNROLLED
+        return dataclasses.replace(self, padded_vocab=_round_up(self.vocab_size, multiple), unroll=unroll)
 
     def check_attention(self, platform: str, tensor: int = 1, row_len: int | None = None) -> None:
         """InputError where the attention backend can't compute this model there.

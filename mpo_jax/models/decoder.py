@@ -150,6 +150,8 @@ def finish_logits(config: ModelConfig, products: jax.Array, first_id: jax.Array 
     logits = products.astype(jnp.float32)
     if config.final_softcap is not None:
         logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
+    if config.vocab_size == config.padded_vocab:
+        return logits
     ids = first_id + jnp.arange(logits.shape[-1], dtype=jnp.int32).reshape((1,) * (logits.ndim - 1) + (-1,))
     return jnp.where(ids < config.vocab_size, logits, -1e30)
 
@@ -220,6 +222,7 @@ class _Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=config.layers,
+            unroll=config.layers if config.unroll and config.remat == "none" else 1,
         )
         self.layers = stack(config, self.keep_kv, name="layers")
         self.final_norm = _Norm(config, config.width)

@@ -31,34 +31,35 @@ def product(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mixed(transposed: bool, x: jax.Array, weight: jax.Array) -> jax.Array:
     """f32 [M,K], [K,N] or [N,K] -> f32 [M,N]."""
-    return _dot(x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16), (1, 1 if transposed else 0))
+    return dot(x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16), (1, 1 if transposed else 0))
 
 
 def _forward(transposed, x, weight):
     x, narrow = x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)
     like = jnp.zeros((0,), weight.dtype)  # what the weight's gradient has to be
-    return _dot(x, narrow, (1, 1 if transposed else 0)), (x, narrow, like)
+    return dot(x, narrow, (1, 1 if transposed else 0)), (x, narrow, like)
 
 
 def _backward(transposed, kept, gradient):
     x, weight, like = kept
     gradient = gradient.astype(jnp.bfloat16)
-    of_x = _dot(gradient, weight, (1, 0 if transposed else 1))
+    of_x = dot(gradient, weight, (1, 0 if transposed else 1))
     left, right = (gradient, x) if transposed else (x, gradient)
-    return of_x, _dot(_transpose(left), right, (1, 0)).astype(like.dtype)
+    return of_x, dot(transpose(left), right, (1, 0)).astype(like.dtype)
 
 
 _mixed.defvjp(_forward, _backward)
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """f32: two matrices of one dtype multiplied over dimension contract[0] of `a` and contract[1] of `b`."""
     axes = (((contract[0],), (contract[1],)), ((), ()))
     out = jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
     # A transpose behind it would be folded into the product, and into a form that jaxlib 0.10.2 refuses at run time.
     return jax.lax.optimization_barrier(out)
 
 
-def _transpose(x: jax.Array) -> jax.Array:
+def transpose(x: jax.Array) -> jax.Array:
     """[M,K] -> [K,M], in blocks: XLA folds a plain transpose into the product, which then upcasts its operands."""
     rows, columns = x.shape
     if rows % _TILE or columns % _TILE:

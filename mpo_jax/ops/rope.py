@@ -26,7 +26,10 @@ def llama3_frequencies(
 def angles(positions: jax.Array, inv_freq: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """positions i32 [...] -> cos, sin f32 [..., dim / 2]."""
     radians = positions.astype(jnp.float32)[..., None] * inv_freq.reshape((1,) * positions.ndim + (-1,))
-    return jnp.cos(radians), jnp.sin(radians)
+    # A loop of two, whose result XLA keeps: else both are fused into every rotation on a CPU, and computed again for
+    # each head and layer.
+    cos, sin = jax.lax.map(lambda is_sin: jnp.where(is_sin, jnp.sin(radians), jnp.cos(radians)), jnp.arange(2) == 1)
+    return cos, sin
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
