@@ -131,15 +131,13 @@ def begin(
     hidden, cache = decoder.prefill(
         config, weights, prompts.tokens, prompts.positions, prompts.segments, settings.n, settings.max_new_tokens
     )
-    layers = tuple(
-        decoder.LayerCache(
-            constrain(layer.prompt_keys, "batch", "kv_heads", None, None),
-            constrain(layer.prompt_values, "batch", "kv_heads", None, None),
-            constrain(layer.keys, "batch", "kv_heads", None, None, None),
-            constrain(layer.values, "batch", "kv_heads", None, None, None),
-        )
-        for layer in cache.layers
-    )
+
+    def by_head(x: jax.Array) -> jax.Array:
+        """Spread over key-value heads, also where the axis holds them times responses."""
+        heads = x.reshape(rows, config.kv_heads, -1, *x.shape[2:])
+        return constrain(heads, "batch", "kv_heads", None, None, None).reshape(x.shape)
+
+    layers = jax.tree.map(by_head, cache.layers)
     shape = (rows, settings.n)
     room = (*shape, settings.max_new_tokens)
     filler = jnp.broadcast_to((prompts.weight == 0)[:, None], shape)
@@ -276,12 +274,14 @@ def _draw(
     """Draws the next token of every response from hidden states [B,N,D] and writes it down where it isn't done."""
     products = decoder.output_products(config, hidden, layout["output"], transposed=False)
     logits = decoder.finish_logits(config, constrain(products, "batch", None, "vocab"))
+    allowed = _allowed(settings, logits, state.step)
     if settings.temperature == 0:
-        tokens, logps = choose.greedy(_allowed(settings, logits, state.step))
+        tokens, logps = choose.greedy(allowed)
     else:
         positions = jnp.broadcast_to(state.prompt_lens[:, None] + state.step, state.last.shape)
         chances = distribution(settings, logits, state.step)
-        tokens, logps = choose.draw(chances, uniforms(state.keys, positions))
+        tokens, totals = choose.draw(chances, uniforms(state.keys, positions))
+        logps = choose.drawn_log_probs(allowed, settings.temperature, tokens, totals)
     alive = ~state.done
     stopped = alive & _is_stop(settings, tokens)
     tokens = jnp.where(alive, tokens, 0)

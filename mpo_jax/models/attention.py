@@ -36,9 +36,9 @@ class RowContext:
 
 @record
 class LayerCache:
-    """One layer's keys and values: of the prompt [B,K,P,D], and of each response's slots [B,K,N,R,D].
+    """One layer's keys and values: of the prompt [B,K,P,D], and of each response's slots [B,K*N,R,D].
 
-    Heads come first, as the products of a step read them; so no step moves a cache.
+    Heads come first, and no axis is of length 1, as the products of a step read them; so no step moves a cache.
     """
 
     prompt_keys: jax.Array
@@ -189,22 +189,31 @@ def attend_step(
     Each response sees its prompt and itself, so the cost is linear in N.
     """
     rows, responses, heads, dim = q.shape
-    start = (0, 0, 0, context.cursor, 0)
+    groups = heads // config.kv_heads
+    start = (0, 0, context.cursor, 0)
+
+    def by_head(x):
+        """[B,N,K,D] -> [B,K*N,1,D]"""
+        return x.swapaxes(1, 2).reshape(rows, -1, 1, dim)
+
     cache = dataclasses.replace(
         cache,
-        keys=jax.lax.dynamic_update_slice(cache.keys, k.swapaxes(1, 2)[:, :, :, None], start),
-        values=jax.lax.dynamic_update_slice(cache.values, v.swapaxes(1, 2)[:, :, :, None], start),
+        keys=jax.lax.dynamic_update_slice(cache.keys, by_head(k), start),
+        values=jax.lax.dynamic_update_slice(cache.values, by_head(v), start),
     )
-    grouped = q.reshape(rows, responses, config.kv_heads, heads // config.kv_heads, dim).swapaxes(1, 2)
-    on_prompt = jnp.einsum("bkngd,bkpd->bkngp", grouped, cache.prompt_keys, preferred_element_type=jnp.float32)
-    on_own = jnp.einsum("bkngd,bknrd->bkngr", grouped, cache.keys, preferred_element_type=jnp.float32)
-    prompt_mask, own_mask = _step_masks(context, window_kinds(config)[kind], cache.keys.shape[3])
-    mask = jnp.concatenate([prompt_mask, jnp.broadcast_to(own_mask, (rows, responses, own_mask.shape[2]))], axis=-1)
+    prompt_len, slots = cache.prompt_keys.shape[2], cache.keys.shape[2]
+    shape = (rows, config.kv_heads, responses, groups)
+    queries = q.reshape(rows, responses, config.kv_heads, groups, dim).swapaxes(1, 2)
+    on_prompt = jnp.einsum("bkngd,bkpd->bkngp", queries, cache.prompt_keys, preferred_element_type=_F32)
+    queries = queries.reshape(rows, -1, groups, dim)
+    on_own = jnp.einsum("bhgd,bhrd->bhgr", queries, cache.keys, preferred_element_type=_F32).reshape(*shape, slots)
+    prompt_mask, own_mask = _step_masks(context, window_kinds(config)[kind], slots)
+    mask = jnp.concatenate([prompt_mask, jnp.broadcast_to(own_mask, (rows, responses, slots))], axis=-1)
     logits = jnp.concatenate([on_prompt, on_own], axis=-1) * config.scale
     weights = _softmax(config, logits, mask[:, None, :, None]).astype(v.dtype)
-    prompt_len = on_prompt.shape[-1]
     out = jnp.einsum("bkngp,bkpd->bkngd", weights[..., :prompt_len], cache.prompt_values)
-    out += jnp.einsum("bkngr,bknrd->bkngd", weights[..., prompt_len:], cache.values)
+    on_slots = weights[..., prompt_len:].reshape(rows, -1, groups, slots)
+    out += jnp.einsum("bhgr,bhrd->bhgd", on_slots, cache.values).reshape(out.shape)
     return out.swapaxes(1, 2).reshape(q.shape), cache
 
 

@@ -95,7 +95,7 @@ def prefill(
     outputs: Any = _Decoder(config, keep_kv=True).apply(_trunk(weights), tokens, context)
     hidden, (keys, values) = outputs
     keys, values = keys.swapaxes(2, 3), values.swapaxes(2, 3)
-    empty = jnp.zeros((tokens.shape[0], config.kv_heads, responses, slots, config.head_dim), keys.dtype)
+    empty = jnp.zeros((tokens.shape[0], config.kv_heads * responses, slots, config.head_dim), keys.dtype)
     layers = tuple(LayerCache(keys[i], values[i], empty, empty) for i in range(config.layers))
     return hidden, Cache(layers, positions, segments, jnp.zeros((), jnp.int32))
 

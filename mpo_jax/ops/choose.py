@@ -33,8 +33,8 @@ def weights(logits: jax.Array, temperature: float, top_k: int | None = None, top
 
 
 def draw(weights: jax.Array, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Inverts the cumulative distribution: weights f32 [...,V], uniforms f32 [...] in [0,1) -> tokens i32 [...], their
-    log-probabilities f32 [...].
+    """Inverts the cumulative distribution: weights f32 [...,V], uniforms f32 [...] in [0,1) -> tokens i32 [...], the
+    weights' totals f32 [...].
 
     The token is the first one of non-zero weight whose cumulative weight exceeds uniform x total, or, where rounding
     leaves none, the last of non-zero weight. In two levels: sums of blocks of 128 tokens, then inside one block; no
@@ -50,7 +50,17 @@ def draw(weights: jax.Array, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]
     before = jnp.where(block > 0, _pick(ends, jnp.maximum(block - 1, 0)), jnp.float32(0))
     inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
     place = _first_beyond(jnp.cumsum(inside, axis=-1), inside, target - before)
-    return block * size + place, jnp.log(_pick(inside, place)) - jnp.log(total)
+    return block * size + place, total
+
+
+def drawn_log_probs(logits: jax.Array, temperature: float, tokens: jax.Array, totals: jax.Array) -> jax.Array:
+    """log-probabilities f32 [...] of tokens i32 [...] that `draw` drew from `weights` of logits f32 [...,V] with these
+    totals.
+
+    From the logits, which so exist beside the weights: where nothing else reads them, XLA on a CPU makes one kernel of
+    the product that gives them and of all up to the weights, which takes three times as long in bfloat16.
+    """
+    return (_pick(logits, tokens) - jnp.max(logits, axis=-1)) / jnp.float32(temperature) - jnp.log(totals)
 
 
 def greedy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
