@@ -111,7 +111,7 @@ def sample(
     """
     weights = decode_weights(config, weights)
     layout = decode_layout(config, weights)
-    state = begin(config, settings, weights, layout, prompts, seed, round)
+    state = begin(config, settings, weights, prompts, seed, round)
     return rollout(settings, prompts, advance(config, settings, layout, state, settings.max_new_tokens))
 
 
@@ -119,13 +119,11 @@ def begin(
     config: ModelConfig,
     settings: SamplingConfig,
     weights: PyTree,
-    layout: PyTree,
     prompts: Batch,
     seed: jax.Array | int,
     round: jax.Array | int,
 ) -> Decoding:
-    """Reads the prompts, once each, and draws every response's first token. weights, layout: `decode_weights`,
-    `decode_layout`."""
+    """Reads the prompts, once each, and draws every response's first token. weights: `decode_weights`."""
     rows, length = prompts.tokens.shape
     settings.check(config, length)
     hidden, cache = decoder.prefill(
@@ -154,8 +152,8 @@ def begin(
         cache=dataclasses.replace(cache, layers=layers),
     )
     # Every response's first distribution is that of its prompt's last column; only the uniforms differ.
-    last_hidden = jnp.broadcast_to(hidden[:, -1:], (*shape, config.width))
-    return _draw(config, settings, layout, last_hidden, state)
+    logits = decoder.logits(config, weights, hidden[:, -1:])
+    return _draw(settings, jnp.broadcast_to(logits, (*shape, logits.shape[-1])), state)
 
 
 def advance(
@@ -170,7 +168,9 @@ def advance(
         positions = state.prompt_lens[:, None] + state.step - 1
         positions = jnp.broadcast_to(positions, state.last.shape)
         hidden, cache = decoder.decode_step(config, layout, state.last, positions, state.cache)
-        return _draw(config, settings, layout, hidden, dataclasses.replace(state, cache=cache))
+        products = decoder.output_products(config, hidden, layout["output"], transposed=False)
+        logits = decoder.finish_logits(config, constrain(products, "batch", None, "vocab"))
+        return _draw(settings, logits, dataclasses.replace(state, cache=cache))
 
     return jax.lax.while_loop(more, one_token, state)
 
@@ -198,8 +198,7 @@ def stream(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _begin(config, settings, weights, prompts, seed, round):
     weights = decode_weights(config, weights)
-    layout = decode_layout(config, weights)
-    return layout, begin(config, settings, weights, layout, prompts, seed, round)
+    return decode_layout(config, weights), begin(config, settings, weights, prompts, seed, round)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -268,12 +267,8 @@ def _is_stop(settings: SamplingConfig, tokens: jax.Array) -> jax.Array:
     return jnp.any(tokens[..., None] == stops, axis=-1)
 
 
-def _draw(
-    config: ModelConfig, settings: SamplingConfig, layout: PyTree, hidden: jax.Array, state: Decoding
-) -> Decoding:
-    """Draws the next token of every response from hidden states [B,N,D] and writes it down where it isn't done."""
-    products = decoder.output_products(config, hidden, layout["output"], transposed=False)
-    logits = decoder.finish_logits(config, constrain(products, "batch", None, "vocab"))
+def _draw(settings: SamplingConfig, logits: jax.Array, state: Decoding) -> Decoding:
+    """Draws the next token of every response from logits f32 [B,N,V] and writes it down where it isn't done."""
     allowed = _allowed(settings, logits, state.step)
     if settings.temperature == 0:
         tokens, logps = choose.greedy(allowed)
@@ -316,7 +311,7 @@ def decode_weights(config: ModelConfig, weights: PyTree) -> PyTree:
 def decode_layout(config: ModelConfig, weights: PyTree) -> PyTree:
     """`decode_weights` as a step reads them: a tree for each layer, and "output", the output matrix as [D,V]."""
     layout = decoder.decode_layout(config, weights)
-    matrix = decoder.unembedding(config, weights).T
+    matrix = decoder.unembedding(config, weights).astype(config.operand_dtype).T
     # Without the barrier XLA folds the transpose into the product and walks the matrix against its grain every step.
     return layout | {"output": jax.lax.optimization_barrier(matrix)}
 

@@ -275,7 +275,7 @@ def test_pad_equal_to_a_stop_id_changes_nothing(config, weights, tokenizer):
 def run_state(config, settings, weights, prompts):
     weights = sampling.decode_weights(config, weights)
     layout = sampling.decode_layout(config, weights)
-    state = sampling.begin(config, settings, weights, layout, prompts, 0, 0)
+    state = sampling.begin(config, settings, weights, prompts, 0, 0)
     return sampling.advance(config, settings, layout, state, settings.max_new_tokens)
 
 

@@ -8,6 +8,7 @@ D width.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from mpo_jax.models import attention, flash
 from mpo_jax.models.attention import LayerCache, RowContext, StepContext
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import rope
-from mpo_jax.ops.product import product
+from mpo_jax.ops.product import product, products
 from mpo_jax.sharding import constrain, map_weights
 from mpo_jax.types import PyTree, record
 
@@ -112,8 +113,8 @@ def cast_weights(config: ModelConfig, weights: PyTree) -> PyTree:
     """The weights in the dtypes that computing gives them, for many uses of one cast."""
 
     def cast(name: str, x: jax.Array) -> jax.Array:
-        added = name.rsplit("/", 1)[-1] in ("scale", "bias")
-        return x.astype(config.activation_dtype if added else config.operand_dtype)
+        multiplies = name.rsplit("/", 1)[-1] not in ("scale", "bias", "embedding")
+        return x.astype(config.operand_dtype if multiplies else config.activation_dtype)
 
     return map_weights(cast, weights)
 
@@ -292,10 +293,9 @@ class _Attention(nn.Module):
     @nn.compact
     def __call__(self, x, kind, context: RowContext | StepContext, cache: LayerCache | None):
         config = self.config
-        project = functools.partial(_Projection, config, (config.width,), bias=config.qkv_bias)
-        q = project((config.heads, config.head_dim), name="q")(x)
-        k = project((config.kv_heads, config.head_dim), name="k")(x)
-        v = project((config.kv_heads, config.head_dim), name="v")(x)
+        projection = functools.partial(_Projection, config, (config.width,), biased=config.qkv_bias)
+        heads = {"q": config.heads, "k": config.kv_heads, "v": config.kv_heads}
+        q, k, v = _project(x, *(projection((count, config.head_dim), name=name) for name, count in heads.items()))
         q = constrain(q, "batch", None, "heads", None)
         k, v = (constrain(y, "batch", None, "kv_heads", None) for y in (k, v))
         if config.qk_norm:
@@ -309,8 +309,8 @@ class _Attention(nn.Module):
         else:
             assert cache is not None
             out, kept = attention.attend_step(config, q, k, v, kind, context, cache)
-        projection = _Projection(config, (config.heads, config.head_dim), (config.width,), config.o_bias, name="o")
-        return projection(out), kept
+        output = _Projection(config, (config.heads, config.head_dim), (config.width,), config.o_bias, name="o")
+        return output(out), kept
 
 
 class _Mlp(nn.Module):
@@ -319,15 +319,13 @@ class _Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         config = self.config
-        project = functools.partial(_Projection, config, bias=config.mlp_bias)
-        hidden = project((config.width,), (config.mlp_width,), name="up")(x)
+        projection = functools.partial(_Projection, config, biased=config.mlp_bias)
+        names = ("up", "gate") if config.gated_mlp else ("up",)
+        hidden, *gate = _project(x, *(projection((config.width,), (config.mlp_width,), name=name) for name in names))
         activation = _ACTIVATIONS[config.activation]
-        if config.gated_mlp:
-            hidden *= activation(project((config.width,), (config.mlp_width,), name="gate")(x))
-        else:
-            hidden = activation(hidden)
+        hidden = hidden * activation(gate[0]) if gate else activation(hidden)
         hidden = constrain(hidden, "batch", None, "mlp")
-        return project((config.mlp_width,), (config.width,), name="down")(hidden)
+        return projection((config.mlp_width,), (config.width,), name="down")(hidden)
 
 
 class _Projection(nn.Module):
@@ -336,29 +334,43 @@ class _Projection(nn.Module):
     config: ModelConfig
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    bias: bool = False
+    biased: bool = False
 
-    @nn.compact
+    def setup(self):
+        self.kernel = self.param("kernel", nn.initializers.normal(_INIT_STD), self.inputs + self.outputs)
+        if self.biased:
+            self.bias = self.param("bias", nn.initializers.zeros_init(), self.outputs)
+
     def __call__(self, x):
+        return _project(x, self)[0]
+
+    def matrix(self):
+        return self.kernel.reshape(math.prod(self.inputs), -1)
+
+    def finish(self, flat, out):
+        """What the product `out` of `flat` with the matrix lacks: adapter, shape and bias."""
         config = self.config
-        kernel = self.param("kernel", nn.initializers.normal(_INIT_STD), self.inputs + self.outputs)
-        lead = x.shape[: x.ndim - len(self.inputs)]
-        flat = x.reshape((*lead, -1))
-        times = functools.partial(product, dtype=config.operand_dtype)
-        out = times(flat, kernel.reshape(flat.shape[-1], -1))
         if self.has_variable("lora", "a"):
             if config.lora is None:
                 raise ValueError("the weights hold adapters, but the config's lora is None")
             a: jax.Array = self.get_variable("lora", "a")
             b: jax.Array = self.get_variable("lora", "b")
             rank = b.shape[0]
+            times = functools.partial(product, dtype=config.operand_dtype)
             adapted = times(times(flat, a.reshape(-1, rank)), b.reshape(rank, -1))
             out += adapted * jnp.asarray(config.lora.scale, out.dtype)
-        out = out.reshape(lead + self.outputs)
-        if self.bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), self.outputs).astype(out.dtype)
-            out += bias.reshape((1,) * len(lead) + self.outputs)
+        out = out.reshape(flat.shape[:-1] + self.outputs)
+        if self.biased:
+            bias = self.bias.astype(out.dtype)
+            out += bias.reshape((1,) * (flat.ndim - 1) + self.outputs)
         return out
+
+
+def _project(x, *projections: _Projection) -> list[jax.Array]:
+    """One input through several projections of its shape."""
+    flat = x.reshape((*x.shape[: x.ndim - len(projections[0].inputs)], -1))
+    outs = products(flat, [each.matrix() for each in projections], projections[0].config.operand_dtype)
+    return [each.finish(flat, out) for each, out in zip(projections, outs, strict=True)]
 
 
 class _Norm(nn.Module):

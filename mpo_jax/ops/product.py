@@ -5,11 +5,15 @@ and a weight's gradient only where its left operand lies with the summed axis la
 """
 
 import functools
+import itertools
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+_FEW_ROWS = 256
 _TILE = 32  # rows and columns of the blocks in which `_transposed` moves an operand
 
 
@@ -26,6 +30,19 @@ def product(
         return out.reshape(*x.shape[:-1], -1)
     axes = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
     return jax.lax.dot_general(x, weight.astype(dtype), axes, preferred_element_type=result)
+
+
+def products(x: jax.Array, weights: Sequence[jax.Array], dtype: DTypeLike) -> list[jax.Array]:
+    """`product` of one x [..., K] with several weights [K, N], each in x's dtype.
+
+    A "mixed" x of few rows meets them side by side, as one matrix: such products are short beside what it takes to
+    start them. Of many rows, that gains nothing.
+    """
+    rows = math.prod(x.shape[:-1])
+    if jnp.dtype(dtype) == x.dtype or rows > _FEW_ROWS or len(weights) == 1:
+        return [product(x, weight, dtype) for weight in weights]
+    ends = itertools.accumulate(weight.shape[1] for weight in weights[:-1])
+    return jnp.split(product(x, jnp.concatenate(weights, axis=1), dtype), list(ends), axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
