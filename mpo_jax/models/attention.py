@@ -16,7 +16,7 @@ from mpo_jax.types import record
 
 _F32 = jnp.float32
 _MASKED = -1e30  # far below any logit, and finite: a fully masked row gives no NaN
-_BLOCKS, _LANES = 4, 64  # blocks of queries at most, and what their sizes are multiples of
+_BLOCKS, _LANES = 8, 64  # blocks of queries at most, and what their sizes are multiples of
 
 
 @record
@@ -150,8 +150,8 @@ def _attend_backward(scale, softcap, kept, of_out):
 
         logits = jnp.einsum("bksd,bkgtd->bksgt", k[:, :, :end], queries, preferred_element_type=_F32) * scale
         capped = _capped(logits, softcap)
-        weights = jnp.exp(capped - of_queries(normalisers))
-        weights = jnp.where(seen[:, None, :end, None, begin:end], weights, _F32(0))
+        shifted = jnp.where(seen[:, None, :end, None, begin:end], capped - of_queries(normalisers), _MASKED)
+        weights = jnp.exp(shifted)
         of_weights = jnp.einsum("bksd,bkgtd->bksgt", v[:, :, :end], cotangent, preferred_element_type=_F32)
         of_logits = weights * (of_weights - of_queries(mean)) * scale
         if softcap is not None:
