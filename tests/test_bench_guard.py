@@ -5,9 +5,10 @@ are measured by run_scripts/bench.py and asserted nowhere. Collectives of loop b
 """
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from mpo_jax import metrics, sharding
+from mpo_jax import metrics, scoring, sharding
 from run_scripts.benchmarks import measure, programs
 from run_scripts.benchmarks.programs import SHAPES, VOCABULARY, Case
 
@@ -50,6 +51,21 @@ def test_a_dpo_step_computes_what_its_law_says(dpo):
         step, reference = flops(compiled(dpo, "step")), flops(compiled(dpo, "reference"))
     assert 1 < reference / (trunk + output) < 1.15
     assert 1 < step / (3 * (trunk + output)) < 1.15
+
+
+def test_a_frozen_output_matrix_costs_no_gradient():
+    """Under adapters: logits forward, logits again, and the hidden states' gradient; in a loop that is counted once."""
+    model, chunks = CASE.model(one_device()), 4
+    hidden, targets = jnp.ones((2, 64 * chunks // 2, WIDTH)), jnp.ones((2, 64 * chunks // 2), jnp.int32)
+    matrix = jnp.ones((VOCABULARY, WIDTH))
+
+    def loss(matrix, hidden):
+        return jnp.sum(scoring.token_logps(model, matrix, hidden, targets, chunk=64)[0])
+
+    pass_of_a_chunk = 2.0 * 64 * WIDTH * VOCABULARY
+    for trained, passes in (((0, 1), 4), ((1,), 3)):
+        program = jax.jit(jax.grad(loss, argnums=trained)).lower(matrix, hidden).compile()
+        assert passes * 0.98 < flops(program) / pass_of_a_chunk < passes * 1.1
 
 
 def test_a_dpo_step_holds_a_chunk_of_logits_and_no_more(dpo):

@@ -10,7 +10,7 @@ import pytest
 
 from mpo_jax.models import decoder
 from mpo_jax.models.config import ModelConfig
-from mpo_jax.ops.product import product
+from mpo_jax.ops.product import product, products
 
 
 def rounded(x) -> np.ndarray:
@@ -36,6 +36,19 @@ def test_mixed_product_and_its_gradients_are_float32_sums_of_bfloat16_operands(s
     np.testing.assert_allclose(out, rounded(x) @ matrix, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(of_x, rounded(gradient) @ matrix.T, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(of_weight, expected.T if transposed else expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [4, 300], ids=["few rows", "many rows"])
+def test_products_of_one_input_are_its_products(rows):
+    x, weight, gradient = operands(rows, 8, 10, False)
+    parts = [weight[:, :3], weight[:, 3:4], weight[:, 4:]]
+    together, back = jax.vjp(lambda x, *w: jnp.concatenate(products(x, w, "bfloat16"), axis=-1), x, *parts)
+    alone, back_alone = jax.vjp(lambda x, w: product(x, w, "bfloat16"), x, weight)
+    np.testing.assert_allclose(together, alone, rtol=1e-6)
+    of_x, *of_parts = back(jnp.asarray(gradient))
+    of_x_alone, of_weight = back_alone(jnp.asarray(gradient))
+    np.testing.assert_allclose(of_x, of_x_alone, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.concatenate(of_parts, axis=1), of_weight, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,0 +1,92 @@
+"""Row attention with its own derivative, against `jax.nn.dot_product_attention` and plain autodiff of the formula."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpo_jax.models import attention
+from mpo_jax.models.config import ModelConfig
+from mpo_jax.ops import masks
+
+CONFIG = ModelConfig("llama", 96, 1, 64, 4, 2, 16, 96, 1024)
+
+
+def rows(length, seed=0):
+    """Queries, keys and values of three rows in which two responses follow a prompt, padding first, last or nowhere."""
+    random = np.random.default_rng(seed)
+    q, k, v, cotangent = (
+        jnp.asarray(random.normal(size=(3, length, heads, 16)), jnp.float32) for heads in (4, 2, 2, 4)
+    )
+    third = length // 3
+    whole = np.repeat([1, 2, 3], [length - 2 * third, third, third])
+    early, late = whole.copy(), whole.copy()
+    early[: third // 2] = 0
+    late[-third // 2 :] = 0
+    segments = jnp.asarray(np.stack([whole, early, late]), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (3, length))
+    return q, k, v, cotangent, positions, segments
+
+
+def plain(config, q, k, v, mask):
+    """Softmax of masked logits, as written on paper."""
+    k, v = (jnp.repeat(x, config.heads // config.kv_heads, axis=2) for x in (k, v))
+    logits = jnp.einsum("bthd,bshd->bhts", q, k) * config.scale
+    if config.attention_softcap is not None:
+        logits = config.attention_softcap * jnp.tanh(logits / config.attention_softcap)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], logits, -1e30), axis=-1)
+    return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+
+def library(config, q, k, v, mask):
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=config.scale)
+
+
+def with_gradients(function, q, k, v, cotangent):
+    out, pull = jax.vjp(function, q, k, v)
+    return out, *pull(cotangent)
+
+
+@pytest.mark.parametrize("length", [21, 64, 200, 1100], ids=lambda length: f"{length} columns")
+@pytest.mark.parametrize(
+    ("expected", "changes", "window"),
+    [(library, {}, None), (plain, {"attention_softcap": 2.0}, None), (plain, {"attention_scale": 0.1}, 7)],
+    ids=["library", "soft cap", "window"],
+)
+def test_outputs_and_gradients_are_those_of_the_formula(expected, changes, window, length):
+    windows = None if window is None else (window,)
+    config = dataclasses.replace(CONFIG, windows=windows, **changes)
+    q, k, v, cotangent, positions, segments = rows(length)
+    mask = masks.visible(positions, segments, window)
+    context = attention.RowContext(None, None, positions, segments, attention.row_masks(config, positions, segments))
+
+    def ours(q, k, v):
+        return attention.attend_rows(config, q, k, v, jnp.int32(0), context)
+
+    found = jax.jit(lambda *given: with_gradients(ours, *given))(q, k, v, cotangent)
+    wanted = with_gradients(lambda q, k, v: expected(config, q, k, v, mask), q, k, v, cotangent)
+    for name, mine, theirs in zip(("out", "q", "k", "v"), found, wanted, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-5, err_msg=name)
+
+
+def test_blocks_cover_every_column_once_and_are_few():
+    for length in (1, 63, 64, 65, 192, 384, 1000, 4096):
+        blocks = attention._blocks(length)
+        assert [column for begin, end in blocks for column in range(begin, end)] == list(range(length))
+        assert len(blocks) <= 8
+
+
+def test_the_backward_pass_keeps_nothing_that_grows_with_the_square_of_the_length():
+    """Residuals of a row of T columns: linear in T but for the mask, one byte a pair of columns."""
+    sizes = []
+    for length in (256, 512):
+        q, k, v, _, positions, segments = rows(length)
+        context = attention.RowContext(
+            None, None, positions, segments, attention.row_masks(CONFIG, positions, segments)
+        )
+        _, pull = jax.vjp(lambda q, k, v, c=context: attention.attend_rows(CONFIG, q, k, v, jnp.int32(0), c), q, k, v)
+        kept = [x for x in jax.tree.leaves(pull) if x.dtype != bool]
+        sizes.append(sum(x.size for x in kept))
+    assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.01)
