@@ -1,6 +1,6 @@
 """The SFT stage that trains the quickstart's embedded base model, as the last step but one of its recipe.
 
-bash run_scripts/make_tiny_base.sh TEACHER_FOLDER        (about 30 minutes on 2 cores; see the model's card)
+bash run_scripts/make_tiny_base.sh TEACHER_FOLDER        (10 to 60 minutes on 2 cores; see the card)
 """
 
 from configs import base

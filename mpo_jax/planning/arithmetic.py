@@ -13,7 +13,7 @@ from mpo_jax.sharding import BATCH_AXES, axis_size
 from mpo_jax.stages.programs import Extent
 
 _WIDTHS, _MLPS = 9, 3  # arrays [T,D] and [T,F] of one layer's forward pass
-_LOGITS = 2.8  # arrays [H,T,T] of attention, float32, alive at a time
+_LOGITS = 1.2  # arrays [H,T,T] of attention, float32, alive at a time; none is kept from forward to backward
 _FLASH_LOGITS = 0.1
 _FORWARD, _FROZEN = 1 / 3, 0.78  # shares of it: forward alone, and backward to activations alone (adapters)
 
@@ -31,7 +31,7 @@ def temporaries(extent: Extent, mesh) -> int:
     if extent.kind == "forward":
         return int(max(layer * _FORWARD, head) + gathered)
     saved = {
-        "none": model.layers * layer - layer,
+        "none": (model.layers - 1) * rows * extent.length * _values(model, tensor) * _item(model),
         "dots": model.layers * rows * extent.length * (3 * model.width + model.mlp_width // tensor) * _item(model),
         "full": model.layers * rows * extent.length * model.width * _item(model),
     }[model.remat]
@@ -42,9 +42,13 @@ def temporaries(extent: Extent, mesh) -> int:
 
 def _layer(model: ModelConfig, rows: int, length: int, tensor: int) -> float:
     """Of one layer, forward and backward."""
-    values = 2 * (_WIDTHS * model.width + _MLPS * model.mlp_width // tensor)
     logits = _FLASH_LOGITS if model.attention == "flash" else _LOGITS
-    return rows * length * (values * _item(model) + logits * 4 * model.heads / tensor * length)
+    return rows * length * (_values(model, tensor) * _item(model) + logits * 4 * model.heads / tensor * length)
+
+
+def _values(model: ModelConfig, tensor: int) -> int:
+    """Of one layer and one token: into and out of its products, forward and as gradients."""
+    return 2 * (_WIDTHS * model.width + _MLPS * model.mlp_width // tensor)
 
 
 def _decode(extent: Extent, rows: int, tensor: int, one_device: bool) -> int:
