@@ -169,7 +169,7 @@ def advance(
         positions = jnp.broadcast_to(positions, state.last.shape)
         hidden, cache = decoder.decode_step(config, layout, state.last, positions, state.cache)
         products = decoder.output_products(config, hidden, layout["output"], transposed=False)
-        logits = decoder.finish_logits(config, constrain(products, "batch", None, "vocab"))
+        logits = decoder.finish_logits(config, products)
         return _draw(settings, logits, dataclasses.replace(state, cache=cache))
 
     return jax.lax.while_loop(more, one_token, state)
@@ -269,6 +269,7 @@ def _is_stop(settings: SamplingConfig, tokens: jax.Array) -> jax.Array:
 
 def _draw(settings: SamplingConfig, logits: jax.Array, state: Decoding) -> Decoding:
     """Draws the next token of every response from logits f32 [B,N,V] and writes it down where it isn't done."""
+    logits = constrain(logits, "batch", None, "vocab")
     allowed = _allowed(settings, logits, state.step)
     if settings.temperature == 0:
         tokens, logps = choose.greedy(allowed)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from mpo_jax.models import decoder, flash
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import masks
-from mpo_jax.ops.product import dot, transpose
+from mpo_jax.ops.product import over_rows, product
 from mpo_jax.sharding import BATCH_AXES, axis_size
 from mpo_jax.types import Batch, PyTree, record
 
@@ -190,7 +190,7 @@ def _chunked_forward(head, matrix, hidden, targets):
     first_id = head.first_id(matrix.shape[0])
 
     def one(hidden, targets):
-        logits = head.logits(dot(hidden.astype(narrow.dtype), narrow, (1, 1)), first_id)
+        logits = head.logits(decoder.output_products(head.config, hidden, narrow), first_id)
         top = head.across(jax.lax.pmax, jnp.max(logits, axis=-1))
         exponentials = jnp.exp(logits - top[:, None])
         total = head.across(jax.lax.psum, jnp.sum(exponentials, axis=-1))
@@ -206,7 +206,7 @@ def _chunked_forward(head, matrix, hidden, targets):
         weighted = jnp.sum(exponentials * (logits - top[:, None]), axis=-1)
         return logps, normaliser, log_total - head.across(jax.lax.psum, weighted) / total
 
-    logps, normalisers, entropies = _over_chunks(one, hidden, targets)
+    _, (logps, normalisers, entropies) = jax.lax.scan(lambda _, part: (None, one(*part)), None, (hidden, targets))
     like = jnp.zeros((0,), matrix.dtype)  # what the matrix's gradient has to be
     return (logps, entropies), (narrow, hidden, targets, normalisers, entropies, like)
 
@@ -215,20 +215,22 @@ def _chunked_backward(head, kept, gradients):
     narrow, hidden, targets, normalisers, entropies, like = kept
     first_id = head.first_id(narrow.shape[0])
     ids = first_id + jnp.arange(narrow.shape[0], dtype=jnp.int32)[None]
+    operand = head.config.operand_dtype
 
     def one(of_matrix, part):
         hidden, *of_tokens = part
-        hidden = hidden.astype(narrow.dtype)
         targets, normaliser, entropy, (of_logps, of_entropies) = jax.tree.map(lambda x: x[:, None], of_tokens)
-        logits, finish = jax.vjp(lambda x: head.logits(x, first_id), dot(hidden, narrow, (1, 1)))
+        products = decoder.output_products(head.config, hidden, narrow)
+        logits, finish = jax.vjp(lambda x: head.logits(x, first_id), products)
         log_chances = logits - normaliser
         chances = jnp.exp(log_chances)
         of_logits = of_logps * (jnp.where(ids == targets, jnp.float32(1), jnp.float32(0)) - chances)
         if head.entropy:
             of_logits -= of_entropies * chances * (log_chances + entropy)
         (of_products,) = finish(of_logits)
-        of_products = of_products.astype(narrow.dtype)
-        return of_matrix + dot(transpose(hidden), of_products, (1, 0)), dot(of_products, narrow, (1, 0))
+        of_products = of_products.astype(hidden.dtype)
+        of_matrix += over_rows(hidden, of_products, operand)
+        return of_matrix, product(of_products, narrow, operand, jnp.float32)
 
     zeros = jnp.zeros(narrow.shape[::-1], jnp.float32)
     if head.axes:  # a sum begins as its shards go on
@@ -238,10 +240,3 @@ def _chunked_backward(head, kept, gradients):
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
-
-
-def _over_chunks(one, hidden, targets):
-    """one(hidden [C,D], targets [C]) for each chunk, stacked."""
-    if targets.shape[0] == 1:
-        return jax.tree.map(lambda x: x[None], one(hidden[0], targets[0]))
-    return jax.lax.scan(lambda _, part: (None, one(*part)), None, (hidden, targets))[1]

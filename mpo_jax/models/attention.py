@@ -141,7 +141,7 @@ def _attend_backward(scale, softcap, kept, of_out):
     q, k, v, mask, out, normalisers = kept
     mean = jnp.sum((of_out * out).astype(_F32), axis=-1)  # of a query's weight gradients, under its weights
     across, seen = k.swapaxes(2, 3), mask.swapaxes(1, 2)
-    of_q, of_k, of_v = [], jnp.zeros(k.shape, _F32), jnp.zeros(v.shape, _F32)
+    of_q_blocks, of_k, of_v = [], jnp.zeros(k.shape, _F32), jnp.zeros(v.shape, _F32)
     for begin, end in _blocks(q.shape[3]):
         queries, cotangent = q[:, :, :, begin:end], of_out[:, :, :, begin:end]
 
@@ -157,11 +157,11 @@ def _attend_backward(scale, softcap, kept, of_out):
         if softcap is not None:
             of_logits *= 1 - (capped / softcap) ** 2
         of_logits, weights = of_logits.astype(k.dtype), weights.astype(v.dtype)
-        of_q.append(jnp.einsum("bkds,bksgt->bkdgt", across[..., :end], of_logits, preferred_element_type=_F32))
+        of_q_blocks.append(jnp.einsum("bkds,bksgt->bkdgt", across[..., :end], of_logits, preferred_element_type=_F32))
         of_k = of_k.at[:, :, :end].add(jnp.einsum("bksgt,bkgtd->bksd", of_logits, queries, preferred_element_type=_F32))
         of_v = of_v.at[:, :, :end].add(jnp.einsum("bksgt,bkgtd->bksd", weights, cotangent, preferred_element_type=_F32))
-    of_queries_all = jnp.concatenate(of_q, axis=4).transpose(0, 1, 3, 4, 2)
-    return of_queries_all.astype(q.dtype), of_k.astype(k.dtype), of_v.astype(v.dtype), None
+    of_q = jnp.concatenate(of_q_blocks, axis=4).transpose(0, 1, 3, 4, 2)
+    return of_q.astype(q.dtype), of_k.astype(k.dtype), of_v.astype(v.dtype), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -45,30 +45,39 @@ def products(x: jax.Array, weights: Sequence[jax.Array], dtype: DTypeLike) -> li
     return jnp.split(product(x, jnp.concatenate(weights, axis=1), dtype), list(ends), axis=-1)
 
 
+def over_rows(x: jax.Array, gradient: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """x [M,K] and gradient [M,N], both cast to `dtype` and multiplied over M -> f32 [K,N], a weight's gradient."""
+    if x.dtype == jnp.bfloat16:  # what accelerators compute in, which read either operand along any axis
+        return jax.lax.dot_general(
+            x, gradient.astype(dtype), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+    return _dot(_transpose(x.astype(dtype)), gradient.astype(dtype), (1, 0))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mixed(transposed: bool, x: jax.Array, weight: jax.Array) -> jax.Array:
     """f32 [M,K], [K,N] or [N,K] -> f32 [M,N]."""
-    return dot(x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16), (1, 1 if transposed else 0))
+    return _dot(x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16), (1, 1 if transposed else 0))
 
 
 def _forward(transposed, x, weight):
     x, narrow = x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)
     like = jnp.zeros((0,), weight.dtype)  # what the weight's gradient has to be
-    return dot(x, narrow, (1, 1 if transposed else 0)), (x, narrow, like)
+    return _dot(x, narrow, (1, 1 if transposed else 0)), (x, narrow, like)
 
 
 def _backward(transposed, kept, gradient):
     x, weight, like = kept
     gradient = gradient.astype(jnp.bfloat16)
-    of_x = dot(gradient, weight, (1, 0 if transposed else 1))
+    of_x = _dot(gradient, weight, (1, 0 if transposed else 1))
     left, right = (gradient, x) if transposed else (x, gradient)
-    return of_x, dot(transpose(left), right, (1, 0)).astype(like.dtype)
+    return of_x, _dot(_transpose(left), right, (1, 0)).astype(like.dtype)
 
 
 _mixed.defvjp(_forward, _backward)
 
 
-def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """f32: two matrices of one dtype multiplied over dimension contract[0] of `a` and contract[1] of `b`."""
     axes = (((contract[0],), (contract[1],)), ((), ()))
     out = jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
@@ -76,7 +85,7 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return jax.lax.optimization_barrier(out)
 
 
-def transpose(x: jax.Array) -> jax.Array:
+def _transpose(x: jax.Array) -> jax.Array:
     """[M,K] -> [K,M], in blocks: XLA folds a plain transpose into the product, which then upcasts its operands."""
     rows, columns = x.shape
     if rows % _TILE or columns % _TILE:
