@@ -195,7 +195,7 @@ def _angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array | None
             scaling.high_freq_factor,
             scaling.original_positions,
         )
-    return rope.angles(positions, inv_freq)
+    return rope.angles(positions, inv_freq, kept=config.unroll)
 
 
 class _Decoder(nn.Module):

@@ -23,11 +23,15 @@ def llama3_frequencies(
     return (plain * (blend + (1 - blend) / factor)).astype(np.float32)
 
 
-def angles(positions: jax.Array, inv_freq: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """positions i32 [...] -> cos, sin f32 [..., dim / 2]."""
+def angles(positions: jax.Array, inv_freq: np.ndarray, kept: bool = False) -> tuple[jax.Array, jax.Array]:
+    """positions i32 [...] -> cos, sin f32 [..., dim / 2].
+
+    kept: computed once, in a loop of two whose result XLA keeps. Unrolled layers want it on a CPU, where both are else
+    fused into every rotation, and computed again for each head and layer; a TPU would pay for it in memory.
+    """
     radians = positions.astype(jnp.float32)[..., None] * inv_freq.reshape((1,) * positions.ndim + (-1,))
-    # A loop of two, whose result XLA keeps: else both are fused into every rotation on a CPU, and computed again for
-    # each head and layer.
+    if not kept:
+        return jnp.cos(radians), jnp.sin(radians)
     cos, sin = jax.lax.map(lambda is_sin: jnp.where(is_sin, jnp.sin(radians), jnp.cos(radians)), jnp.arange(2) == 1)
     return cos, sin
 

@@ -35,6 +35,13 @@ def test_rotation_by_hand():
     np.testing.assert_allclose(turned, [[1, 2, 3, 4], [-3, -2, 1, -4], [-1, 2, -3, 4]], atol=1e-5)
 
 
+def test_kept_angles_are_the_same_angles():
+    positions = jnp.asarray([[0, 1, 2, 4095]], jnp.int32)
+    plain, kept = (rope.angles(positions, rope.frequencies(8, 10_000.0), kept) for kept in (False, True))
+    for one, other in zip(plain, kept, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
 def test_partial_rotation_keeps_the_rest():
     cos, sin = rope.angles(jnp.asarray([[1]], jnp.int32), np.asarray([math.pi / 2], np.float32))
     x = jnp.asarray([[[[1.0, 2.0, 7.0, 9.0]]]], jnp.float32)
