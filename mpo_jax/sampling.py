@@ -23,6 +23,8 @@ from mpo_jax.ops.masks import FIRST_RESPONSE_SEGMENT
 from mpo_jax.sharding import constrain
 from mpo_jax.types import Batch, PyTree, Rollout, record
 
+_WIDTHS, _SLOTS = 4, 16  # widths of the caches at most, and what they are multiples of: a TPU's bfloat16 rows
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -79,7 +81,7 @@ class SamplingConfig:
 class Decoding:
     """Responses so far. step: i32 [], tokens drawn for each response. drawn: i32 [B,N,R]; logps: f32 [B,N,R]; lengths:
     i32 [B,N], real tokens; done, finished: bool [B,N] (finished: by a stop token). last: i32 [B,N], what the next step
-    reads. keys: one for each response, all but the position folded in. prompt_lens: i32 [B]."""
+    reads. uniforms: f32 [B,N,R], what decides each token. prompt_lens: i32 [B]."""
 
     step: jax.Array
     drawn: jax.Array
@@ -88,7 +90,7 @@ class Decoding:
     done: jax.Array
     finished: jax.Array
     last: jax.Array
-    keys: jax.Array
+    uniforms: jax.Array
     prompt_lens: jax.Array
     cache: decoder.Cache
 
@@ -111,8 +113,23 @@ def sample(
     """
     weights = decode_weights(config, weights)
     layout = decode_layout(config, weights)
-    state = begin(config, settings, weights, prompts, seed, round)
-    return rollout(settings, prompts, advance(config, settings, layout, state, settings.max_new_tokens))
+    first, *wider = cache_widths(settings.max_new_tokens)
+    state = begin(config, settings, weights, prompts, seed, round, first)
+    state = advance(config, settings, layout, state, first)
+    for width in wider:
+        state = dataclasses.replace(state, cache=decoder.widen(state.cache, width))
+        state = advance(config, settings, layout, state, width)
+    return rollout(settings, prompts, state)
+
+
+def cache_widths(slots: int) -> list[int]:
+    """How many slots the caches of responses have, one after the other, up to `slots`.
+
+    A step reads its caches whole, filled or not: in at most four widths it reads three eighths less of them, and the
+    loop is compiled once for each.
+    """
+    size = -(-slots // (_WIDTHS * _SLOTS)) * _SLOTS
+    return [*range(size, slots, size), slots]
 
 
 def begin(
@@ -122,12 +139,14 @@ def begin(
     prompts: Batch,
     seed: jax.Array | int,
     round: jax.Array | int,
+    slots: int,
 ) -> Decoding:
-    """Reads the prompts, once each, and draws every response's first token. weights: `decode_weights`."""
+    """Reads the prompts, once each, and draws every response's first token. weights: `decode_weights`; slots: of the
+    caches, for as many tokens of a response as will be decoded in them."""
     rows, length = prompts.tokens.shape
     settings.check(config, length)
     hidden, cache = decoder.prefill(
-        config, weights, prompts.tokens, prompts.positions, prompts.segments, settings.n, settings.max_new_tokens
+        config, weights, prompts.tokens, prompts.positions, prompts.segments, settings.n, slots
     )
 
     def by_head(x: jax.Array) -> jax.Array:
@@ -139,6 +158,11 @@ def begin(
     shape = (rows, settings.n)
     room = (*shape, settings.max_new_tokens)
     filler = jnp.broadcast_to((prompts.weight == 0)[:, None], shape)
+    prompt_lens = prompts.positions[:, -1] + 1
+    keys = response_keys(seed, round, prompts.prompt_id, settings.n)
+    positions = prompt_lens[:, None, None] + jnp.arange(settings.max_new_tokens, dtype=jnp.int32)[None, None]
+    # All of them here: in the loop, such small integer work is many short kernels a token.
+    every = uniforms(jnp.broadcast_to(keys[:, :, None], room), jnp.broadcast_to(positions, room))
     state = Decoding(
         step=jnp.zeros((), jnp.int32),
         drawn=constrain(jnp.zeros(room, jnp.int32), "batch", None, None),
@@ -147,8 +171,8 @@ def begin(
         done=filler,
         finished=jnp.zeros(shape, bool),
         last=jnp.zeros(shape, jnp.int32),
-        keys=response_keys(seed, round, prompts.prompt_id, settings.n),
-        prompt_lens=prompts.positions[:, -1] + 1,
+        uniforms=constrain(every, "batch", None, None),
+        prompt_lens=prompt_lens,
         cache=dataclasses.replace(cache, layers=layers),
     )
     # Every response's first distribution is that of its prompt's last column; only the uniforms differ.
@@ -159,10 +183,10 @@ def begin(
 def advance(
     config: ModelConfig, settings: SamplingConfig, layout: PyTree, state: Decoding, until: jax.Array | int
 ) -> Decoding:
-    """Decodes until every response is done or has `until` tokens (at most R)."""
+    """Decodes until every response is done or has `until` tokens, at most as many as the caches have slots."""
 
     def more(state: Decoding):
-        return (state.step < jnp.minimum(until, settings.max_new_tokens)) & ~jnp.all(state.done)
+        return (state.step < until) & ~jnp.all(state.done)
 
     def one_token(state: Decoding):
         positions = state.prompt_lens[:, None] + state.step - 1
@@ -181,7 +205,7 @@ def stream(
     """The responses of `sample` as they grow, `chunk` tokens at a time.
 
     Yields the tokens so far i32 [B,N,R], how many of them are real i32 [B,N], and which responses are done bool [B,N].
-    The steps, and so the tokens, are those of `sample`, stopped in between.
+    The draws are those of `sample`, stopped in between, with caches of their full width from the start.
     """
     layout, state = _begin(config, settings, weights, prompts, seed, round)
     until = 1
@@ -198,7 +222,9 @@ def stream(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _begin(config, settings, weights, prompts, seed, round):
     weights = decode_weights(config, weights)
-    return decode_layout(config, weights), begin(config, settings, weights, prompts, seed, round)
+    return decode_layout(config, weights), begin(
+        config, settings, weights, prompts, seed, round, settings.max_new_tokens
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -274,9 +300,9 @@ def _draw(settings: SamplingConfig, logits: jax.Array, state: Decoding) -> Decod
     if settings.temperature == 0:
         tokens, logps = choose.greedy(allowed)
     else:
-        positions = jnp.broadcast_to(state.prompt_lens[:, None] + state.step, state.last.shape)
         chances = distribution(settings, logits, state.step)
-        tokens, totals = choose.draw(chances, uniforms(state.keys, positions))
+        uniform = jax.lax.dynamic_index_in_dim(state.uniforms, state.step, axis=2, keepdims=False)
+        tokens, totals = choose.draw(chances, uniform)
         logps = choose.drawn_log_probs(allowed, settings.temperature, tokens, totals)
     alive = ~state.done
     stopped = alive & _is_stop(settings, tokens)

@@ -275,7 +275,7 @@ def test_pad_equal_to_a_stop_id_changes_nothing(config, weights, tokenizer):
 def run_state(config, settings, weights, prompts):
     weights = sampling.decode_weights(config, weights)
     layout = sampling.decode_layout(config, weights)
-    state = sampling.begin(config, settings, weights, prompts, 0, 0)
+    state = sampling.begin(config, settings, weights, prompts, 0, 0, settings.max_new_tokens)
     return sampling.advance(config, settings, layout, state, settings.max_new_tokens)
 
 
@@ -288,6 +288,26 @@ def test_the_loop_ends_when_every_response_is_done(config, weights, tokenizer):
     assert int(state.step) == 10
     np.testing.assert_array_equal(state.lengths[:, 0], [10, 10, 10, 0, 10, 10, 10, 10])
     assert int(run_state(config, SamplingConfig(max_new_tokens=12), weights, prompts).step) == 12
+
+
+@pytest.mark.parametrize("slots", [1, 15, 16, 17, 40, 64, 65, 100, 1000])
+def test_caches_widen_in_few_steps_up_to_all_slots(slots):
+    widths = sampling.cache_widths(slots)
+    assert widths[-1] == slots and len(widths) <= 4
+    assert all(width % 16 == 0 for width in widths[:-1])
+    steps = np.diff([0, *widths])
+    assert (steps > 0).all() and (steps == steps[0])[:-1].all() and steps[-1] <= steps[0]
+
+
+def test_what_is_drawn_does_not_depend_on_the_width_of_the_caches(config, weights, tokenizer):
+    prompts = prompt_batch(PROMPTS[:8], tokenizer)
+    settings = SamplingConfig(max_new_tokens=40, n=2, stop_ids=(EOS,))
+    assert len(sampling.cache_widths(40)) == 3
+    grown, whole = run(config, settings, weights, prompts, 0, 0), run_state(config, settings, weights, prompts)
+    np.testing.assert_array_equal(responses(grown, 2)[0], whole.drawn)
+    np.testing.assert_allclose(grown.logps, whole.logps, atol=2e-5)
+    np.testing.assert_array_equal(grown.finished, whole.finished)
+    assert int(whole.lengths.max()) == 40, "some response fills every width"
 
 
 def test_a_stop_token_may_be_the_first_or_the_last(config, weights, tokenizer):

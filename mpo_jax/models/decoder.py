@@ -95,10 +95,21 @@ def prefill(
     context = _row_context(config, positions, segments, flash.Slots(tokens.shape[1], 0, 0))
     outputs: Any = _Decoder(config, keep_kv=True).apply(_trunk(weights), tokens, context)
     hidden, (keys, values) = outputs
-    keys, values = keys.swapaxes(2, 3), values.swapaxes(2, 3)
     empty = jnp.zeros((tokens.shape[0], config.kv_heads * responses, slots, config.head_dim), keys.dtype)
-    layers = tuple(LayerCache(keys[i], values[i], empty, empty) for i in range(config.layers))
+    layers = tuple(
+        LayerCache(keys[i].swapaxes(1, 2), values[i].swapaxes(1, 2), empty, empty) for i in range(config.layers)
+    )
     return hidden, Cache(layers, positions, segments, jnp.zeros((), jnp.int32))
+
+
+def widen(cache: Cache, slots: int) -> Cache:
+    """The cache with `slots` slots for each response, the new ones empty behind the old."""
+
+    def wider(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
+
+    layers = (dataclasses.replace(layer, keys=wider(layer.keys), values=wider(layer.values)) for layer in cache.layers)
+    return dataclasses.replace(cache, layers=tuple(layers))
 
 
 def decode_layout(config: ModelConfig, weights: PyTree) -> PyTree:

@@ -5,9 +5,12 @@ The working set of one layer, in values for each token: what goes into and comes
 once as gradients, and the logits of attention. The constants were fitted to XLA's figures on CPU; a test compares.
 """
 
+import itertools
+
 import numpy as np
 
 from mpo_jax.models.config import ModelConfig
+from mpo_jax.sampling import cache_widths
 from mpo_jax.scoring import CHUNK
 from mpo_jax.sharding import BATCH_AXES, axis_size
 from mpo_jax.stages.programs import Extent
@@ -85,14 +88,17 @@ def collectives(extent: Extent, mesh) -> dict[str, int]:
 
 def moved(extent: Extent, mesh) -> float:
     """Bytes through one device's memory in one call: weights for each pass, optimizer state once, activations, and in a
-    decode loop weights and half a cache for each token."""
+    decode loop weights and the caches, as wide as they are by then, for each token."""
     model = extent.model
     tensor = axis_size(mesh, "tensor")
     rows = -(-extent.rows // axis_size(mesh, BATCH_AXES))
     weights = weight_bytes(model) / tensor
     if extent.kind == "decode":
         heads = -(-model.kv_heads // tensor)
-        cache = 2 * model.layers * rows * (extent.length + extent.window / 2) * heads * model.head_dim * _item(model)
+        widths = [0, *cache_widths(extent.steps)]
+        slots = sum(wide * (wide - narrow) for narrow, wide in itertools.pairwise(widths)) / extent.steps
+        columns = extent.length + slots * extent.window / extent.steps
+        cache = 2 * model.layers * rows * columns * heads * model.head_dim * _item(model)
         return extent.steps * (weights + cache)
     passes = (3 if extent.kind == "train" else 1) * extent.trunks * extent.repeats
     layer = _layer(model, rows, extent.length, tensor)

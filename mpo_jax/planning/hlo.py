@@ -16,8 +16,8 @@ _HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\) -> .* \{$")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations)=\{?%([\w.\-]+)")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "iota",
-         "after-all", "partition-id", "replica-id", "copy-done", "async-done", "async-update"}  # fmt: skip
-"""Instructions that move nothing themselves."""
+         "after-all", "partition-id", "replica-id", "async-start", "async-update"}  # fmt: skip
+"""Instructions that move nothing themselves; nor does what ends another, `-done`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Module:
         for name, times in self.runs.items():
             computation = self.computations[name]
             for instruction in computation.values():
-                if instruction.opcode not in _FREE:
+                if instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
                     total += times * self._traffic(computation, instruction)
         return total
 
@@ -172,6 +172,8 @@ class Module:
                         yield from self._with_fused(called)
 
     def _traffic(self, computation: dict[str, Instruction], instruction: Instruction) -> int:
+        if instruction.opcode.endswith("-start"):
+            return _started(instruction)
         if instruction.opcode == "fusion":
             called = _CALLED.search(instruction.rest)
             inside = self.computations[called.group(1)] if called else {}
@@ -254,6 +256,14 @@ def _arrays(shape: str) -> tuple[Array, ...]:
         Array(dtype, tuple(int(size) for size in sizes.split(",") if size), "S(" not in (layout or ""))
         for dtype, sizes, layout in _ARRAY.findall(shape)
     )
+
+
+def _started(instruction: Instruction) -> int:
+    """What an asynchronous instruction moves: its result names both its sides."""
+    if instruction.opcode in ("copy-start", "slice-start"):  # as much as the smaller side holds
+        source, target = instruction.arrays[:2]
+        return min(source.bytes, target.bytes) * (source.in_hbm + target.in_hbm)
+    return sum(array.bytes for array in instruction.arrays if array.in_hbm)
 
 
 def _payload(instruction: Instruction) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mpo_jax import sharding
 from mpo_jax.models.config import ModelConfig
-from mpo_jax.sampling import SamplingConfig
+from mpo_jax.sampling import SamplingConfig, cache_widths
 from mpo_jax.stages import dpo, loop, ppo, reward, rollouts, sft
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Job
@@ -53,8 +53,8 @@ class Program:
 
     @property
     def loop(self) -> int:
-        """Iterations, at most, of a loop whose end the data decides."""
-        return max(1, self.extent.steps)
+        """Iterations, at most, of a loop whose end the data decides: decoding has one for each width of its caches."""
+        return cache_widths(self.extent.steps)[0] if self.extent.steps else 1
 
 
 Programs = dict[str, Program]

@@ -71,6 +71,24 @@ def test_a_fusion_that_slices_reads_its_slice():
     assert hlo.parse(TEXT).bytes_moved() == 4 * once
 
 
+ASYNCHRONOUS = """HloModule f
+
+ENTRY %main (w: bf16[8,512]) -> bf16[2,512] {
+  %w = bf16[8,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %slice-start = ((bf16[8,512]{1,0:T(8,128)(2,1)}), bf16[2,512]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:2], [0:512]}
+  %slice-done = bf16[2,512]{1,0:T(8,128)(2,1)S(1)} slice-done(%slice-start)
+  %copy-start = (bf16[8,512]{1,0:T(8,128)(2,1)}, bf16[8,512]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%w)
+  %copy-done = bf16[8,512]{1,0:T(8,128)(2,1)} copy-done(%copy-start)
+  ROOT %sum = bf16[2,512]{1,0:T(8,128)(2,1)S(1)} add(%slice-done, %slice-done)
+}
+"""  # noqa: E501
+
+
+def test_an_asynchronous_copy_moves_once_what_it_copies():
+    # A slice is read onto the core, where it stays; the other copy is read and written; the sum touches the core alone.
+    assert hlo.parse(ASYNCHRONOUS).bytes_moved() == 2 * 512 * 2 + 2 * 8 * 512 * 2
+
+
 def test_the_largest_buffer_is_the_gathered_weight():
     array, instruction = hlo.parse(TEXT).buffers()[0]
     assert (array.shape, instruction.op_name) == ((256, 256), "jit(f)/while/body/dot")
