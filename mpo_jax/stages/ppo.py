@@ -301,14 +301,16 @@ def make_update(settings, model: ModelConfig, rules: Rules, optimizer, mesh):
                 out = loop.means(sums) | {"loss": total / weight, "grad_norm": optax.tree.norm(grads)}
                 return optax.apply_updates(params, updates), opt_state, out
 
+            if not settings.target_kl:  # nothing stops: a branch would copy the state
+                params, opt_state, out = go(params, opt_state)
+                return (params, opt_state, stopped), out | {"updates": jnp.float32(1)}
             shapes = jax.eval_shape(go, params, opt_state)[2]
             skipped = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             params, opt_state, out = jax.lax.cond(
                 stopped, lambda params, opt_state: (params, opt_state, skipped), go, params, opt_state
             )
             out["updates"] = 1 - stopped.astype(jnp.float32)
-            if settings.target_kl:
-                stopped = stopped | (out["approx_kl_k3"] > settings.target_kl)
+            stopped = stopped | (out["approx_kl_k3"] > settings.target_kl)
             return (params, opt_state, stopped), out
 
         begin = (state.params, state.opt_state, jnp.zeros((), bool))
