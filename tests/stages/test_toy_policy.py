@@ -64,12 +64,12 @@ def weights(seed: int, spread: float):
 
 
 @functools.cache
-def training(algorithm: str, updates: int):
+def training(algorithm: str, updates: int, target_kl: float = 0.0):
     """Jitted `(first policy, reference) -> f32 [updates,4]`, the policy after each update; compiled once for both
     starts."""
     samples = 4 if algorithm == "rloo" else 1
     rows = ROWS // samples
-    settings = SimpleNamespace(**(vars(SETTINGS) | {"batch_size": rows}))
+    settings = SimpleNamespace(**(vars(SETTINGS) | {"batch_size": rows, "target_kl": target_kl}))
     rules = experience.Rules(algorithm=algorithm, gamma=1.0, whiten=False)
     how = SamplingConfig(max_new_tokens=2, n=samples)
     names = ("policy", "value") if algorithm == "ppo" else ("policy",)
@@ -106,6 +106,14 @@ def training(algorithm: str, updates: int):
         return jax.lax.scan(step, state, jnp.arange(updates))[1]
 
     return run
+
+
+def test_a_target_kl_that_is_never_reached_changes_nothing():
+    """With one, every update is a branch of a condition; without, there is none. The first update's KL is 0."""
+    start = weights(2, 4.0), weights(1, 1.0)
+    without, beyond, at_once = (training("rloo", 3, target)(*start) for target in (0.0, 1e9, -1e-9))
+    np.testing.assert_allclose(without, beyond, atol=1e-6)
+    assert np.abs(np.asarray(without - at_once)).max() > 1e-4, "the rest of a step's updates is skipped"
 
 
 STARTS = {"the reference": (1, 1.0), "elsewhere": (2, 4.0)}
