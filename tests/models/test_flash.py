@@ -285,9 +285,10 @@ for name, fields in variants.items():
 
 @pytest.mark.slow
 def test_memory_on_tpu_holds_no_logits():
-    """Attention as wide as LLaMA-2-7B's: temporary bytes of forward and gradient, against xla's [B,H,T,T] logits.
+    """Attention as wide as LLaMA-2-7B's: temporary bytes of forward and gradient, against xla's blocks of logits.
 
-    Slot rows are linear in their length; tight rows hold the masks of one row, [T,T].
+    Slot rows are linear in their length; tight rows hold the masks of one row, [T,T]. What finds room on the core is in
+    no figure, so growth is compared with growth: 2 is linear, 4 quadratic.
     """
     report = compile_for_tpu(
         TPU_STEP
@@ -301,9 +302,10 @@ def temporary(backend, length, slots=None):
 report["tight"] = temporary("flash", 4096)
 report["slots"] = temporary("flash", 4096, flash.Slots(2048, 2, 1024))
 report["slots 2048"] = temporary("flash", 2048, flash.Slots(1024, 2, 512))
+report["slots 8192"] = temporary("flash", 8192, flash.Slots(4096, 2, 2048))
 report["xla"] = temporary("xla", 4096)
 """
     )
     print(report)
-    assert report["slots"] < 2.5 * report["slots 2048"]
-    assert report["slots"] < report["tight"] < report["xla"] / 4
+    assert report["slots 8192"] - report["slots"] < 2.75 * (report["slots"] - report["slots 2048"])
+    assert report["slots"] < report["tight"] < report["xla"] / 2
