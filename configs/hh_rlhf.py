@@ -12,24 +12,24 @@ docs/scaling.md. Not run by us at this size: there are no numbers to expect yet.
   MODEL      pythia-1b, llama2-7b, llama3-8b, qwen2.5-0.5b, tiny
 """
 
-from configs import base
+from mpo_jax import recipes
 
 
 def get_config(variant=""):
-    chosen, model = base.variants(variant, "sweep", "debug")
-    config = base.large_run("hh_rlhf", model or ("tiny" if "debug" in chosen else "llama2-7b"))
+    chosen, model = recipes.variants(variant, "sweep", "debug")
+    config = recipes.large_run("hh_rlhf", model or ("tiny" if "debug" in chosen else "llama2-7b"))
     config.data.path = "Anthropic/hh-rlhf"
-    config.stages.update(base.mpo_stages(pair_source="dataset"))
-    own = base.mpo_stages(pair_source="sampled")
+    config.stages.update(recipes.mpo_stages(pair_source="dataset"))
+    own = recipes.mpo_stages(pair_source="sampled")
     config.stages.split_sampled = own["split"]
-    config.stages.dpo_sampled = base.stage("dpo", **(base.LARGE_DPO | {"pairs": "split_sampled/easy"}))
-    config.stages.mpo_sampled = base.stage(
+    config.stages.dpo_sampled = recipes.stage("dpo", **(recipes.LARGE_DPO | {"pairs": "split_sampled/easy"}))
+    config.stages.mpo_sampled = recipes.stage(
         "ppo",
-        **(base.LARGE_PPO | {"init": "dpo_sampled", "reference": "dpo_sampled", "prompts": "split_sampled/hard"}),
+        **(recipes.LARGE_PPO | {"init": "dpo_sampled", "reference": "dpo_sampled", "prompts": "split_sampled/hard"}),
     )
     config.stages.evaluate.policies = (*config.stages.evaluate.policies, "dpo_sampled", "mpo_sampled")
     if "debug" in chosen:
-        base.shrink(config)
+        recipes.shrink(config)
     if "sweep" in chosen:
-        base.sweep(config.stages, "split", "threshold", (1.0, 2.0))
+        recipes.sweep(config.stages, "split", "threshold", (1.0, 2.0))
     return config

@@ -7,13 +7,13 @@ one of two. Then reward model, split, DPO on the easy pairs and PPO on the hard 
 from the SFT policy with the SFT policy as reference. Below 10 minutes on 2 cores; the numbers are in the README.
 """
 
-from configs import base
+from mpo_jax import recipes
 
-MODEL = base.MODELS["tiny"]
+MODEL = recipes.MODELS["tiny"]
 
 
 def get_config():
-    config = base.get_config()
+    config = recipes.config()
     config.name = "quickstart"
     config.model.path = MODEL
     config.data.path = f"{MODEL}/stories.jsonl.gz"
@@ -47,9 +47,9 @@ def get_config():
     }
     config.stages.update(
         {
-            "sft": base.stage("sft", batch_size=32, learning_rate=2e-4, eval_every=20, save_every=20),
-            "pairs": base.stage("pairs", samples=3, label_temperature=0.2, **sampled),
-            "reward": base.stage(
+            "sft": recipes.stage("sft", batch_size=32, learning_rate=2e-4, eval_every=20, save_every=20),
+            "pairs": recipes.stage("pairs", samples=3, label_temperature=0.2, **sampled),
+            "reward": recipes.stage(
                 "reward",
                 pairs="pairs",
                 batch_size=16,
@@ -58,12 +58,12 @@ def get_config():
                 eval_batches=24,
                 save_every=30,
             ),
-            "split": base.stage("split", pairs="pairs", quantile=0.5, batch_size=64),
-            "dpo": base.stage("dpo", **dpo),
-            "mpo": base.stage("ppo", **ppo),
-            "dpo_all": base.stage("dpo", pairs="split/all", **dpo),
-            "ppo_sft": base.stage("ppo", init="sft", reference="sft", prompts="split/all", **ppo),
-            "evaluate": base.stage(
+            "split": recipes.stage("split", pairs="pairs", quantile=0.5, batch_size=64),
+            "dpo": recipes.stage("dpo", **dpo),
+            "mpo": recipes.stage("ppo", **ppo),
+            "dpo_all": recipes.stage("dpo", pairs="split/all", **dpo),
+            "ppo_sft": recipes.stage("ppo", init="sft", reference="sft", prompts="split/all", **ppo),
+            "evaluate": recipes.stage(
                 "evaluate", policies=("sft", "dpo", "mpo", "dpo_all", "ppo_sft"), labeller="vader", count=256, **sampled
             ),
         }

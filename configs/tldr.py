@@ -12,21 +12,21 @@ docs/scaling.md. Not run by us at this size: there are no numbers to expect yet.
 For example `--config=configs/tldr.py:debug --config.data.path=posts.jsonl`.
 """
 
-from configs import base
+from mpo_jax import recipes
 
 
 def get_config(variant=""):
-    chosen, model = base.variants(variant, "dataset", "sweep", "debug")
-    config = base.large_run("tldr", model or ("tiny" if "debug" in chosen else "llama2-7b"))
+    chosen, model = recipes.variants(variant, "dataset", "sweep", "debug")
+    config = recipes.large_run("tldr", model or ("tiny" if "debug" in chosen else "llama2-7b"))
     config.data.path = "openai/summarize_from_feedback/comparisons"
     source = "dataset" if "dataset" in chosen else "sampled"
-    config.stages.update(base.mpo_stages(pair_source=source))
+    config.stages.update(recipes.mpo_stages(pair_source=source))
     if "debug" in chosen:
-        base.shrink(config)
+        recipes.shrink(config)
         if source == "sampled":  # posts without labels: a simulated annotator compares the policy's own summaries
-            config.stages.pairs = base.stage("pairs", max_new_tokens=48, samples=4, label_temperature=0.2)
+            config.stages.pairs = recipes.stage("pairs", max_new_tokens=48, samples=4, label_temperature=0.2)
             config.stages.reward.pairs = "pairs"
             config.stages.split.update({"pairs": "pairs", "pair_source": "dataset"})
     if "sweep" in chosen:
-        base.sweep(config.stages, "split", "threshold", (1.0, 2.0))
+        recipes.sweep(config.stages, "split", "threshold", (1.0, 2.0))
     return config

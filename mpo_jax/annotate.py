@@ -5,14 +5,12 @@ it to the network, to those who bring the token. `--export=FILE.csv` (or .jsonl)
 """
 
 import socket
-import sys
-from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from etils import epath
 
-from mpo_jax import checkpoint
+from mpo_jax import artifacts, command
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import annotation, judge
 
@@ -22,13 +20,10 @@ _SHORTEST_TOKEN = 16
 
 def replies_of(run: epath.Path, evaluation: str = "") -> epath.Path:
     """The replies.jsonl of a run's finished evaluate stage. InputError where there is none, or several unnamed."""
-    if not (run / checkpoint.STAGES).exists():
-        raise InputError(f"--run: {run} holds no stages.json; expected the --workdir of a run")
-    found = {
-        name: folder / "replies.jsonl"
-        for name, (folder, manifest) in checkpoint.finished_stages(run).items()
-        if manifest["kind"] == "evaluate"
-    }
+    if not (run / artifacts.STAGES_FILE).exists():
+        raise InputError(f"--run: {run} holds no {artifacts.STAGES_FILE}; expected the --workdir of a run")
+    finished = {name: folder / artifacts.REPLIES_FILE for name, (folder, _) in artifacts.finished_stages(run).items()}
+    found = {name: file for name, file in finished.items() if file.exists()}
     if not found:
         raise InputError(f"--run: {run} has no finished evaluate stage; run it first")
     if evaluation not in found and (evaluation or len(found) > 1):
@@ -68,58 +63,55 @@ def export(file: epath.Path, run: epath.Path) -> None:
     writers = {".jsonl": annotation.as_jsonl, ".csv": annotation.as_csv}
     if file.suffix not in writers:
         raise InputError(f"--export: {file}; expected a name that ends in {' or '.join(writers)}")
-    with annotation.Store(run / annotation.FILE) as store:
+    with annotation.Store(run / artifacts.ANNOTATIONS) as store:
         judgements = store.all()
     file.write_text(writers[file.suffix](judgements))
     print(f"{len(judgements)} judgements written to {file}")
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    try:
-        _run()
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except ImportError as error:
-        sys.exit(f'error: {error.name} is not installed; pip install "mpo_jax[annotate]"')
+def define() -> None:
+    flags.DEFINE_string("run", None, "The run's folder.")
+    flags.DEFINE_list("policies", [], "Policies to compare, as sft,mpo; empty: all that the evaluation has.")
+    flags.DEFINE_string("evaluation", "", "Whose replies, where the run has several evaluate stages.")
+    flags.DEFINE_integer("count", 0, "Prompts; 0: all.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Shuffles the order of items and the sides of replies.")
+    flags.DEFINE_string("question", "Which reply is better?", "What annotators are asked.")
+    flags.DEFINE_integer("port", 8008, "Of the page; 0: any free one.", lower_bound=0, upper_bound=65535)
+    flags.DEFINE_string("host", None, "Address to serve at. Default: 127.0.0.1, or with a token 0.0.0.0.")
+    flags.DEFINE_string("token", "", "What every visitor must bring; needed beyond this machine.")
+    flags.DEFINE_string("export", None, "Write the judgements to this .jsonl or .csv file, serve nothing.")
 
 
-def _run() -> None:
-    if _RUN.value is None:
+def work() -> None:
+    given = flags.FLAGS
+    if not given.run:
         raise InputError("--run is missing; give the run's folder")
-    run = epath.Path(_RUN.value)
-    if "://" in _RUN.value:
+    run = epath.Path(given.run)
+    if artifacts.is_remote(run):
         raise InputError("--run: judgements lie in SQLite; expected a folder on a file system (mount it)")
-    rows = judge.read_replies(replies_of(run, _EVALUATION.value))
-    if _EXPORT.value is not None:
-        export(epath.Path(_EXPORT.value), run)
+    rows = judge.read_replies(replies_of(run, given.evaluation))
+    if given.export is not None:
+        export(epath.Path(given.export), run)
         return
-    from mpo_jax.evaluation import annotation_page
-
-    pairs = judge.pairs_of(rows, _POLICIES.value, "")
-    items = annotation.items(rows, pairs, _SEED.value, _COUNT.value)
-    host, listener = bind(_HOST.value, _PORT.value, _TOKEN.value)
-    with annotation.Store(run / annotation.FILE) as store:
-        application = annotation_page.create(items, store, _SEED.value, _QUESTION.value, _TOKEN.value)
+    try:
+        from mpo_jax.evaluation import annotation_page
+    except ImportError as error:
+        raise InputError(f'{error.name} is not installed; pip install "mpo_jax[annotate]"') from error
+    pairs = judge.pairs_of(rows, given.policies, "")
+    items = annotation.items(rows, pairs, given.seed, given.count)
+    host, listener = bind(given.host, given.port, given.token)
+    with annotation.Store(run / artifacts.ANNOTATIONS) as store:
+        application = annotation_page.create(items, store, given.seed, given.question, given.token)
         shown = {"0.0.0.0": socket.gethostname(), "::1": "[::1]"}.get(host, host)
         address = f"http://{shown}:{listener.getsockname()[1]}/"
-        query = f"?token={_TOKEN.value}" if _TOKEN.value else ""
+        query = f"?token={given.token}" if given.token else ""
         print(f"{len(items)} comparisons at {address}{query} (Ctrl-C ends)", flush=True)
         serve(application, listener)
 
 
+def run() -> None:
+    command.start(define, work)
+
+
 if __name__ == "__main__":
-    _RUN = flags.DEFINE_string("run", None, "The run's folder.")
-    _POLICIES = flags.DEFINE_list(
-        "policies", [], "Policies to compare, as sft,mpo; empty: all that the evaluation has."
-    )
-    _EVALUATION = flags.DEFINE_string("evaluation", "", "Whose replies, where the run has several evaluate stages.")
-    _COUNT = flags.DEFINE_integer("count", 0, "Prompts; 0: all.", lower_bound=0)
-    _SEED = flags.DEFINE_integer("seed", 0, "Shuffles the order of items and the sides of replies.")
-    _QUESTION = flags.DEFINE_string("question", "Which reply is better?", "What annotators are asked.")
-    _PORT = flags.DEFINE_integer("port", 8008, "Of the page; 0: any free one.", lower_bound=0, upper_bound=65535)
-    _HOST = flags.DEFINE_string("host", None, "Address to serve at. Default: 127.0.0.1, or with a token 0.0.0.0.")
-    _TOKEN = flags.DEFINE_string("token", "", "What every visitor must bring; needed beyond this machine.")
-    _EXPORT = flags.DEFINE_string("export", None, "Write the judgements to this .jsonl or .csv file, serve nothing.")
-    app.run(main)
+    run()

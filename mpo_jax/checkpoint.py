@@ -1,28 +1,23 @@
-"""Training states, weights and manifests enter; folders leave that are whole or not there, and restore onto any mesh.
+"""Training states and weights enter; folders leave that are whole or not there, and restore onto any mesh.
 
-Arrays go through Orbax, written in the background and marked as complete at the end; JSON files are written under
-another name, then renamed. All paths go through epath, so that gs:// works.
+Arrays go through Orbax, written in the background and marked as complete at the end. All paths go through epath, so
+that gs:// works. The hashes by which artifacts and models are known are made here too.
 """
 
 import contextlib
 import hashlib
 import json
-import math
-import os
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from mpo_jax.artifacts import is_remote
 from mpo_jax.errors import InputError
 from mpo_jax.types import PyTree, TrainState
 
-MANIFEST = "manifest.json"
-STAGES = "stages.json"
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", "merges.txt", "vocab.txt")
 """What a Hugging Face model folder is made of: weights, settings, tokenizer. Not its README, not other frameworks'."""
 
@@ -173,7 +168,7 @@ def restore_weights(folder: epath.PathLike, like: PyTree) -> PyTree:
 
 def _absolute(folder: epath.PathLike) -> epath.Path:
     path = epath.Path(folder)
-    return path if _remote(path) else path.absolute()  # Orbax refuses relative paths
+    return path if is_remote(path) else path.absolute()  # Orbax refuses relative paths
 
 
 def _restore_args(like: PyTree) -> ocp.args.PyTreeRestore:
@@ -240,82 +235,7 @@ def _with_keys(found: PyTree, like: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-# Manifests and hashes -------------------------------------------------------------------------------------------------
-
-
-def write_manifest(folder: epath.PathLike, manifest: dict[str, Any]) -> None:
-    """Marks a stage's folder as finished; written last."""
-    write_json(epath.Path(folder) / MANIFEST, manifest)
-
-
-def read_manifest(folder: epath.PathLike) -> dict[str, Any] | None:
-    """The manifest of a finished stage; None for an unfinished one. InputError if it is not a JSON object."""
-    path = epath.Path(folder) / MANIFEST
-    if not path.exists():
-        return None
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); delete the folder to run the stage again") from error
-    if not isinstance(manifest, dict):
-        raise InputError(f"{path}: holds a {type(manifest).__name__}; expected an object")
-    return manifest
-
-
-def stage_folders(workdir: epath.PathLike) -> dict[str, epath.Path]:
-    """Name -> folder of a run's stages, as its STAGES file lists them; {} where the folder is no run's."""
-    file = epath.Path(workdir) / STAGES
-    names = json.loads(file.read_text()) if file.exists() else {}
-    return {name: file.parent / folder for name, folder in names.items()}
-
-
-def finished_stages(workdir: epath.PathLike) -> dict[str, tuple[epath.Path, dict[str, Any]]]:
-    """Name -> folder and manifest of a run's finished stages, in the order of its STAGES file."""
-    found = ((name, folder, read_manifest(folder)) for name, folder in stage_folders(workdir).items())
-    return {name: (folder, manifest) for name, folder, manifest in found if manifest is not None}
-
-
-def write_json(path: epath.PathLike, value: Any) -> None:
-    """A JSON file, on disk when this returns, whole or not there: written under another name, then renamed.
-
-    Scalars of NumPy and JAX become numbers, paths text; a number that is not finite is written as text, for JSON has
-    none. Raises TypeError for what JSON can't hold.
-    """
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    text = json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
-    if _remote(path):
-        temporary.write_text(text)
-        temporary.replace(path)
-        return
-    with open(temporary, "w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name itself
-    finally:
-        os.close(folder)
-
-
-def plain(value: Any) -> Any:
-    """The value as JSON holds it: see `write_json`."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic) or (isinstance(value, jax.Array | np.ndarray) and value.ndim == 0):
-        value = value.item()
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _remote(path: epath.Path) -> bool:
-    return "://" in str(path)
+# Hashes -------------------------------------------------------------------------------------------------------------
 
 
 def hash_settings(value: Any) -> str:

@@ -6,17 +6,17 @@ classification. --verify reads the folder again and holds its logits or scores a
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import jinja2
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from etils import epath
 
-from mpo_jax import finished
+from mpo_jax import command, finished, settings
+from mpo_jax.artifacts import REWARD
 from mpo_jax.data.prompts import prompt_batch
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
@@ -37,7 +37,7 @@ def export(stage: epath.PathLike, output: epath.PathLike, adapter: bool = False,
         raise InputError(f"--output={output}: exists and is not an empty folder; choose another")
     job, artifact, manifest = finished.load(finished.find(stage))
     model, base = jobs.model(job), job.config.model.path
-    head = artifact.kind == "reward"
+    head = artifact.produces == REWARD
     if adapter and (head or model.lora is None):
         raise InputError(
             f"--adapter: {artifact.name} has {'a scalar head' if head else 'no adapters'}; export it whole"
@@ -61,11 +61,12 @@ def card(job: Job, artifact: Artifact, manifest: dict[str, Any], adapter: bool =
     )
     values = {
         "name": artifact.name,
-        "kind": artifact.kind,
+        "kind": manifest["kind"],
+        "head": artifact.produces == REWARD,
         "adapter": adapter,
         "base": Path(job.config.model.path).name if Path(job.config.model.path).is_dir() else job.config.model.path,
         "manifest": manifest,
-        "settings": job.settings.to_dict(),
+        "settings": settings.plain(job.settings),
     }
     return environment.get_template("model_card.md").render(values)
 
@@ -95,23 +96,25 @@ def _numbers(model: ModelConfig, weights: PyTree, batch: Batch, head: bool) -> n
     return np.asarray(decoder.logits(model, weights, hidden)[:, : model.vocab_size])
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        for name, value in (("stage", _STAGE.value), ("output", _OUTPUT.value)):
-            if not value:
-                raise InputError(f"--{name} is missing; give --stage=WORKDIR/NAME --output=FOLDER")
-        export(_STAGE.value, _OUTPUT.value, _ADAPTER.value, _VERIFY.value)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    print(f"exported to {_OUTPUT.value}")
+def define() -> None:
+    flags.DEFINE_string("stage", None, "WORKDIR/NAME, as in its stages.json, or WORKDIR/NAME-KEY.")
+    flags.DEFINE_string("output", None, "An empty folder, or one that is not there yet.")
+    flags.DEFINE_bool("adapter", False, "Write the LoRA adapters alone, as PEFT reads them.")
+    flags.DEFINE_bool("verify", False, "Read the folder again and compare what it computes.")
+
+
+def work() -> None:
+    given = flags.FLAGS
+    for name in ("stage", "output"):
+        if not given[name].value:
+            raise InputError(f"--{name} is missing; give --stage=WORKDIR/NAME --output=FOLDER")
+    export(given.stage, given.output, given.adapter, given.verify)
+    print(f"exported to {given.output}")
+
+
+def run() -> None:
+    command.start(define, work)
 
 
 if __name__ == "__main__":
-    _STAGE = flags.DEFINE_string("stage", None, "WORKDIR/NAME, as in its stages.json, or WORKDIR/NAME-KEY.")
-    _OUTPUT = flags.DEFINE_string("output", None, "An empty folder, or one that is not there yet.")
-    _ADAPTER = flags.DEFINE_bool("adapter", False, "Write the LoRA adapters alone, as PEFT reads them.")
-    _VERIFY = flags.DEFINE_bool("verify", False, "Read the folder again and compare what it computes.")
-    app.run(main)
+    run()

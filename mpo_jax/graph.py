@@ -1,4 +1,4 @@
-"""A config's stages enter; the graph leaves: every stage with its inputs, its key and its folder, in an order in which
+"""A run's stages enter; the graph leaves: every stage with its inputs, its key and its folder, in an order in which
 they can run.
 
 A stage's key is the hash of its settings, its inputs' keys, the base model and the data, by content. Its folder is
@@ -6,62 +6,45 @@ WORKDIR/NAME-KEY, so that a changed stage never meets the artifact of the old on
 """
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from etils import epath
 
-from mpo_jax import checkpoint
+from mpo_jax import checkpoint, settings
+from mpo_jax.artifacts import BASE, PARTS, POLICY
 from mpo_jax.data import sources as data_sources
 from mpo_jax.errors import InputError
 from mpo_jax.models import hf
+from mpo_jax.run import Run, StageSettings
+from mpo_jax.settings import nearest
+from mpo_jax.stages import kinds
+from mpo_jax.stages.job import Artifact
 
-BASE = "base"
-"""The name by which stages call the model that the run begins with."""
-
-PRODUCES = {
-    BASE: "policy",
-    "sft": "policy",
-    "reward": "reward",
-    "pairs": "samples",
-    "split": "pairs",
-    "dpo": "policy",
-    "ppo": "policy",
-    "evaluate": "report",
-    "judge": "verdicts",
-}
-"""What each kind of stage leaves."""
-
-ROLES: dict[str, dict[str, str]] = {
-    "sft": {"init": "policy"},
-    "reward": {"init": "policy", "pairs": "samples"},
-    "pairs": {"policy": "policy"},
-    "split": {"reward": "reward", "policy": "policy", "pairs": "samples"},
-    "dpo": {"init": "policy", "reference": "policy", "pairs": "pairs"},
-    "ppo": {"init": "policy", "reference": "policy", "reward": "reward", "prompts": "pairs", "sft": "policy"},
-    "evaluate": {"policies": "policy", "reward": "reward", "prompts": "pairs"},
-    "judge": {"evaluate": "report", "local": "policy"},
-}
-"""What each kind takes: role -> what must be named there. An empty name leaves a role out, where the stage can."""
-
-PARTS = ("easy", "hard", "flipped", "all")
-FORMAT = 1
+FORMAT = 2
 """Enters every key; raised when artifacts of an earlier version of this package can't be read any more."""
+
+UNKNOWN = "unknown"
+"""The key of a stage whose model or data is not at hand."""
+
+Inputs = Mapping[str, tuple[tuple[str, str], ...]]
+"""Role -> names of stages with their part, ("split", "easy")."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One stage of the graph. inputs: role -> names of stages with their part, ("split", "easy"). shared: the hash of
-    what every stage reads."""
+    """One stage of the graph. shared: the hash of what every stage reads."""
 
     name: str
-    kind: str
-    settings: Any
-    inputs: Mapping[str, tuple[tuple[str, str], ...]]
+    settings: StageSettings
+    inputs: Inputs
     key: str
     folder: epath.Path
     shared: str
+
+    @property
+    def kind(self) -> str:
+        return self.settings.kind
 
     @property
     def sources(self) -> list[str]:
@@ -69,26 +52,41 @@ class Node:
         return list(dict.fromkeys(name for inputs in self.inputs.values() for name, _ in inputs if name != BASE))
 
 
-def resolve(config, workdir: epath.Path) -> dict[str, Node]:
-    """The graph in an order in which it can run. InputError for a cycle, an unknown kind or input, a wrong type."""
-    stages = config.stages
-    inputs = connections(config)
-    shared = _shared_hash(config)
+def resolve(run: Run, workdir: epath.Path, shared: str | None = None) -> dict[str, Node]:
+    """The graph in an order in which it can run. shared: the hash of what every stage reads, UNKNOWN where it can't be
+    known; None: it is made here, for which the model and the data are fetched.
+
+    InputError for a cycle, an unknown input, a wrong type."""
+    inputs = connections(run)
+    shared = shared_hash(run) if shared is None else shared
     nodes: dict[str, Node] = {}
-    for name in inputs:
-        settings = stages[name]
-        kept = {
-            key: _content(name, key, value)
-            for key, value in settings.to_dict().items()
-            if key not in config.operational and key not in ROLES[settings.kind]
-        }
-        above = {
-            role: [[nodes[source].key if source != BASE else BASE, part] for source, part in sources]
-            for role, sources in inputs[name].items()
-        }
-        key = checkpoint.hash_settings({"format": FORMAT, "settings": kept, "inputs": above, "shared": shared})[:12]
-        nodes[name] = Node(name, settings.kind, settings, inputs[name], key, workdir / f"{name}-{key}", shared)
+    for name, above in inputs.items():
+        stage = run.stages[name]
+        key = UNKNOWN
+        if shared != UNKNOWN:
+            content = {key: _content(name, key, value) for key, value in settings.content(stage).items()}
+            keys = {
+                role: [[nodes[source].key if source != BASE else BASE, part] for source, part in sources]
+                for role, sources in above.items()
+            }
+            parts = {"format": FORMAT, "settings": content, "inputs": keys, "shared": shared}
+            if plugged := kinds.plugged(stage):
+                parts["plugins"] = plugged
+            key = checkpoint.hash_settings(parts)[:12]
+        nodes[name] = Node(name, stage, above, key, workdir / f"{name}-{key}", shared)
     return nodes
+
+
+def shared_hash(run: Run) -> str:
+    """Of all that every stage reads: seed, model and data settings, and the contents of the model and the data."""
+    kept = {
+        "seed": run.seed,
+        "model": settings.content(run.model),
+        "data": settings.content(run.data),
+        "base": checkpoint.fingerprint_weights_folder(hf.resolve(run.model.path)),
+        "content": data_sources.fingerprint(run.data.path),
+    }
+    return checkpoint.hash_settings(kept)
 
 
 def _content(stage: str, key: str, value: Any) -> Any:
@@ -101,61 +99,78 @@ def _content(stage: str, key: str, value: Any) -> Any:
     return epath.Path(value).read_text()
 
 
-def connections(config) -> dict[str, dict[str, tuple[tuple[str, str], ...]]]:
-    """The inputs of every stage, role -> (source, part), in an order in which they can run; reads no model, no data."""
-    stages = config.stages
-    if not len(stages):
-        raise InputError("config.stages is empty; expected at least one stage")
-    inputs = {name: _inputs(name, stages) for name in stages}
+def connections(run: Run) -> dict[str, Inputs]:
+    """The inputs of every stage in an order in which they can run; reads no model, no data."""
+    inputs = {name: _inputs(name, run.stages) for name in run.stages}
     return {name: inputs[name] for name in _order(inputs)}
 
 
-def needed(nodes: Mapping[str, Node], only: Iterable[str]) -> set[str]:
+def artifacts(run: Run, inputs: Inputs, stage: StageSettings, folders: Mapping[str, epath.Path]) -> dict[str, Any]:
+    """Role -> the artifact that a stage takes in it, or the list of them where it takes several. folders: of stages."""
+
+    def artifact(source: str, part: str) -> Artifact:
+        if source == BASE:
+            return Artifact(BASE, POLICY, epath.Path(run.model.path))
+        return Artifact(source, kinds.of(run.stages[source]).produces, folders[source], part)
+
+    taken: dict[str, Any] = {}
+    for role, sources in inputs.items():
+        many = [artifact(source, part) for source, part in sources]
+        if not isinstance(getattr(stage, role), str):
+            taken[role] = many
+        elif many:
+            taken[role] = many[0]
+    return taken
+
+
+def needed(inputs: Mapping[str, Inputs], only: Iterable[str]) -> set[str]:
     """The stages named, with all they rest on; all of them where none is named."""
     only = list(only)
     for name in only:
-        if name not in nodes:
-            raise InputError(f"--stages: no stage {name!r}{_suggest(name, nodes)}")
-    waiting, found = only or list(nodes), set()
+        if name not in inputs:
+            raise InputError(f"--stages: no stage {name!r}{nearest(name, inputs)}")
+    waiting, needed_ = only or list(inputs), set()
     while waiting:
         name = waiting.pop()
-        if name not in found and name != BASE:
-            found.add(name)
-            waiting += nodes[name].sources
-    return found
+        if name not in needed_ and name != BASE:
+            needed_.add(name)
+            waiting += [source for sources in inputs[name].values() for source, _ in sources]
+    return needed_
 
 
-def _inputs(name: str, stages) -> dict[str, tuple[tuple[str, str], ...]]:
-    settings = stages[name]
-    kind = settings.get("kind")
-    if kind not in ROLES:
-        raise InputError(f"stages.{name}.kind: unknown kind {kind!r}{_suggest(str(kind), ROLES)}")
+def _inputs(name: str, stages: Mapping[str, StageSettings]) -> Inputs:
+    stage = stages[name]
     if name == BASE:
         raise InputError(f"stages.{name}: the name is kept for the base model; choose another")
-    found = {}
-    for role, wanted in ROLES[kind].items():
-        value = settings.get(role, "")
-        sources = (value,) if isinstance(value, str) else tuple(value)
-        found[role] = tuple(_source(name, role, source, wanted, stages) for source in sources if source)
-    return found
+    inputs = {}
+    for role, wanted in kinds.of(stage).roles.items():
+        value = getattr(stage, role)
+        sources = [source for source in ((value,) if isinstance(value, str) else value) if source]
+        if not sources and not wanted.optional:
+            raise InputError(f"stages.{name}.{role}: empty; expected {wanted.help}")
+        inputs[role] = tuple(_source(name, role, source, wanted.product, stages) for source in sources)
+    return inputs
 
 
-def _source(name: str, role: str, value: str, wanted: str, stages) -> tuple[str, str]:
+def _source(name: str, role: str, value: str, wanted: str, stages: Mapping[str, StageSettings]) -> tuple[str, str]:
     source, _, part = value.partition("/")
     where = f"stages.{name}.{role}"
     if source != BASE and source not in stages:
-        raise InputError(f"{where}: no stage {source!r}{_suggest(source, [*stages, BASE])}")
-    kind = BASE if source == BASE else stages[source].get("kind")
-    if kind in PRODUCES and PRODUCES[kind] != wanted:
-        raise InputError(f"{where}: {source!r} is a {kind} stage and leaves a {PRODUCES[kind]}; expected a {wanted}")
-    if wanted == "pairs" and part not in PARTS:
-        raise InputError(f"{where}: {value!r}; expected {source}/PART with PART one of {', '.join(PARTS)}")
-    if wanted != "pairs" and part:
+        raise InputError(f"{where}: no stage {source!r}{nearest(source, [*stages, BASE])}")
+    kind, product = BASE, POLICY
+    if source != BASE:
+        kind, product = stages[source].kind, kinds.of(stages[source]).produces
+    if product != wanted:
+        raise InputError(f"{where}: {source!r} is a {kind} stage and leaves a {product}; expected a {wanted}")
+    parts = PARTS.get(wanted, ())
+    if parts and part not in parts:
+        raise InputError(f"{where}: {value!r}; expected {source}/PART with PART one of {', '.join(parts)}")
+    if not parts and part:
         raise InputError(f"{where}: {value!r}; a {wanted} has no parts, expected {source!r}")
     return source, part
 
 
-def _order(inputs: Mapping[str, Mapping[str, tuple[tuple[str, str], ...]]]) -> list[str]:
+def _order(inputs: Mapping[str, Inputs]) -> list[str]:
     """Names so that every stage follows its inputs, otherwise as declared."""
     order: list[str] = []
     open_: list[str] = []
@@ -175,22 +190,3 @@ def _order(inputs: Mapping[str, Mapping[str, tuple[tuple[str, str], ...]]]) -> l
     for name in inputs:
         visit(name)
     return order
-
-
-def _shared_hash(config) -> str:
-    """Of all that every stage reads: seed, model and data settings, and the contents of the model and the data."""
-    model, data = config.model.to_dict(), config.data.to_dict()
-    kept = {
-        "seed": config.seed,
-        "model": {key: value for key, value in model.items() if key not in config.operational},
-        "data": {key: value for key, value in data.items() if key not in config.operational},
-        "base": checkpoint.fingerprint_weights_folder(hf.resolve(config.model.path)),
-        "content": data_sources.fingerprint(config.data.path),
-    }
-    return checkpoint.hash_settings(kept)
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"

@@ -1,11 +1,9 @@
 """Takes a config and a workdir; runs the stages of its graph that are not done.
 
-`python -m mpo_jax.main --config=configs/tldr.py --workdir=runs/tldr`; any key can be overridden, as in
-`--config.stages.dpo.beta=0.2`. Exit codes: 0 done, 1 an error in what was given, 75 told to stop and saved (run the
-same command again).
+`python -m mpo_jax.main --config=configs/tldr.py --workdir=runs/tldr`, or `mpo run --config=tldr --workdir=runs/tldr`;
+any setting can be overridden, as in `--config.stages.dpo.beta=0.2`. Exit codes: 0 done, 1 an error in what was given,
+75 told to stop and saved (run the same command again).
 """
-
-import sys
 
 from mpo_jax import allocator
 
@@ -13,59 +11,74 @@ if __name__ == "__main__":
     allocator.restart()
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from mpo_jax import graph, pipeline, processes, sharding
+from mpo_jax import command, graph, pipeline, processes, sharding
+from mpo_jax.artifacts import COMPILED
+from mpo_jax.data import sources
 from mpo_jax.errors import InputError
+from mpo_jax.models import hf, presets
+from mpo_jax.run import Run
+from mpo_jax.stages import kinds
 from mpo_jax.stages.loop import NonFinite
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as configs/tldr.py or configs/tldr.py:debug.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
-_STAGES = flags.DEFINE_list("stages", [], "Run these stages and what they rest on; empty: all.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the graph with the state of every stage, and run nothing.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the platform does not tell.")
-_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes, with --coordinator.")
-_PROCESS = flags.DEFINE_integer("process", None, "This process's index, with --coordinator.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts, as the platform tells (Cloud TPU, GKE, SLURM).")
+
+def define() -> None:
+    config_flags.DEFINE_config_file("config", None, "A config file or the name of a shipped one: tldr, tldr:debug.")
+    flags.DEFINE_string("workdir", None, "The run's folder.")
+    flags.DEFINE_list("stages", [], "Run these stages and what they rest on; empty: all.")
+    flags.DEFINE_bool("dry_run", False, "Print the graph with the state of every stage, and run nothing.")
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, where the platform does not tell.")
+    flags.DEFINE_integer("processes", None, "How many processes, with --coordinator.")
+    flags.DEFINE_integer("process", None, "This process's index, with --coordinator.")
+    flags.DEFINE_bool("distributed", False, "Several hosts, as the platform tells (Cloud TPU, GKE, SLURM).")
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    if _WORKDIR.value is None:
-        raise app.UsageError("--workdir: expected the run's folder")
-    config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every rename
+def work() -> int | None:
+    given = flags.FLAGS
+    config = read(given.config)
+    workdir = epath.Path(command.required(given.workdir, "workdir", "the run's folder"))
+    if given.dry_run:
+        print(dry_run(config, workdir, given.stages))
+        return None
+    processes.start(given.coordinator, given.processes, given.process, given.distributed)
+    # Compiled programs outlive the process: a resumed or repeated run starts with its first step at once.
+    jax.config.update("jax_compilation_cache_dir", str(workdir / COMPILED))
+    mesh = sharding.make_mesh(**dict(config.mesh))
     try:
-        if _DRY_RUN.value:
-            print(pipeline.tree(config, graph.resolve(config, workdir)))
-            return
-        processes.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value)
-        # Compiled programs outlive the process: a resumed or repeated run starts with its first step at once.
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-        mesh = sharding.make_mesh(**config.mesh.to_dict())
-        pipeline.run(config, workdir, mesh, _STAGES.value)
-    except (InputError, NonFinite) as error:
-        sys.exit(f"error: {error}")
+        pipeline.run(config, workdir, mesh, given.stages)
+    except NonFinite as error:
+        raise InputError(str(error)) from error
+    return None
+
+
+def read(config) -> Run:
+    """The run of a --config flag's value. InputError, by key, for all that is wrong with it."""
+    return kinds.read(command.required(config, "config", "a config file, or the name of a shipped one").to_dict())
+
+
+def dry_run(config: Run, workdir: epath.Path, only: list[str]) -> str:
+    """Checks everything; the graph with the state of every stage. Neither weights nor data need be at hand: then keys
+    are unknown. Nothing is downloaded, and nothing is written."""
+    here = hf.at_hand(config.model.path)
+    known = sources.at_hand(config.data.path) and here
+    notes = []
+    try:
+        mesh = sharding.make_mesh(**dict(config.mesh))
+    except InputError as error:
+        if len(jax.devices()) >= config.mesh.data * config.mesh.tensor and config.mesh.fsdp != -1:
+            raise
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        notes.append(f"not checked here: {error} (`mpo plan --topology=...` checks it for any slice)")
+    pipeline.check(config, workdir, mesh, only, None if here else presets.find(config.model.path))
+    nodes = graph.resolve(config, workdir, None if known else graph.UNKNOWN)
+    return "\n".join([pipeline.tree(config, nodes), *notes])
 
 
 def run() -> None:
-    """Entry point: a missing or mistyped flag or config key is one line, not a traceback."""
-    flags.mark_flag_as_required("config")
-    try:
-        app.run(main)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        found: BaseException = error
-        while found.args and isinstance(found.args[0], BaseException):  # ml_collections wraps a mistyped key's KeyError
-            found = found.args[0]
-        told = " ".join(str(found.args[0] if found.args else found).split())
-        if found is not error:
-            sys.exit(f"error: --config: no such key: {told}")
-        if "config" not in told.lower() and "did you mean" not in told.lower():
-            raise
-        sys.exit(f"error: {told}")
+    command.start(define, work, command.run_sections, resumable=True)
 
 
 if __name__ == "__main__":

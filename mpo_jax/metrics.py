@@ -18,9 +18,10 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
+from mpo_jax import artifacts
+from mpo_jax.artifacts import METRICS, is_remote
 from mpo_jax.errors import InputError
 
-FILE = "metrics.jsonl"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _REMOTE_SECONDS = 60  # an object store can't append: there the whole file is written again, this often
 _NOT_FINITE = {text: float(text) for text in ("nan", "inf", "-inf")}
@@ -47,14 +48,14 @@ class MetricsWriter:
         self._wandb = _start_wandb(self._folder) if wandb else None
         self._folder.mkdir(parents=True, exist_ok=True)
         cut_to(self._folder, start)
-        self._lines = _Lines(self._folder / FILE)
-        if not _is_remote(self._folder):
+        self._lines = _Lines(self._folder / METRICS)
+        if not is_remote(self._folder):
             from tensorboardX import SummaryWriter
 
             # Readers drop the events at and after purge_step that stand in older files. A file is named by its second:
             # without a suffix, a quick restart would write over the file before.
             self._events = SummaryWriter(
-                str(self._folder / "events"), purge_step=start + 1, filename_suffix=f".{uuid.uuid4().hex[:8]}"
+                str(self._folder / artifacts.EVENTS), purge_step=start + 1, filename_suffix=f".{uuid.uuid4().hex[:8]}"
             )
         # Off where no one looks (disable=None: no terminal), so that logs hold no bars.
         self._bar = tqdm(
@@ -151,7 +152,7 @@ class _Lines:
     """Appends lines to a file, each by one write, so that a kill can tear the last alone."""
 
     def __init__(self, path: epath.Path):
-        remote = _is_remote(path)
+        remote = is_remote(path)
         self._path, self._written = path, time.monotonic()
         self._text = path.read_text() if remote and path.exists() else ""
         self._file = None if remote else open(path, "ab", buffering=0)  # noqa: SIM115, closed by `close`
@@ -179,7 +180,7 @@ class _Lines:
 
 def cut_to(folder: epath.PathLike, step: int) -> None:
     """Drops the lines of steps after `step`, and a last line that a kill left incomplete; whole or not at all."""
-    path = epath.Path(folder) / FILE
+    path = epath.Path(folder) / METRICS
     if not path.exists():
         return
     _replace(path, _lines_to(path, step))
@@ -193,19 +194,17 @@ def put(folder: epath.PathLike, name: str, step: int, row: Mapping[str, Any]) ->
 
 
 def _lines_to(path: epath.Path, step: int) -> list[str]:
-    return [line for line in path.read_text().splitlines() if (row := _parse(line)) and row["step"] <= step]
+    return [line for line in artifacts.lines_of(path.read_text()) if (row := _parse(line)) and row["step"] <= step]
 
 
 def _replace(path: epath.Path, lines: list[str]) -> None:
-    temporary = path.parent / f".{path.name}.cut"
-    temporary.write_text("".join(line + "\n" for line in lines))
-    temporary.replace(path)
+    artifacts.write_text(path, "".join(line + "\n" for line in lines))
 
 
 def read(folder: epath.PathLike) -> list[dict[str, float]]:
     """All complete lines of a stage's metrics, in order; none where there is no file."""
-    path = epath.Path(folder) / FILE
-    lines = path.read_text().splitlines() if path.exists() else []
+    path = epath.Path(folder) / METRICS
+    lines = artifacts.lines_of(path.read_text()) if path.exists() else []
     return [row for line in lines if (row := _parse(line)) is not None]
 
 
@@ -234,10 +233,6 @@ def _parse(line: str) -> dict[str, Any] | None:
     if not isinstance(row, dict) or "step" not in row:
         return None
     return {name: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in str(path)
 
 
 def _start_wandb(folder: epath.Path):

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
+from typing import Annotated, Literal
 
+import annotated_types
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,49 @@ import optax
 
 from mpo_jax import sharding
 from mpo_jax.errors import InputError
+from mpo_jax.settings import Amount, Section, Share, setting
 from mpo_jax.types import PyTree
 
 SCHEDULES = ("constant", "linear", "cosine")
 MOMENTS = ("float32", "bfloat16", "factored")
 _UNDECAYED = ("scale", "bias", "embedding")
+
+Rate = Annotated[float, annotated_types.Interval(ge=0, le=100)]
+Decay = Annotated[float, annotated_types.Interval(ge=0, lt=1)]
+
+
+class Optimizer(Section):
+    """AdamW, or Adafactor's second moment, and the schedule of its learning rate."""
+
+    learning_rate: Rate = setting(1e-5, "peak of the schedule")
+    schedule: Literal[SCHEDULES] = setting("cosine", "of the learning rate after its warm-up")  # type: ignore[valid-type]
+    warmup: Share = setting(0.05, "share of the steps in which the rate rises to its peak")
+    end_fraction: Share = setting(0.1, "of the peak, at the last step")
+    weight_decay: Rate = setting(0.0, "as in AdamW, multiplied by the rate")
+    beta1: Decay = setting(0.9, "of the first moment")
+    beta2: Decay = setting(0.95, "of the second moment")
+    eps: Annotated[float, annotated_types.Interval(gt=0, le=1)] = setting(
+        1e-8, "added to the root of the second moment"
+    )
+    clip_norm: Amount = setting(1.0, "bound of the global gradient's norm; 0: none")
+    moments: Literal[MOMENTS] = setting(  # type: ignore[valid-type]
+        "float32", "how moments are stored; factored: Adafactor's second moment, no first"
+    )
+
+
+def of_settings(settings: Optimizer, steps: int) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimizer of a run of so many steps, and its learning rate as a function of the step."""
+    warmup = round(settings.warmup * steps)
+    rate = schedule(settings.schedule, settings.learning_rate, warmup, steps, settings.end_fraction)
+    return make_optimizer(
+        rate,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm or None,
+        moments=settings.moments,
+    ), rate
 
 
 def schedule(kind: str, peak: float, warmup_steps: int, total_steps: int, end_fraction: float = 0.0) -> Callable:

@@ -4,66 +4,110 @@ Finished stages are skipped, an unfinished one resumes, a changed one runs again
 its manifest is there and each of its inputs still is the one it was made from.
 """
 
+import contextlib
 import dataclasses
-import importlib
 import importlib.metadata
-import json
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
-from mpo_jax import checkpoint, processes
+from mpo_jax import artifacts, graph, processes, settings
+from mpo_jax.artifacts import BASE
+from mpo_jax.errors import InputError
 from mpo_jax.evaluation import report
-from mpo_jax.graph import BASE, Node, needed, resolve
+from mpo_jax.graph import Inputs, Node
+from mpo_jax.models import hf
+from mpo_jax.models.presets import Preset
+from mpo_jax.run import Run, as_json
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages.job import Artifact, Job
+from mpo_jax.stages import kinds
+from mpo_jax.stages.job import Job
 
 PACKAGES = ("mpo_jax", "jax", "flax", "optax", "orbax-checkpoint")
-MAPPED = ("pairs", "split", "judge")
-"""Kinds whose artifacts are memory-mapped, or a database: told before the stages above them have run."""
-INPUTS = "inputs.json"
-"""The file that a stage writes first: which making of each input it works from."""
 
-DONE, UNFINISHED, STALE, MISSING = "done", "unfinished", "stale", "missing"
+DONE, UNFINISHED, STALE, MISSING, UNKNOWN = "done", "unfinished", "stale", "missing", "unknown"
 
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """state: DONE, UNFINISHED (it resumes), STALE (it runs again) or MISSING (it never ran). why: of all but DONE."""
+    """state: DONE, UNFINISHED (it resumes), STALE (it runs again), MISSING (it never ran) or UNKNOWN. why: of all but
+    DONE."""
 
     state: str
     why: str = ""
 
 
-def run(config, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dict[str, Node]:
-    """Runs every stage that is not done (or those of `only`, with what they need), in order."""
-    nodes = resolve(config, workdir)
-    wanted = needed(nodes, only)
-    if any(nodes[name].kind in MAPPED for name in wanted):
+def check(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = (), preset: Preset | None = None) -> set[str]:
+    """All that can be known to be wrong before anything is loaded, compiled or written, of every stage of the graph.
+
+    The stages that are wanted: those of `only` with what they need, or all. preset: the base model where it is known by
+    its numbers alone. InputError, by key, for what is wrong.
+    """
+    inputs = graph.connections(config)
+    wanted = graph.needed(inputs, only)
+    if any(kinds.of(config.stages[name]).mapped for name in wanted):
         jobs.local(workdir)
-    if jax.process_index() == 0:
+    if preset is None:
+        try:
+            hf.resolve(config.model.path)
+        except InputError as error:
+            raise InputError(f"model.path: {error}") from None
+    check_jobs(plan_jobs(config, workdir, mesh, inputs, preset))
+    return wanted
+
+
+def check_jobs(planned: Iterable[Job], around: Callable[[Job], Any] = contextlib.nullcontext) -> None:
+    """Every stage's own check, all that is wrong told together. around: (job) -> a context that each is checked in."""
+    told: list[str] = []
+    for number, job in enumerate(planned):
+        for each in ([jobs.check] if number == 0 else []) + [kinds.of(job.settings).check]:
+            try:
+                with around(job):
+                    each(job)
+            except InputError as error:
+                told += str(error).split("\n")
+    if told:
+        raise InputError("\n".join(dict.fromkeys(told)))
+
+
+def plan_jobs(
+    config: Run, workdir: epath.Path, mesh, inputs: Mapping[str, Inputs], preset: Preset | None = None
+) -> Iterable[Job]:
+    """The job of every stage of the graph, with folders that need not be there."""
+    folders = {name: workdir / name for name in inputs}
+    for name, above in inputs.items():
+        stage = config.stages[name]
+        taken = graph.artifacts(config, above, stage, folders)
+        yield Job(name, stage, config, folders[name], workdir, taken, mesh, preset)
+
+
+def run(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dict[str, Node]:
+    """Runs every stage that is not done (or those of `only`, with what they need), in order."""
+    wanted = check(config, workdir, mesh, only)
+    nodes = graph.resolve(config, workdir)
+    if jobs.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(workdir / checkpoint.STAGES, {name: node.folder.name for name, node in nodes.items()})
+        artifacts.write_json(workdir / artifacts.STAGES_FILE, {name: node.folder.name for name, node in nodes.items()})
     for name, node in nodes.items():
         if name not in wanted:
             continue
         status = statuses(config, nodes)[name]
-        _together(f"{name} looked at")
+        processes.barrier(f"{name} looked at")
         if status.state == DONE:
-            _say(f"{name}: done before ({node.folder.name})")
+            jobs.say(f"{name}: done before ({node.folder.name})")
             continue
-        _say(f"{name}: {'resumed' if status.state == UNFINISHED else 'begun'} ({node.folder.name})")
+        jobs.say(f"{name}: {'resumed' if status.state == UNFINISHED else 'begun'} ({node.folder.name})")
         began = time.perf_counter()
         if status.state == STALE:
             _set_aside(node, workdir)
         run_stage(config, workdir, mesh, nodes, node)
-        _say(f"{name}: finished in {time.perf_counter() - began:.1f} s")
-    if jax.process_index() == 0:
+        jobs.say(f"{name}: finished in {time.perf_counter() - began:.1f} s")
+    if jobs.is_first():
         _report(workdir)
     return nodes
 
@@ -71,60 +115,68 @@ def run(config, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dict[str
 def _report(workdir: epath.Path) -> None:
     """All stages are done: a page that can't be written must not make the run a failed one."""
     try:
-        print(f"report: {report.write(workdir)}", flush=True)
+        print(f"report: {report.write(workdir, kinds.shown())}", flush=True)
     except Exception as error:
         print(f"report: not written: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
-def run_stage(config, workdir: epath.Path, mesh, nodes: Mapping[str, Node], node: Node) -> None:
+def run_stage(config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node], node: Node) -> None:
     """Runs one stage and, as the last thing, writes its manifest."""
-    job = Job(node.name, node.settings, config, node.folder, workdir, _artifacts(nodes, node, config), mesh)
+    folders = {name: each.folder for name, each in nodes.items()}
+    taken = graph.artifacts(config, node.inputs, node.settings, folders)
+    job = Job(node.name, node.settings, config, node.folder, workdir, taken, mesh)
+    kind = kinds.of(node.settings)
+    kind.check(job)
     inputs = _inputs(nodes, node)
-    if jax.process_index() == 0:
+    if jobs.is_first():
         node.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(node.folder / "config.json", config.to_dict())
-        checkpoint.write_json(node.folder / INPUTS, inputs)
-    _together(f"{node.name} begun")
-    module = importlib.import_module(f"mpo_jax.stages.{node.kind}")
+        artifacts.write_json(node.folder / artifacts.CONFIG, as_json(config))
+        artifacts.write_json(node.folder / artifacts.INPUTS, inputs)
+    processes.barrier(f"{node.name} begun")
     with jax.set_mesh(mesh):
-        summary = module.run(job)
-    _together(f"{node.name} finished")
-    if jax.process_index() == 0:
+        summary = kind.run(job)
+    processes.barrier(f"{node.name} finished")
+    if jobs.is_first():
         manifest = {
             "name": node.name,
             "kind": node.kind,
+            "produces": kind.produces,
             "key": node.key,
             "made": uuid.uuid4().hex,
-            "inputs": inputs,
             "shared": node.shared,
+            "inputs": inputs,
+            "vocabulary": jobs.model(job).vocab_size,
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
             "summary": summary,
         }
-        checkpoint.write_manifest(node.folder, manifest)
-    _together(f"{node.name} written")
+        artifacts.write_manifest(node.folder, manifest)
+    processes.barrier(f"{node.name} written")
 
 
-def statuses(config, nodes: Mapping[str, Node]) -> dict[str, Status]:
+def statuses(config: Run, nodes: Mapping[str, Node]) -> dict[str, Status]:
     """The state of every stage, and why it is not done."""
-    found: dict[str, Status] = {}
+    states: dict[str, Status] = {}
     for name, node in nodes.items():
-        waiting = [source for source in node.sources if found[source].state != DONE]
-        begun, current = _read(node.folder / INPUTS), _inputs(nodes, node)
-        finished = checkpoint.read_manifest(node.folder) is not None
+        if node.key == graph.UNKNOWN:
+            states[name] = Status(UNKNOWN, "the model or the data is not at hand")
+            continue
+        waiting = [source for source in node.sources if states[source].state != DONE]
+        begun, current = _begun(node.folder), _inputs(nodes, node)
+        finished = artifacts.read_manifest(node.folder) is not None
         if begun is None:
-            found[name] = _never_begun(config, nodes, node)
+            states[name] = _never_begun(config, nodes, node)
         elif waiting and finished:
-            found[name] = Status(STALE, f"{', '.join(waiting)} will be made again")
+            states[name] = Status(STALE, f"{', '.join(waiting)} will be made again")
         elif not waiting and begun != current:
-            found[name] = Status(STALE, f"{', '.join(_remade(begun, current))} was made again since")
+            states[name] = Status(STALE, f"{', '.join(_remade(begun, current))} was made again since")
         elif finished:
-            found[name] = Status(DONE)
+            states[name] = Status(DONE)
         else:
-            found[name] = Status(UNFINISHED, "resumes from its last checkpoint")
-    return found
+            states[name] = Status(UNFINISHED, "resumes from its last checkpoint")
+    return states
 
 
-def tree(config, nodes: Mapping[str, Node]) -> str:
+def tree(config: Run, nodes: Mapping[str, Node]) -> str:
     """The graph as a tree, a line for each stage with its state; it hangs from the last of its inputs to be made."""
     states, order = statuses(config, nodes), list(nodes)
     parents = {name: max(node.sources, key=order.index, default=BASE) for name, node in nodes.items()}
@@ -149,31 +201,32 @@ def _label(source: tuple[str, str]) -> str:
     return "/".join(part for part in source if part)
 
 
-def _never_begun(config, nodes: Mapping[str, Node], node: Node) -> Status:
+def _never_begun(config: Run, nodes: Mapping[str, Node], node: Node) -> Status:
     """Missing, or stale where an artifact of other settings lies beside it; with what differs."""
     workdir = node.folder.parent
-    others = [path for path in workdir.glob(f"{node.name}-*") if (path / INPUTS).exists()] if workdir.exists() else []
+    beside = workdir.glob(f"{node.name}-*") if workdir.exists() else []
+    others = [path for path in beside if (path / artifacts.INPUTS).exists()]
     if not others:
         return Status(MISSING, "never run")
     last = max(others, key=lambda path: path.stat().mtime)
-    before, now = _read(last / "config.json") or {}, checkpoint.plain(config.to_dict())
-    old, new = before.get("stages", {}).get(node.name, {}), now["stages"][node.name]
-    kept = set(config.operational)
-    changed = [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new if key not in kept and old.get(key) != new[key]
-    ]
-    for part in ("seed", "model", "data"):
-        if _without(before.get(part), kept) != _without(now[part], kept):
+    before = artifacts.read_json(last / artifacts.CONFIG, default={})
+    changed = differences(before.get("stages", {}).get(node.name, {}), config.stages[node.name])
+    for part in ("model", "data"):
+        if differences(before.get(part, {}), getattr(config, part)):
             changed.append(f"config.{part}")
-    above = _read(last / INPUTS) or {}
+    if before.get("seed") != config.seed:
+        changed.append("config.seed")
+    above = _begun(last) or {}
     keys = {entry["name"]: entry["key"] for entries in above.values() for entry in entries}
     changed += [f"input {name}" for name in node.sources if name in keys and keys[name] != nodes[name].key]
     reason = ", ".join(changed) or "the contents of the base model or the data"
     return Status(STALE, f"changed since {last.name}: {reason}")
 
 
-def _without(part: Any, left_out: set[str]) -> Any:
-    return {key: value for key, value in part.items() if key not in left_out} if isinstance(part, dict) else part
+def differences(before: Mapping[str, Any], now: settings.Section) -> list[str]:
+    """What differs, of what enters a key, between settings as a file holds them and those of now."""
+    current = settings.content(now)
+    return [f"{key}: {before.get(key)!r} -> {value!r}" for key, value in current.items() if before.get(key) != value]
 
 
 def _inputs(nodes: Mapping[str, Node], node: Node) -> dict[str, Any]:
@@ -193,7 +246,7 @@ def _inputs(nodes: Mapping[str, Node], node: Node) -> dict[str, Any]:
 
 
 def _made(node: Node) -> str | None:
-    return (checkpoint.read_manifest(node.folder) or {}).get("made")
+    return (artifacts.read_manifest(node.folder) or {}).get("made")
 
 
 def _remade(begun: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -204,40 +257,16 @@ def _remade(begun: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
 
 def _set_aside(node: Node, workdir: epath.Path) -> None:
     """Moves what an earlier making left under the same key, so that nothing is overwritten."""
-    if node.folder.exists() and jax.process_index() == 0:
-        aside = workdir / "set_aside"
+    if node.folder.exists() and jobs.is_first():
+        aside = workdir / artifacts.SET_ASIDE
         aside.mkdir(parents=True, exist_ok=True)
         target = aside / f"{node.folder.name}-{uuid.uuid4().hex[:8]}"
         node.folder.rename(target)
-        _say(f"{node.name}: the earlier artifact now lies in {target}")
-    _together(f"{node.name} set aside")
+        jobs.say(f"{node.name}: the earlier artifact now lies in {target}")
+    processes.barrier(f"{node.name} set aside")
 
 
-def _read(path: epath.Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _together(what: str) -> None:
-    """Waits for all processes, but not without end."""
-    processes.barrier(what)
-
-
-def _artifacts(nodes: Mapping[str, Node], node: Node, config) -> dict[str, Any]:
-    def artifact(source: str, part: str) -> Artifact:
-        if source == BASE:
-            return Artifact(BASE, BASE, epath.Path(config.model.path))
-        return Artifact(source, nodes[source].kind, nodes[source].folder, part)
-
-    found: dict[str, Any] = {}
-    for role, sources in node.inputs.items():
-        many = [artifact(source, part) for source, part in sources]
-        if isinstance(node.settings[role], str):
-            found |= {role: many[0]} if many else {}
-        else:
-            found[role] = many
-    return found
-
-
-def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line, flush=True)
+def _begun(folder: epath.Path) -> Any:
+    """What a stage that was begun there took; None where none was."""
+    path = folder / artifacts.INPUTS
+    return artifacts.read_json(path) if path.exists() else None

@@ -7,68 +7,77 @@ error in what was given.
 """
 
 import json
-import sys
+from collections.abc import Iterable
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from mpo_jax.errors import InputError
+from mpo_jax import command, main
 from mpo_jax.planning import chips, proposal, report, stages
 from mpo_jax.planning.estimate import Assumptions
+from mpo_jax.run import Run
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    if _TOPOLOGY.value is None:
-        raise app.UsageError(f"--topology: {chips.known('')}")
+def define() -> None:
+    config_flags.DEFINE_config_file("config", None, "A config file or a shipped one's name; its model may be a preset.")
+    flags.DEFINE_string("topology", None, "v5e:4x8, v4:2x2x4, ...; cpu; gpu:80GB or gpu:8x80GB.")
+    flags.DEFINE_list("stages", [], "Plan these stages; empty: all.")
+    flags.DEFINE_string("json", None, "Where the figures go too.")
+    flags.DEFINE_integer("pairs", Assumptions.pairs, "Pairs of the data, for chip-hours.", lower_bound=1)
+    flags.DEFINE_float("easy", Assumptions.easy, "Share of pairs that are easy.", 0.0, 1.0)
+    flags.DEFINE_float("utilisation", Assumptions.utilisation, "Of a chip's peak.", 0.01, 1.0)
+    flags.DEFINE_bool("propose", True, "Where a stage does not fit, try what would make it.")
+
+
+def work() -> int:
+    given = flags.FLAGS
+    topology = command.required(given.topology, "topology", chips.known("").removeprefix("expected "))
     logging.set_verbosity(logging.ERROR)
-    try:
-        fits = plan(_CONFIG.value, _TOPOLOGY.value, Assumptions(_PAIRS.value, _EASY.value, _UTILISATION.value))
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    sys.exit(0 if fits else 2)
+    assumptions = Assumptions(given.pairs, given.easy, given.utilisation)
+    fits = plan(main.read(given.config), topology, assumptions, given.stages, given.propose, given.json)
+    return 0 if fits else 2
 
 
-def plan(config, name: str, assumptions: Assumptions) -> bool:
-    """Prints the plan, writes the JSON; whether every stage fits."""
+def plan(
+    config: Run,
+    name: str,
+    assumptions: Assumptions = Assumptions(),  # noqa: B008, it is frozen
+    only: Iterable[str] = (),
+    propose: bool = True,
+    file: str | None = None,
+) -> bool:
+    """Prints the plan of a run on a topology, writes it as JSON where a file is named; whether every stage fits.
+
+    only: the stages to plan; none: all. propose: whether to try what would make a stage fit.
+    """
     chips.prepare()
     if name.startswith("gpu"):  # arrays are laid out on as many CPU devices
         jax.config.update("jax_num_cpu_devices", chips.gpu(name)[0])
     topology = chips.topology(name)
-    jobs = stages.jobs(config, topology, _STAGES.value)
+    jobs = stages.jobs(config, topology, only)
     mesh = next(iter(jobs.values())).mesh.shape
     print(report.heading(config, topology, mesh, assumptions), report.COLUMNS, sep="\n", flush=True)
     plans, proposals = {}, {}
     for stage, job in jobs.items():
         plans[stage] = stages.plan(job, topology, assumptions)
         print(report.lines(stage, plans[stage]), flush=True)
-        if not plans[stage].fits and _PROPOSE.value:
+        if not plans[stage].fits and propose:
             proposals[stage] = proposal.propose(config, stage, plans[stage].misfits, topology, assumptions)
             print(report.proposal_line(stage, proposals[stage]), flush=True)
     hours = sum(each.chip_hours for each in plans.values())
     fits = all(each.fits for each in plans.values())
     print(f"{'every stage fits' if fits else 'NOT every stage fits'}; about {hours:,.0f} chip-hours in all (estimate)")
-    if _JSON.value:
+    if file:
         found = report.as_json(topology, mesh, plans, proposals, assumptions)
-        epath.Path(_JSON.value).write_text(json.dumps(found, indent=1))
+        epath.Path(file).write_text(json.dumps(found, indent=1))
     return fits
 
 
 def run() -> None:
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    command.start(define, work, command.run_sections)
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; its model may be a preset, as llama2-7b.")
-    _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x8, v4:2x2x4, ...; cpu; gpu:80GB or gpu:8x80GB.")
-    _STAGES = flags.DEFINE_list("stages", [], "Plan these stages; empty: all.")
-    _JSON = flags.DEFINE_string("json", None, "Where the figures go too.")
-    _PAIRS = flags.DEFINE_integer("pairs", Assumptions.pairs, "Pairs of the data, for chip-hours.", lower_bound=1)
-    _EASY = flags.DEFINE_float("easy", Assumptions.easy, "Share of pairs that are easy.", 0.0, 1.0)
-    _UTILISATION = flags.DEFINE_float("utilisation", Assumptions.utilisation, "Of a chip's peak.", 0.01, 1.0)
-    _PROPOSE = flags.DEFINE_bool("propose", True, "Where a stage does not fit, try what would make it.")
     run()

@@ -6,13 +6,13 @@ complete, behind its number.
 """
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 
-from mpo_jax import finished, graph, sampling
+from mpo_jax import command, finished, sampling
+from mpo_jax.artifacts import POLICY
 from mpo_jax.data.prompts import prompt_batch
 from mpo_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from mpo_jax.errors import InputError
@@ -56,8 +56,8 @@ def load(model: str) -> tuple[ModelConfig, PyTree, str, tuple[int, ...]]:
         config = from_folder(folder)
         return config, hf.import_weights(folder, config), folder, hf.read_stop_ids(folder)
     job, artifact, _ = finished.load(finished.find(model))
-    if graph.PRODUCES[artifact.kind] != "policy":
-        raise InputError(f"--model={model}: a {artifact.kind} stage; expected a policy")
+    if artifact.produces != POLICY:
+        raise InputError(f"--model={model}: a {artifact.produces} model; expected a policy")
     config = jobs.model(job)
     with jax.set_mesh(job.mesh):
         weights = jobs.base_weights(job, config) | jobs.load_weights(job, artifact, config)
@@ -81,39 +81,37 @@ def speak(model: str, prompt: str, settings: SamplingConfig, seed: int) -> None:
             print(f"[{index}] {unfinished[index]}", flush=True)
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}; put the prompt into --prompt")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every read
-    try:
-        model, prompt = _MODEL.value, _PROMPT.value
-        if not model or not prompt:
-            raise InputError(
-                f"--{'prompt' if model else 'model'} is missing; give --model=FOLDER_OR_STAGE --prompt=TEXT"
-            )
-        settings = SamplingConfig(
-            temperature=_TEMPERATURE.value,
-            top_k=_TOP_K.value,
-            top_p=_TOP_P.value,
-            min_new_tokens=_MIN_NEW.value,
-            max_new_tokens=_MAX_NEW.value,
-            n=_N.value,
-        )
-        speak(model, prompt, settings, _SEED.value)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+def define() -> None:
+    flags.DEFINE_string("model", None, "Hugging Face folder, or WORKDIR/NAME of a finished stage.")
+    flags.DEFINE_string("prompt", None, "What the replies continue.")
+    flags.DEFINE_integer("n", 1, "Replies to the prompt.")
+    flags.DEFINE_float("temperature", 1.0, "0 is greedy.")
+    flags.DEFINE_integer("top_k", None, "Sample from the most probable tokens alone. Default: from all.")
+    flags.DEFINE_float("top_p", None, "Sample from the fewest tokens with this probability. Default: from all.")
+    flags.DEFINE_integer("min_new_tokens", 0, "No stop token is drawn before this many tokens.")
+    flags.DEFINE_integer("max_new_tokens", 64, "Longest reply, its stop token included.")
+    flags.DEFINE_integer("seed", 0, "Other seeds give other replies.")
+
+
+def work() -> None:
+    given = flags.FLAGS
+    model, prompt = given.model, given.prompt
+    if not model or not prompt:
+        raise InputError(f"--{'prompt' if model else 'model'} is missing; give --model=FOLDER_OR_STAGE --prompt=TEXT")
+    settings = SamplingConfig(
+        temperature=given.temperature,
+        top_k=given.top_k,
+        top_p=given.top_p,
+        min_new_tokens=given.min_new_tokens,
+        max_new_tokens=given.max_new_tokens,
+        n=given.n,
+    )
+    speak(model, prompt, settings, given.seed)
+
+
+def run() -> None:
+    command.start(define, work)
 
 
 if __name__ == "__main__":
-    _MODEL = flags.DEFINE_string("model", None, "Hugging Face folder, or WORKDIR/NAME of a finished stage.")
-    _PROMPT = flags.DEFINE_string("prompt", None, "What the replies continue.")
-    _N = flags.DEFINE_integer("n", 1, "Replies to the prompt.")
-    _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy.")
-    _TOP_K = flags.DEFINE_integer("top_k", None, "Sample from the most probable tokens alone. Default: from all.")
-    _TOP_P = flags.DEFINE_float(
-        "top_p", None, "Sample from the fewest tokens with this probability. Default: from all."
-    )
-    _MIN_NEW = flags.DEFINE_integer("min_new_tokens", 0, "No stop token is drawn before this many tokens.")
-    _MAX_NEW = flags.DEFINE_integer("max_new_tokens", 64, "Longest reply, its stop token included.")
-    _SEED = flags.DEFINE_integer("seed", 0, "Other seeds give other replies.")
-    app.run(main)
+    run()

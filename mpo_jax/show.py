@@ -1,17 +1,18 @@
 """A data path, a tokenizer and a record's number enter; that record's text and tokens are printed, every mark visible.
 
 `python -m mpo_jax.show --config=configs/quickstart.py --split=train --index=0`, or without a config
-`python -m mpo_jax.show --data_path=FILE --tokenizer=FOLDER --split=train --index=0`.
+`python -m mpo_jax.show --data_path=FILE --tokenizer=FOLDER --split=train --index=0`. With `--settings` it prints the
+reference of all settings, with `--schema` their JSON schemas.
 """
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
+from mpo_jax import command, main
 from mpo_jax.data.division import SHARES, share
 from mpo_jax.data.encode import Encoded, Limits, encode
 from mpo_jax.data.rows import tight_rows
@@ -53,54 +54,53 @@ def describe(record: TextRecord, encoded: Encoded, tokenizer, shares: Mapping[st
     return "\n".join(lines)
 
 
-def settings() -> tuple[str, str, Limits, Mapping[str, float]]:
-    """Data path, tokenizer folder, limits and shares, from the flags and, beneath them, the config."""
-    path, folder = _DATA_PATH.value, _TOKENIZER.value
+def look(path: str, folder: str, split: str, index: int, limits: Limits, shares: Mapping[str, float] = SHARES) -> str:
+    """What `describe` tells of one record of a source. path: the data. folder: the tokenizer's. index: of the records
+    kept. InputError for a record that is not there."""
+    tokenizer = load_tokenizer(folder)
+    records, report = load(path, split, tokenizer)
+    if not 0 <= index < len(records):
+        raise InputError(f"--index={index}: expected 0 to {len(records) - 1}; {report.line()}")
+    record = records[index]
+    replies = (record.chosen is not None) + (record.rejected is not None)
+    encoded = encode([record], tokenizer, replies, limits)
+    return f"{report.line()}\n{describe(record, encoded, tokenizer, shares)}"
+
+
+def define() -> None:
+    config_flags.DEFINE_config_file("config", None, "Config whose data and model keys the other flags override.")
+    flags.DEFINE_string("data_path", None, "File, folder, tfds:name or hub name. Default: config.data.path.")
+    flags.DEFINE_string("tokenizer", None, "Tokenizer folder. Default: config.model.path.")
+    flags.DEFINE_string("split", "train", "Split to read; 'all' for every one.")
+    flags.DEFINE_integer("index", 0, "Which of the records kept.")
+    flags.DEFINE_integer("max_length", None, "Tokens of a row. Default: config.data.max_length, or 512.")
+    flags.DEFINE_integer("max_response", None, "Tokens of one reply. Default: config.data.max_response, or 192.")
+    flags.DEFINE_bool("settings", False, "Print the reference of all settings instead, as Markdown.")
+    flags.DEFINE_bool("schema", False, "Print the JSON schemas of all settings instead, for editors.")
+
+
+def work() -> None:
+    given = flags.FLAGS
+    if given.settings or given.schema:
+        print(command.settings_page() if given.settings else command.schemas())
+        return
+    path, folder = given.data_path, given.tokenizer
     limits, shares = Limits(512, 192), SHARES
-    if _CONFIG.value is not None:
-        data = _CONFIG.value.data
-        path, folder = path or data.path, folder or _CONFIG.value.model.path
+    if given.config is not None:
+        config = main.read(given.config)
+        data = config.data
+        path, folder = path or data.path, folder or config.model.path
         limits = Limits(data.max_length, data.max_response, data.max_prompt or None, data.too_long)
-        shares = {name: float(part) for name, part in data.shares.items()}
+        shares = dict(data.shares)
     if not path or not folder:
         raise InputError("no data path or tokenizer: give --config, or --data_path and --tokenizer")
-    if _MAX_LENGTH.value is not None:
-        limits = dataclasses.replace(limits, max_length=_MAX_LENGTH.value)
-    if _MAX_RESPONSE.value is not None:
-        limits = dataclasses.replace(limits, max_response=_MAX_RESPONSE.value)
-    return path, folder, limits, shares
+    changes = {name: value for name in ("max_length", "max_response") if (value := given[name].value) is not None}
+    print(look(path, folder, given.split, given.index, dataclasses.replace(limits, **changes), shares))
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    try:
-        path, folder, limits, shares = settings()
-        tokenizer = load_tokenizer(folder)
-        records, report = load(path, _SPLIT.value, tokenizer)
-        if not 0 <= _INDEX.value < len(records):
-            raise InputError(f"--index={_INDEX.value}: expected 0 to {len(records) - 1}; {report.line()}")
-        record = records[_INDEX.value]
-        replies = (record.chosen is not None) + (record.rejected is not None)
-        encoded = encode([record], tokenizer, replies, limits)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    print(report.line())
-    print(describe(record, encoded, tokenizer, shares))
+def run() -> None:
+    command.start(define, work)
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file(
-        "config", None, "Config whose data and model keys the other flags override."
-    )
-    _DATA_PATH = flags.DEFINE_string(
-        "data_path", None, "File, folder, tfds:name or hub name. Default: config.data.path."
-    )
-    _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer folder. Default: config.model.path.")
-    _SPLIT = flags.DEFINE_string("split", "train", "Split to read; 'all' for every one.")
-    _INDEX = flags.DEFINE_integer("index", 0, "Which of the records kept.")
-    _MAX_LENGTH = flags.DEFINE_integer("max_length", None, "Tokens of a row. Default: config.data.max_length, or 512.")
-    _MAX_RESPONSE = flags.DEFINE_integer(
-        "max_response", None, "Tokens of one reply. Default: config.data.max_response, or 192."
-    )
-    app.run(main)
+    run()

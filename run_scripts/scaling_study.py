@@ -19,11 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from absl import app, flags, logging
 
 from configs import tldr
+from mpo_jax import settings
 from mpo_jax.errors import InputError
 from mpo_jax.models import presets
 from mpo_jax.planning import chips, report, stages
 from mpo_jax.planning.chips import GIB, Topology
 from mpo_jax.planning.estimate import Assumptions
+from mpo_jax.stages import kinds
+from mpo_jax.stages.base import Training
 
 MODELS = ("llama2-7b", "llama2-13b", "llama-30b", "llama2-70b")
 TOPOLOGIES = ("v5e:4x8", "v5e:8x8", "v5e:16x16", "v4:2x2x4")
@@ -69,16 +72,15 @@ def main(argv) -> None:
 def cell(model: str, method: str, place: Topology) -> dict[str, Any]:
     """The figures of a method: its largest stage's memory, and the sums of its stages' work and time."""
     names, changes = METHODS[method]
-    config = tldr.get_config()
-    config.model.path = model
-    config.update_from_flattened_dict(changes)
+    config = kinds.read(tldr.get_config().to_dict())
     sizes = choose_mesh(model, place)
-    config.mesh.update(sizes)
     shards = sizes["data"] * sizes["fsdp"]
-    for stage in config.stages.values():
-        stage.batch_size = math.lcm(64, shards)
-        if "microbatch" in stage:
-            stage.microbatch = math.lcm(32, shards)
+    changes = changes | {"model.path": model} | {f"mesh.{axis}": size for axis, size in sizes.items()}
+    for name, stage in config.stages.items():
+        changes[f"stages.{name}.batch_size"] = math.lcm(64, shards)
+        if isinstance(stage, Training):
+            changes[f"stages.{name}.microbatch"] = math.lcm(32, shards)
+    config = settings.replaced(config, changes)
     assumptions = Assumptions()
     plans = {name: stages.plan(job, place, assumptions) for name, job in stages.jobs(config, place, names).items()}
     programs = [each for plan in plans.values() for each in plan.programs.values()]

@@ -1,5 +1,5 @@
 """Damaged data, folders and settings enter the command line; one line leaves that names file, line or key, before
-anything is compiled."""
+anything is compiled or written."""
 
 import gzip
 import json
@@ -60,7 +60,7 @@ def cases(folder, shared) -> dict[str, tuple[list[str], list[str]]]:
         "empty data": ([data("empty.jsonl", b"")], ["empty.jsonl", "is empty"]),
         "no data": (["--config.data.path=nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
         "unknown split": (["--config.data.split=validation"], ["unknown split 'validation'", "test"]),
-        "shares": (["--config.data.shares.eval=0.5"], ["shares", "add up to 1"]),
+        "shares": (["--config.data.shares.eval=0.5"], ["data.shares.eval: shares", "add up to 1"]),
         "empty share": (["--config.stages.sft.share=policy"], ["share 'policy' holds no record"]),
         "long rows": (["--config.data.max_length=1024"], ["data.max_length: 1024", "512"]),
         "wrong vocabulary": (
@@ -70,13 +70,21 @@ def cases(folder, shared) -> dict[str, tuple[list[str], list[str]]]:
         "pickled weights": ([model("pickled", pickled)], ["pickled", "safetensors"]),
         "unsupported model": ([model("unknown", settings(model_type="mamba"))], ["unknown", "mamba"]),
         "no config": ([model("bare", lambda place: (place / "config.json").unlink())], ["bare", "config.json"]),
-        "mistyped key": (["--config.stages.sft.learnig_rate=1"], ["no such key", "learnig_rate", "learning_rate"]),
-        "unknown key": (["--config.colour=1"], ["no such key", "colour"]),
+        "mistyped key": (
+            ["--config.stages.sft.learnig_rate=1"],
+            ["--config: no such key: ", "learnig_rate", "learning_rate"],
+        ),
+        "unknown key": (["--config.colour=1"], ["--config: no such key: ", "colour"]),
         "unknown stage": (["--stages=stf"], ["--stages", "'stf'", "'sft'"]),
         "stage without input": (["--config.stages.reward.init=stf"], ["stages.reward.init", "'stf'", "'sft'"]),
-        "microbatch": (["--config.stages.sft.microbatch=3"], ["microbatch: 3", "batch_size 8"]),
+        "microbatch": (["--config.stages.sft.microbatch=3"], ["stages.sft.microbatch: 3", "batch_size 8"]),
         "mesh": (["--config.mesh.fsdp=3"], ["mesh", "3"]),
-        "schedule": (["--config.stages.sft.schedule=cosin"], ["schedule: 'cosin'"]),
+        "schedule": (["--config.stages.sft.schedule=cosin"], ["stages.sft.schedule: 'cosin'", "did you mean 'cosine'"]),
+        "mistyped value": (["--config.stages.sft.learning_rate=fast"], ["learning_rate", "fast"]),
+        "wrong range": (["--config.stages.sft.warmup=2"], ["stages.sft.warmup: 2.0; expected 1.0 or less"]),
+        "not a number": (["--config.stages.sft.learning_rate=nan"], ["stages.sft.learning_rate: nan; expected"]),
+        "no such config": (["--config=quickstrat"], ["--config: quickstrat", "did you mean 'quickstart'"]),
+        "unknown flag": (["--worksdir=x"], ["worksdir"]),
         "attention": (
             ["--config.model.attention=flash", "--config.data.multiple=8"],
             ["flash needs rows of a multiple of 128", "found 8"],
@@ -89,23 +97,35 @@ def told(tmp_path_factory, shared) -> dict[str, tuple[dict, list[str]]]:
     """name -> what came of a wrong command, and the words its error should have."""
     folder = tmp_path_factory.mktemp("bad")
     wrong = cases(folder, shared)
+    places = {name: folder / f"run of {name}" for name in wrong}
     commands = [
-        [CONFIG, f"--workdir={folder / 'run'}", *([] if flags[0].startswith("--stages") else ["--stages=sft"]), *flags]
-        for flags, _ in wrong.values()
+        [CONFIG, f"--workdir={places[name]}", *([] if flags[0].startswith("--stages") else ["--stages=sft"]), *flags]
+        for name, (flags, _) in wrong.items()
     ]
     done = subprocess.run(
         [sys.executable, "-m", "tests.tools.commands"],
         cwd=ROOT, env=os.environ | ENVIRONMENT, input=json.dumps(commands).encode(), stdout=subprocess.PIPE, check=True,
     )  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])
-    return {name: (one, words) for (name, (_, words)), one in zip(wrong.items(), found, strict=True)}
+    return {
+        name: (one | {"wrote": places[name].exists()}, words)
+        for (name, (_, words)), one in zip(wrong.items(), found, strict=True)
+    }
 
 
 NAMES = (
     "truncated gzip", "invalid JSON", "missing column", "choice 2", "empty data", "no data", "unknown split", "shares",
     "empty share", "long rows", "wrong vocabulary", "pickled weights", "unsupported model", "no config", "mistyped key",
     "unknown key", "unknown stage", "stage without input", "microbatch", "mesh", "schedule", "attention",
+    "mistyped value", "wrong range", "not a number", "no such config", "unknown flag",
 )  # fmt: skip
+
+
+FOUND_BY_THE_STAGE = (
+    "truncated gzip", "invalid JSON", "missing column", "choice 2", "empty data", "unknown split", "empty share",
+    "wrong vocabulary", "pickled weights",
+)  # fmt: skip
+"""In the contents of data, tokenizer and weights, which only the stage itself reads: its folder is there by then."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -118,3 +138,4 @@ def test_one_line_before_any_compile(told, name):
     for word in words:
         assert word in errors[0]
     assert done["compiles"] == 0
+    assert done["wrote"] == (name in FOUND_BY_THE_STAGE)

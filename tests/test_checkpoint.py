@@ -15,7 +15,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mpo_jax import checkpoint, optim, sharding
+from mpo_jax import artifacts, checkpoint, optim, sharding
 from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.errors import InputError
 from mpo_jax.types import TrainState
@@ -360,7 +360,7 @@ def test_killed_while_saving(tmp_path, when):
 
 
 def test_manifest_round_trip(tmp_path):
-    assert checkpoint.read_manifest(tmp_path) is None
+    assert artifacts.read_manifest(tmp_path) is None
     manifest = {
         "path": tmp_path,
         "loss": np.float32(0.5),
@@ -369,28 +369,28 @@ def test_manifest_round_trip(tmp_path):
         "list": (1, None, True),
         "inputs": {"sft": "ab12"},
     }
-    checkpoint.write_manifest(tmp_path / "new", manifest)
-    found = checkpoint.read_manifest(tmp_path / "new")
+    artifacts.write_manifest(tmp_path / "new", manifest)
+    found = artifacts.read_manifest(tmp_path / "new")
     assert found == manifest | {"path": str(tmp_path), "worst": "nan", "list": [1, None, True]}
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["manifest.json"]
     with pytest.raises(TypeError):
-        checkpoint.write_manifest(tmp_path / "new", {"object": object()})
-    assert checkpoint.read_manifest(tmp_path / "new") == found
+        artifacts.write_manifest(tmp_path / "new", {"object": object()})
+    assert artifacts.read_manifest(tmp_path / "new") == found
 
 
 def test_a_kill_between_writing_and_renaming_leaves_the_manifest_before(tmp_path, monkeypatch):
-    checkpoint.write_manifest(tmp_path, {"run": 1})
+    artifacts.write_manifest(tmp_path, {"run": 1})
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_manifest(tmp_path, {"run": 2})
-    assert checkpoint.read_manifest(tmp_path) == {"run": 1}
+        artifacts.write_manifest(tmp_path, {"run": 2})
+    assert artifacts.read_manifest(tmp_path) == {"run": 1}
 
 
 @pytest.mark.parametrize(("text", "found"), [('{"a": ', "not valid JSON"), ("[1]", "holds a list")])
 def test_a_broken_manifest_is_named(tmp_path, text, found):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(InputError, match=rf"manifest\.json: {found}"):
-        checkpoint.read_manifest(tmp_path)
+        artifacts.read_manifest(tmp_path)
 
 
 def test_hash_settings():

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from configs import base, hh_rlhf, quickstart, tiny_base, tldr
-from mpo_jax import graph
+from configs import hh_rlhf, quickstart, tiny_base, tldr
+from mpo_jax import graph, recipes
+from mpo_jax.run import Run, StageSettings
+from mpo_jax.settings import Section
+from mpo_jax.stages import kinds
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mpo_jax"
 CONFIGS = {
@@ -25,31 +28,39 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_a_graph_of_known_keys(name):
     config = CONFIGS[name]()
-    inputs = {stage: graph._inputs(stage, config.stages) for stage in config.stages}
-    assert sorted(graph._order(inputs)) == sorted(config.stages)
+    config.model.path, config.data.path = config.model.path or "MODEL", config.data.path or "DATA"
+    run = kinds.read(config.to_dict())
+    assert sorted(graph.connections(run)) == sorted(config.stages)
     for stage in config.stages.values():
-        assert set(stage) - {"kind"} == set(base.KINDS[stage.kind])
-    top = base.get_config()
+        assert set(stage) == set(kinds.KINDS[stage.kind].settings.model_fields)
+    top = recipes.config()
+    assert set(config) == set(top)
     for part in ("model", "data", "mesh"):
         assert set(config[part]) == set(top[part])
 
 
-def test_roles_and_kinds_are_those_of_the_graph():
-    assert set(base.KINDS) == set(graph.ROLES)
-    for kind, roles in graph.ROLES.items():
-        assert set(roles) <= set(base.KINDS[kind])
+def test_every_role_is_a_setting_and_asks_for_what_some_kind_leaves():
+    left = {kind.produces for kind in kinds.KINDS.values()}
+    for name, kind in kinds.KINDS.items():
+        assert kind.kind == name and kind.settings().kind == ""
+        assert set(kind.roles) <= set(kind.settings.model_fields) - set(StageSettings.model_fields)
+        assert {role.product for role in kind.roles.values()} <= left
+
+
+def fields(section: type[Section]) -> set[str]:
+    """The names of a section's settings and of those within it."""
+    found = set()
+    for name, field in section.model_fields.items():
+        inside = field.annotation
+        found |= fields(inside) if isinstance(inside, type) and issubclass(inside, Section) else {name}
+    return found
 
 
 def test_every_key_is_read_by_something():
     text = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
-    top = base.get_config()
-    keys = {key for part in ("model", "data") for key in top[part]} | {
-        key for kind in base.KINDS.values() for key in kind
-    }
+    keys = set.union(fields(Run), *(fields(kind.settings) for kind in kinds.KINDS.values()))
     unread = {key for key in keys if not re.search(rf'(\.{key}\b|"{key}")', text)}
     assert unread == set()
-    known = keys | set(top)
-    assert set(base.OPERATIONAL) <= known, "an operational key that does not exist"
 
 
 def test_the_paper_s_split_of_sampled_pairs_and_of_the_data_s():
@@ -74,13 +85,13 @@ def test_a_sweep_expands_a_stage_and_what_rests_on_it():
 
 def test_a_sweep_over_seeds_and_its_errors():
     stages = tldr.get_config().stages
-    base.sweep(stages, "mpo", "seed", (0, 1, 2))
+    recipes.sweep(stages, "mpo", "seed", (0, 1, 2))
     assert [stages[f"mpo_seed_{seed}"].seed for seed in range(3)] == [0, 1, 2]
     assert "dpo" in stages and len(stages.evaluate.policies) == 7
     with pytest.raises(ValueError, match="no stage 'mpo'"):
-        base.sweep(stages, "mpo", "seed", (0,))
+        recipes.sweep(stages, "mpo", "seed", (0,))
     with pytest.raises(ValueError, match="has no key 'thresh'"):
-        base.sweep(stages, "split", "thresh", (0,))
+        recipes.sweep(stages, "split", "thresh", (0,))
 
 
 @pytest.mark.parametrize(
@@ -94,6 +105,6 @@ def test_unknown_variants_are_errors(text, message):
 
 def test_unknown_keys_of_a_stage_are_errors():
     with pytest.raises(ValueError, match="no key 'bta'; did you mean 'beta'"):
-        base.stage("dpo", bta=0.2)
+        recipes.stage("dpo", bta=0.2)
     with pytest.raises(ValueError, match="unknown kind of stage 'dp'"):
-        base.stage("dp")
+        recipes.stage("dp")

@@ -1,17 +1,18 @@
 """Stages on a real tiny LLaMA, exported: transformers loads them, agrees with ours, and generates."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
 import pytest
 
-from mpo_jax import checkpoint, export, finished
+from mpo_jax import artifacts, export, finished
 from mpo_jax.data.prompts import prompt_batch
 from mpo_jax.errors import InputError
 from mpo_jax.models import decoder
+from mpo_jax.run import as_json
 from mpo_jax.stages import job as jobs
+from mpo_jax.stages import kinds
 from tests.stages.ppo_job import make_job
 
 
@@ -21,13 +22,20 @@ def workdir(tmp_path_factory, stories):
     folder = tmp_path_factory.mktemp("export")
     job = make_job(folder, stories)
     for artifact in (job.inputs["init"], job.inputs["reward"]):
-        config = job.config.copy_and_resolve_references()
-        config.stages = {artifact.name: job.settings}
-        checkpoint.write_json(artifact.folder / "config.json", config.to_dict())
-        manifest = {"name": artifact.name, "kind": artifact.kind, "key": "0123", "inputs": {}, "shared": "abcd"}
-        checkpoint.write_manifest(artifact.folder, manifest | {"packages": {"jax": jax.__version__}})
-    checkpoint.write_json(job.workdir / "stages.json", {"mpo": job.inputs["init"].folder.name})
+        finish(job, artifact)
+    artifacts.write_json(job.workdir / "stages.json", {"mpo": job.inputs["init"].folder.name})
     return job
+
+
+def finish(job, artifact):
+    """Leaves beside an artifact's weights what the pipeline writes. Its kind: the first that leaves such a one."""
+    kind = next(name for name, each in kinds.KINDS.items() if each.produces == artifact.produces)
+    stage = kinds.KINDS[kind].settings(kind=kind)
+    artifacts.write_json(
+        artifact.folder / artifacts.CONFIG, as_json(job.config) | {"stages": {artifact.name: as_json(stage)}}
+    )
+    manifest = {"name": artifact.name, "kind": kind, "key": "0123", "inputs": {}, "shared": "abcd"}
+    artifacts.write_manifest(artifact.folder, manifest | {"packages": {"jax": jax.__version__}})
 
 
 def ours(job, role, stories):
@@ -74,10 +82,11 @@ def test_refusals(workdir, tmp_path):
         export.export(workdir.workdir / "mpo", tmp_path / "out", adapter=True)
     unfinished = tmp_path / "dpo-1"
     unfinished.mkdir()
-    (unfinished / "config.json").write_text(json.dumps({}))
+    split = {"split": as_json(kinds.KINDS["split"].settings(kind="split"))}
+    artifacts.write_json(unfinished / artifacts.CONFIG, as_json(workdir.config) | {"stages": split})
     with pytest.raises(InputError, match="not finished"):
         finished.find(unfinished)
-    checkpoint.write_manifest(checkpoint.epath.Path(unfinished), {"name": "split", "kind": "split"})
+    artifacts.write_manifest(unfinished, {"name": "split", "kind": "split"})
     with pytest.raises(InputError, match="is a split stage"):
         export.export(unfinished, tmp_path / "out")
 
@@ -87,11 +96,7 @@ def test_adapters_alone_and_merged(stories, tmp_path, capsys):
     """Both exports of a LoRA policy compute what the stage computes."""
     job = make_job(tmp_path / "run", stories, rank=2)
     artifact = job.inputs["init"]
-    config = job.config.copy_and_resolve_references()
-    config.stages = {artifact.name: job.settings}
-    checkpoint.write_json(artifact.folder / "config.json", config.to_dict())
-    manifest = {"name": artifact.name, "kind": artifact.kind, "key": "0123", "inputs": {}, "shared": "abcd"}
-    checkpoint.write_manifest(artifact.folder, manifest | {"packages": {}})
+    finish(job, artifact)
     for adapter, file in ((True, "adapter_model.safetensors"), (False, "model.safetensors")):
         target = tmp_path / str(adapter)
         export.export(artifact.folder, target, adapter=adapter, verify=True)

@@ -5,9 +5,9 @@ import json
 import pytest
 from etils import epath
 
-from configs import base
-from mpo_jax import graph
+from mpo_jax import graph, recipes
 from mpo_jax.errors import InputError
+from mpo_jax.stages import kinds
 
 
 @pytest.fixture
@@ -19,23 +19,27 @@ def config(tmp_path):
     (model / "model.safetensors").write_bytes(b"weights")
     data = tmp_path / "pairs.jsonl"
     data.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
-    config = base.get_config()
+    config = recipes.config()
     config.model.path, config.data.path = str(model), str(data)
     config.stages.update(
         {  # declared out of order: the graph finds one in which they can run
-            "evaluate": base.stage("evaluate"),
-            "mpo": base.stage("ppo"),
-            "dpo": base.stage("dpo"),
-            "split": base.stage("split"),
-            "reward": base.stage("reward"),
-            "sft": base.stage("sft"),
+            "evaluate": recipes.stage("evaluate"),
+            "mpo": recipes.stage("ppo"),
+            "dpo": recipes.stage("dpo"),
+            "split": recipes.stage("split"),
+            "reward": recipes.stage("reward"),
+            "sft": recipes.stage("sft"),
         }
     )
     return config
 
 
+def resolve(config):
+    return graph.resolve(kinds.read(config.to_dict()), epath.Path("run"))
+
+
 def keys(config):
-    return {name: node.key for name, node in graph.resolve(config, epath.Path("run")).items()}
+    return {name: node.key for name, node in resolve(config).items()}
 
 
 def changed(config, before):
@@ -44,7 +48,7 @@ def changed(config, before):
 
 
 def test_every_stage_follows_its_inputs(config):
-    nodes = graph.resolve(config, epath.Path("run"))
+    nodes = resolve(config)
     order = list(nodes)
     assert set(order) == set(config.stages)
     assert all(order.index(source) < order.index(name) for name, node in nodes.items() for source in node.sources)
@@ -109,21 +113,21 @@ def test_bad_graphs_are_one_line_errors(config, path, value, message):
     stage, key = path.split(".")
     config.stages[stage][key] = value
     with pytest.raises(InputError, match=message) as caught:
-        graph.resolve(config, epath.Path("run"))
+        resolve(config)
     assert "\n" not in str(caught.value)
 
 
 def test_no_stage_may_be_called_base_and_none_may_be_missing(config):
-    config.stages.base = base.stage("sft")
+    config.stages.base = recipes.stage("sft")
     with pytest.raises(InputError, match="kept for the base model"):
-        graph.resolve(config, epath.Path("run"))
+        resolve(config)
     config.stages = type(config.stages)()
     with pytest.raises(InputError, match="at least one stage"):
-        graph.resolve(config, epath.Path("run"))
+        resolve(config)
 
 
 def test_needed_is_what_is_asked_for_and_all_beneath_it(config):
-    nodes = graph.resolve(config, epath.Path("run"))
+    nodes = graph.connections(kinds.read(config.to_dict()))
     assert graph.needed(nodes, ["dpo"]) == {"sft", "reward", "split", "dpo"}
     assert graph.needed(nodes, []) == set(nodes)
     with pytest.raises(InputError, match="no stage 'dpoo'; did you mean 'dpo'"):

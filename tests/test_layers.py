@@ -1,6 +1,8 @@
 """The package's sources enter; imports that go up the layers, and words that the house does not use, are found."""
 
 import ast
+import functools
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "mpo_jax"
 LAYERS = [
     {"errors", "types"},
+    {"artifacts"},
+    {"settings"},
     {"ops"},
     {"sharding", "allocator", "processes"},
     {"optim", "metrics"},
@@ -16,12 +20,14 @@ LAYERS = [
     {"sampling"},
     {"checkpoint"},
     {"data"},
+    {"run"},
     {"evaluation"},
     {"stages"},
     {"graph"},
     {"pipeline", "finished"},
     {"planning"},
-    {"main", "plan", "export", "sample", "show", "annotate"},
+    {"recipes", "command"},
+    {"main", "plan", "export", "sample", "show", "annotate", "render", "runs", "mpo"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 COMMANDS = LAYERS[-1]
@@ -33,6 +39,7 @@ def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Dotted names of all that a file imports, inside functions too; `from a import b` counts as a.b."""
     found = set()
@@ -59,8 +66,36 @@ def test_imports_only_from_layers_beneath(path):
         assert "flax" not in outside, "only models/ knows Flax"
     if here not in ("data", "export") and path.name != "hf.py":
         assert not outside & {"transformers", "datasets"}
-    if LEVEL[here] < LEVEL["stages"]:
-        assert "ml_collections" not in outside, "only stages and above read a ConfigDict"
+    if here not in COMMANDS | {"recipes"}:
+        assert "ml_collections" not in outside, "only recipes and the command lines read a ConfigDict"
+
+
+def test_every_file_has_a_layer_and_every_layer_a_file():
+    assert {room(path) for path in FILES} == set(LEVEL)
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    """Inside functions too. TopologicalSorter raises a CycleError that names the cycle."""
+    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in FILES}
+    found = {
+        name: {other for other in names if other != name and imports(path) & ({other} | members(names[other], other))}
+        for name, path in names.items()
+    }
+    assert found["mpo_jax.pipeline"] >= {"mpo_jax.graph", "mpo_jax.stages.kinds"}, "imports are found at all"
+    assert len(list(graphlib.TopologicalSorter(found).static_order())) == len(FILES)
+
+
+@functools.cache
+def members(path: Path, module: str) -> set[str]:
+    """Dotted names of all that a file defines at its top."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+    return {f"{module}.{name}" for name in found}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mpo_jax import checkpoint, metrics, sharding
+from mpo_jax import artifacts, checkpoint, metrics, sharding
 from mpo_jax.models import config as model_config
 from mpo_jax.models import decoder, hf, hf_adapter
 from mpo_jax.models.config import LoraConfig
@@ -48,7 +48,7 @@ def adapters(workdir: Path, stories: Path, stage: str, head: bool = False):
     config = dataclasses.replace(base, lora=LoraConfig(RANK, ALPHA, targets))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     like = jobs.abstract_weights(config, mesh, head=head)
-    return config, checkpoint.restore_weights(folder(workdir, stage) / jobs.WEIGHTS, like)
+    return config, checkpoint.restore_weights(folder(workdir, stage) / artifacts.WEIGHTS, like)
 
 
 @pytest.mark.slow

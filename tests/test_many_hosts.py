@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mpo_jax import metrics
+from mpo_jax import artifacts, metrics
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.loop import PREEMPTED
 from tests.tools import processes
@@ -134,7 +134,7 @@ def test_a_notice_to_one_process_stops_all_and_another_count_goes_on(alone, comm
     shutil.rmtree(folder(workdir, "sft"))
     arguments = [*command, f"--workdir={workdir}", "--stages=sft"]
     started = processes.start(2, arguments, tmp_path / "log")
-    lines = folder(workdir, "sft") / metrics.FILE
+    lines = folder(workdir, "sft") / artifacts.METRICS
     deadline = time.monotonic() + 1200
     while time.monotonic() < deadline and not (lines.exists() and len(metrics.read(lines.parent)) >= 3):
         assert all(each.poll() is None for each in started), (tmp_path / "log.0").read_text()[-4000:]

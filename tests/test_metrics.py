@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from mpo_jax import metrics
+from mpo_jax import artifacts, metrics
 from mpo_jax.errors import InputError
 from mpo_jax.metrics import MetricsWriter
 
@@ -47,7 +47,7 @@ def test_lines_are_json_with_the_step_first_and_non_finite_values_as_text(tmp_pa
     values = {"a": jax.device_put(0.5, everywhere), "nan": jnp.float32(jnp.nan), "inf": -np.inf, "n": 3}
     with MetricsWriter(tmp_path) as log:
         log.write(7, values)
-    line = (tmp_path / metrics.FILE).read_text()
+    line = (tmp_path / artifacts.METRICS).read_text()
     assert line == '{"step": 7, "a": 0.5, "nan": "nan", "inf": "-inf", "n": 3.0}\n'
     json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     (row,) = metrics.read(tmp_path)
@@ -87,13 +87,13 @@ def test_a_line_is_one_write(tmp_path, monkeypatch):
 def test_cut_to_drops_later_steps_and_a_torn_line(tmp_path, step, kept):
     lines = [{"step": 1, "a": 0.0}, {"step": 2, "a": 0.0}, {"step": 2, "b": 0.0}, {"step": 3, "a": 0.0}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / metrics.FILE).write_text(text + '{"step": 4, "a": 0.')
+    (tmp_path / artifacts.METRICS).write_text(text + '{"step": 4, "a": 0.')
     assert len(metrics.read(tmp_path)) == 4
     metrics.cut_to(tmp_path, step)
     assert [(row["step"], list(row)[1]) for row in metrics.read(tmp_path)] == kept
-    text = (tmp_path / metrics.FILE).read_text()
+    text = (tmp_path / artifacts.METRICS).read_text()
     assert text.count("\n") == len(kept) and (not text or text.endswith("}\n"))
-    assert os.listdir(tmp_path) == [metrics.FILE]
+    assert os.listdir(tmp_path) == [artifacts.METRICS]
 
 
 def test_nothing_to_cut_or_read(tmp_path):
@@ -127,7 +127,7 @@ def test_resumed_equals_uninterrupted(tmp_path, restored):
         first.write(step, {"loss": float(step)})
     first.flush()
     first._events.close()
-    with (tmp_path / metrics.FILE).open("a") as stream:
+    with (tmp_path / artifacts.METRICS).open("a") as stream:
         stream.write('{"step": 5, "lo')
     with MetricsWriter(tmp_path, start=restored) as again:
         for step in range(restored + 1, 7):
@@ -208,9 +208,9 @@ def test_wandb_only_when_asked_and_installed(tmp_path, monkeypatch):
 
 def test_an_object_store_gets_the_whole_file(tmp_path, monkeypatch):
     """Object stores can't append: lines gather and the file is written again, at a flush or after a while."""
-    (tmp_path / metrics.FILE).write_text('{"step": 1}\n')
-    monkeypatch.setattr(metrics, "_is_remote", lambda path: True)
-    lines = metrics._Lines(metrics.epath.Path(tmp_path / metrics.FILE))
+    (tmp_path / artifacts.METRICS).write_text('{"step": 1}\n')
+    monkeypatch.setattr(metrics, "is_remote", lambda path: True)
+    lines = metrics._Lines(metrics.epath.Path(tmp_path / artifacts.METRICS))
     lines.append('{"step": 2}')
     assert [row["step"] for row in metrics.read(tmp_path)] == [1]
     lines.sync()

@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import types
 
 import pytest
 from etils import epath
 
-from configs import base
-from mpo_jax import graph, pipeline, sharding
+from mpo_jax import graph, pipeline, recipes, sharding
 from mpo_jax.errors import InputError
+from mpo_jax.stages import kinds
 
 
 @dataclasses.dataclass
@@ -22,43 +21,52 @@ class Run:
 
     def __call__(self, *only):
         self.ran.clear()
-        pipeline.run(self.config, self.workdir, sharding.make_mesh(data=8, fsdp=1), only)
+        pipeline.run(self.read(), self.workdir, sharding.make_mesh(data=8, fsdp=1), only)
         return list(self.ran)
 
+    def read(self):
+        return kinds.read(self.config.to_dict())
+
+    def nodes(self):
+        return graph.resolve(self.read(), self.workdir)
+
     def states(self):
-        nodes = graph.resolve(self.config, self.workdir)
-        return {name: status.state for name, status in pipeline.statuses(self.config, nodes).items()}
+        return {name: status.state for name, status in pipeline.statuses(self.read(), self.nodes()).items()}
+
+    def tree(self):
+        return pipeline.tree(self.read(), self.nodes())
 
     def folder(self, name):
-        return graph.resolve(self.config, self.workdir)[name].folder
+        return self.nodes()[name].folder
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path, stories, monkeypatch):
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text("{}")
+    (model / "config.json").write_text((stories / "config.json").read_text())
     (model / "model.safetensors").write_bytes(b"weights")
     data = tmp_path / "pairs.jsonl"
     data.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
-    config = base.get_config()
+    config = recipes.config()
     config.model.path, config.data.path = str(model), str(data)
-    config.stages.sft = base.stage("sft")
-    config.stages.reward = base.stage("reward")
-    config.stages.split = base.stage("split")
-    config.stages.dpo = base.stage("dpo")
+    config.stages.sft = recipes.stage("sft")
+    config.stages.reward = recipes.stage("reward")
+    config.stages.split = recipes.stage("split")
+    config.stages.dpo = recipes.stage("dpo")
     ran = []
     # Stages that are made up leave nothing to report on; tests/evaluation/test_report.py has a page of its own.
-    monkeypatch.setattr(pipeline.report, "write", lambda workdir: workdir / "report.html")
+    monkeypatch.setattr(pipeline.report, "write", lambda workdir, shown: workdir / "report.html")
 
     def stage(job):
         ran.append(job.name)
-        if job.settings.get("beta") == 13:
+        if getattr(job.settings, "beta", 0) == 13:
             raise KeyboardInterrupt
         (job.folder / "result.txt").write_text(job.name)
         return {"loss": 0.5}
 
-    monkeypatch.setattr(pipeline.importlib, "import_module", lambda name: types.SimpleNamespace(run=stage))
+    for name, kind in kinds.KINDS.items():
+        monkeypatch.setitem(kinds.KINDS, name, dataclasses.replace(kind, run=stage, check=lambda job: None))
     return Run(config, epath.Path(tmp_path / "run"), ran)
 
 
@@ -91,7 +99,7 @@ def test_a_changed_setting_runs_its_stage_and_dependents_beside_the_old(run):
     old = run.folder("split")
     run.config.stages.split.threshold = 2.0
     assert run.states() == {"sft": "done", "reward": "done", "split": "stale", "dpo": "stale"}
-    drawn = pipeline.tree(run.config, graph.resolve(run.config, run.workdir))
+    drawn = run.tree()
     assert "threshold: 1.0 -> 2.0" in drawn and "input split" in drawn
     assert run() == ["split", "dpo"]
     assert (old / "manifest.json").exists()
@@ -107,7 +115,7 @@ def test_a_deleted_artifact_runs_again_with_its_dependents_alone(run):
 
 
 def test_a_stage_that_was_cut_off_runs_again_in_the_same_folder(run):
-    run.config.stages.dpo.beta = 13
+    run.config.stages.dpo.beta = 13.0
     with pytest.raises(KeyboardInterrupt):
         run()
     assert run.states()["dpo"] == "unfinished"
@@ -118,7 +126,7 @@ def test_a_stage_that_was_cut_off_runs_again_in_the_same_folder(run):
 
 
 def test_the_tree_shows_every_stage_beneath_its_last_input(run):
-    drawn = pipeline.tree(run.config, graph.resolve(run.config, run.workdir))
+    drawn = run.tree()
     lines = drawn.splitlines()
     assert lines[0] == "base"
     assert [line.split("[")[0].strip("│├└─ ") for line in lines[1::2]] == ["sft", "reward", "split", "dpo"]
@@ -128,7 +136,7 @@ def test_the_tree_shows_every_stage_beneath_its_last_input(run):
 
 
 def test_a_report_that_cannot_be_written_does_not_fail_a_finished_run(run, monkeypatch, capsys):
-    def broken(workdir):
+    def broken(workdir, shown):
         raise OSError("no space left")
 
     monkeypatch.setattr(pipeline.report, "write", broken)

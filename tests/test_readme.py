@@ -16,14 +16,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("steps", "eval_every", "save_every", "eval_batches")
 STAGES = ("sft", "reward", "dpo", "mpo")
+SAMPLING = ("split", "split_sampled", "mpo", "mpo_sampled", "ppo_sft", "evaluate")
 FLAGS = {
     "mpo_jax.main": [
         *(f"--config.stages.{stage}.{key}=1" for stage in STAGES for key in TINY),
         *(f"--config.stages.{stage}.batch_size=8" for stage in (*STAGES, "split")),
         "--config.data.max_length=96",
+        "--config.data.max_prompt=64",
         "--config.data.max_response=24",
         "--config.data.max_buckets=1",
-        "--config.stages.mpo.max_new_tokens=8",
+        *(f"--config.stages.{stage}.max_new_tokens=8" for stage in SAMPLING),  # a graph is checked whole
         "--stages=mpo",
     ],
     "mpo_jax.sample": ["--max_new_tokens=4"],
@@ -33,7 +35,8 @@ FLAGS = {
         "--stages=dpo",
         "--config.stages.dpo.batch_size=2",
         "--config.stages.dpo.microbatch=0",
-        "--config.data.max_length=64",
+        "--config.data.max_length=320",
+        "--config.data.max_prompt=32",
     ],
 }
 

@@ -114,6 +114,17 @@ def fingerprint(path: str) -> str:
     return records_fingerprint(records)
 
 
+def at_hand(path: str) -> bool:
+    """Whether a data path leads to files here; False for a name that is looked up on the hub or in TFDS. InputError
+    for a path that leads nowhere."""
+    if path.startswith(("tfds:", "hf:")):
+        return False
+    if epath.Path(path).exists():
+        return True
+    _check_name(path)
+    return False
+
+
 def split_of(part: Part, row: Row) -> str:
     """The split a row belongs to: its own word, else its file's, else train."""
     own = row.values.get("split")
@@ -143,9 +154,14 @@ def parts(path: str) -> list[Part]:
         return [_file_part(place, place.name)]
     if place.is_dir():
         return _folder_parts(place)
-    if path.endswith(SUFFIXES) or not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", path) or path.startswith("."):
-        raise InputError(f"{path}: no such file or folder")
+    _check_name(path)
     return _hub_parts(path)
+
+
+def _check_name(path: str) -> None:
+    """InputError for what can't be the name of a hub dataset."""
+    if path.endswith(SUFFIXES) or not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", path) or path.startswith("."):
+        raise InputError(f"data.path: {path}: no such file or folder")
 
 
 def _folder_parts(folder: epath.Path) -> list[Part]:

@@ -19,9 +19,6 @@ import numpy as np
 
 from mpo_jax.errors import InputError
 
-FILE = "annotations.sqlite"
-"""The file, within the run's folder, that holds the judgements."""
-
 CHOICES = ("first", "second", "tie")
 LONGEST_NAME, LONGEST_COMMENT = 60, 5000
 """Characters."""

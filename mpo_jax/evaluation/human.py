@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mpo_jax import artifacts
 from mpo_jax.evaluation import annotation, judge, statistics
 from mpo_jax.evaluation.annotation import Judgement
 
@@ -68,15 +69,15 @@ def results(
 def section(workdir: epath.Path, stages: Mapping[str, epath.Path]) -> dict[str, Any] | None:
     """What the report shows: the results on every evaluation's replies. stages: name -> folder of every finished
     stage. None where nobody judged."""
-    file = workdir / annotation.FILE
-    if "://" in str(workdir) or not file.exists():
+    file = workdir / artifacts.ANNOTATIONS
+    if artifacts.is_remote(workdir) or not file.exists():
         return None
     with annotation.Store(Path(file)) as store:
         judgements = store.all()
     found = []
     for name, folder in stages.items():
-        if (folder / "replies.jsonl").exists():
-            table = results(judge.read_replies(folder / "replies.jsonl"), judgements)
+        if (folder / artifacts.REPLIES_FILE).exists():
+            table = results(judge.read_replies(folder / artifacts.REPLIES_FILE), judgements)
             found += [{"name": name} | table] if table is not None else []
     return {"stages": found} if found else None
 

@@ -6,13 +6,13 @@ all where either order has no readable verdict: those are counted and shown, nev
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from mpo_jax import artifacts
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import judge_prompts, statistics
 from mpo_jax.evaluation.judge_prompts import FIRST, SECOND, TIE, Question
@@ -20,20 +20,12 @@ from mpo_jax.evaluation.judge_prompts import FIRST, SECOND, TIE, Question
 Row = Mapping[str, Any]
 """A line of replies.jsonl."""
 
-TABLE = "judge.json"
-"""The file, within a judge stage's folder, that holds its table."""
-
 
 def read_replies(path: epath.Path) -> list[Row]:
     """The lines of a replies.jsonl. InputError for one that is missing or not JSON."""
     if not path.exists():
-        raise InputError(f"{path}: no such file; run an evaluate stage first")
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+        raise InputError(f"{path}: no such file; run an evaluation first")
+    rows = artifacts.read_lines(path)
     if not rows:
         raise InputError(f"{path}: holds no replies")
     return rows
@@ -100,16 +92,6 @@ def by_scores(
         ]  # fmt: skip
         tables.append(_pair_table(rows, left, right, by, both, valid, resamples, seed))
     return _whole(by, tables, asked=False)
-
-
-def section(stages: Mapping[str, epath.Path]) -> dict[str, Any] | None:
-    """What the report shows: the table of every judge stage. stages: name -> folder of every finished stage."""
-    found = [
-        {"name": name} | json.loads((folder / TABLE).read_text())
-        for name, folder in stages.items()
-        if (folder / TABLE).exists()
-    ]
-    return {"stages": found} if found else None
 
 
 def _pair_table(
@@ -197,11 +179,10 @@ def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def verdict_lines(questions: Sequence[Question], answers: Sequence[str | None]) -> str:
-    """verdicts.jsonl: a line for each question, with what was answered and how it was read."""
-    lines = [
+def verdict_lines(questions: Sequence[Question], answers: Sequence[str | None]) -> list[dict[str, Any]]:
+    """A line for each question, with what was answered and how it was read."""
+    return [
         {"prompt_id": q.prompt_id, "left": q.left, "right": q.right, "first": q.first,
          "verdict": judge_prompts.verdict(answer), "answer": answer}
         for q, answer in zip(questions, answers, strict=True)
     ]  # fmt: skip
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -5,7 +5,6 @@ every attempt counts towards the ceiling.
 """
 
 import asyncio
-import dataclasses
 import email.utils
 import json
 import os
@@ -14,41 +13,48 @@ import sys
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
+import annotated_types
 from tqdm import tqdm
 
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import judge_cache
 from mpo_jax.evaluation.judge_cache import Cache
+from mpo_jax.settings import Amount, Count, Positive, Section, Whole, setting
 
 _RETRIED = (408, 409, 425, 429)
 _LONGEST_WAIT = 600.0
 """Seconds. A server that asks for more has run out of quota, not of breath."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Endpoint:
-    """Whom to ask, and how hard.
+class Endpoint(Section):
+    """Whom to ask, and how hard. Ceilings are checked before each call: those in flight are finished."""
 
-    key_variable: the environment variable that holds the API key; "" for a server that wants none. limit_key: under
-    which name answer_tokens is sent. seconds: that a call may take. attempts: at a question. max_calls, max_tokens: of
-    a run in all, failed attempts and tokens of questions included; 0: no ceiling. Checked before each call: those in
-    flight are finished. backoff: seconds before the second attempt, doubled from there.
-    """
-
-    base_url: str
-    model: str
-    key_variable: str = ""
-    temperature: float = 0.0
-    answer_tokens: int = 256
-    limit_key: str = "max_tokens"
-    concurrency: int = 8
-    seconds: float = 120.0
-    attempts: int = 6
-    max_calls: int = 0
-    max_tokens: int = 0
-    backoff: float = 1.0
+    base_url: str = setting("https://api.openai.com/v1", "where the chat-completions protocol is spoken", min_length=1)
+    model: str = setting("", "the endpoint's name for the model")
+    key_variable: str = setting(
+        "OPENAI_API_KEY", "environment variable with the API key; empty: the server wants none", operational=True
+    )
+    temperature: Amount = setting(0.0, "of the judge's answers")
+    answer_tokens: Count = setting(256, "of an answer, at most", unit="tokens")
+    limit_key: str = setting(
+        "max_tokens", "under which answer_tokens is sent; some models want max_completion_tokens", min_length=1
+    )
+    concurrency: Annotated[int, annotated_types.Interval(ge=1, le=1024)] = setting(
+        8, "calls at a time", operational=True
+    )
+    seconds: Positive = setting(120.0, "that a call may take", unit="seconds", operational=True)
+    attempts: Count = setting(6, "at a question, before the stage stops", operational=True)
+    max_calls: Whole = setting(
+        0, "ceiling of the stage, failed attempts included; 0: none", unit="calls", operational=True
+    )
+    max_tokens: Whole = setting(
+        0, "ceiling of the stage, of questions and answers; 0: none", unit="tokens", operational=True
+    )
+    backoff: Positive = setting(
+        1.0, "before the second attempt at a question, doubled from there", unit="seconds", operational=True
+    )
 
     def check(self) -> None:
         """InputError for what can't be asked."""

@@ -1,21 +1,37 @@
 """Texts enter; gold scores and noisy preferences leave: what stands in for the human in self-labelled studies."""
 
 import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from mpo_jax.errors import InputError
 
-LABELLERS = ("vader",)
+Labeller = Callable[[Sequence[str]], Sequence[float]]
+"""Replies -> a score of each, higher for the better."""
 
 
-def score(labeller: str, texts: list[str]) -> np.ndarray:
-    """The labeller's score of each text, f32 [texts]. vader: the compound sentiment, from -1 to 1 (Hutto & Gilbert
-    2014). InputError for an unknown labeller."""
+def score(labeller: str, texts: Sequence[str]) -> np.ndarray:
+    """The labeller's score of each text, f32 [texts]. InputError for an unknown labeller, and for one that gives
+    another number of scores, or one that is not finite."""
     if labeller not in LABELLERS:
         raise InputError(f"labeller: {labeller!r}; expected one of {', '.join(LABELLERS)}")
+    found = np.array(LABELLERS[labeller](texts), np.float32)
+    if found.shape != (len(texts),) or not np.isfinite(found).all():
+        raise InputError(
+            f"labeller {labeller!r}: {found.shape} scores of {len(texts)} texts; expected a finite one each"
+        )
+    return found
+
+
+def vader(texts: Sequence[str]) -> list[float]:
+    """The compound sentiment, from -1 to 1 (Hutto & Gilbert 2014)."""
     analyser = _vader()
-    return np.array([analyser.polarity_scores(text)["compound"] for text in texts], np.float32)
+    return [analyser.polarity_scores(text)["compound"] for text in texts]
+
+
+LABELLERS: dict[str, Labeller] = {"vader": vader}
+"""By name; a plugin may add its own (docs/architecture.md)."""
 
 
 @functools.cache

@@ -5,18 +5,18 @@ that pleases the reward model please the gold labeller too?
 """
 
 import base64
-import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from mpo_jax import metrics
+from mpo_jax import artifacts, metrics
 from mpo_jax.evaluation import pairs as pair_tables
 from mpo_jax.evaluation import plots
+from mpo_jax.evaluation.sections import Finished
 
 _FEWEST = 20
 """Pairs with a known confidence, below which their correlation is not worth a line."""
@@ -94,18 +94,15 @@ def over_optimisation(rows: Sequence[Mapping[str, float]]) -> dict[str, Any] | N
     }
 
 
-def section(stages: Mapping[str, epath.Path]) -> dict[str, Any] | None:
-    """What the report shows: of each split that scored the data's own pairs, and each PPO stage with a gold labeller.
-
-    stages: name -> folder of every finished stage. None where there is neither.
-    """
+def section(stages: Iterable[Finished]) -> dict[str, Any] | None:
+    """What the report shows: of each split whose pairs somebody labelled, and each training whose replies a gold
+    labeller scored. None where there is neither."""
     splits, curves = [], []
-    for name, folder in stages.items():
-        settings = json.loads((folder / "config.json").read_text())["stages"].get(name, {})
-        if settings.get("kind") == "split" and _labelled(settings):
-            splits.append({"name": name} | _split(folder))
-        elif settings.get("kind") == "ppo" and (found := over_optimisation(metrics.read(folder))) is not None:
-            curves.append({"name": name, "image": _drawn(found["points"])} | found)
+    for stage in stages:
+        if (stage.folder / artifacts.GAPS).exists() and _labelled(stage.settings):
+            splits.append({"name": stage.name} | _split(stage.folder))
+        if (found := over_optimisation(metrics.read(stage.folder))) is not None:
+            curves.append({"name": stage.name, "image": _drawn(found["points"])} | found)
     return {"splits": splits, "curves": curves} if splits or curves else None
 
 
@@ -127,10 +124,8 @@ def _labelled(settings: Mapping[str, Any]) -> bool:
 
 
 def _split(folder: epath.Path) -> dict[str, Any]:
-    with (folder / "gaps.npz").open("rb") as file, np.load(file) as arrays:
-        gap = arrays["gap"]
-    with (folder / "pairs" / "confidence.npy").open("rb") as file:
-        confidence = np.load(file)
+    gap = artifacts.read_gaps(folder).gap
+    confidence = artifacts.read_array(folder / artifacts.PAIR_ROWS / "confidence.npy")
     rows = by_gap_decile(gap)
     share = pair_tables.accuracy(gap)
     return {

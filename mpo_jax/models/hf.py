@@ -38,6 +38,10 @@ _TOKENIZER_FILES = (
 )
 
 
+_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+"""What is downloaded of a model on the hub."""
+
+
 def resolve(folder: epath.PathLike) -> str:
     """A local model folder as it is; a hub id downloaded to the local cache (safetensors, JSON, tokenizer files).
 
@@ -46,18 +50,37 @@ def resolve(folder: epath.PathLike) -> str:
     name = os.fspath(folder)
     if Path(name).expanduser().is_dir():
         return str(Path(name).expanduser())
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise InputError(f"{name}: no such folder; expected a local Hugging Face model folder or a hub id (owner/name)")
+    _check_id(name)
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-        return snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"])
+        return snapshot_download(name, allow_patterns=_FILES, ignore_patterns=["*/*"])
     except Exception as error:  # offline, unknown, gated: the hub's client raises a dozen kinds
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{name}: no such folder, and not to be had from the hub ({reason}); give a local folder"
         ) from (error)
+
+
+def at_hand(folder: epath.PathLike) -> bool:
+    """Whether a model is here: a local folder, or a hub id that the local cache holds. Nothing is downloaded.
+    InputError for what is neither a folder nor a hub id."""
+    name = os.fspath(folder)
+    if Path(name).expanduser().is_dir():
+        return True
+    _check_id(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(name, allow_patterns=_FILES, ignore_patterns=["*/*"], local_files_only=True)
+    except Exception:  # not in the cache: the hub's client raises several kinds
+        return False
+    return True
+
+
+def _check_id(name: str) -> None:
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise InputError(f"{name}: no such folder; expected a local Hugging Face model folder or a hub id (owner/name)")
 
 
 def read_stop_ids(folder: epath.PathLike) -> tuple[int, ...]:

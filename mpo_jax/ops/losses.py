@@ -5,6 +5,9 @@ accumulated equals full batch under masks. metrics: name -> (sum, weight), likew
 columns. Rows of weight 0 contribute nothing, to loss or gradient, whatever they hold.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -89,6 +92,19 @@ def ipo(
         policy_chosen, policy_rejected, reference_chosen, reference_rejected, weight, beta
     )
     return _weighted(jnp.square(chosen - rejected - jnp.float32(1 / (2 * beta))), weight, metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A preference loss. loss: `(policy_chosen, policy_rejected, reference_chosen, reference_rejected, weight, beta)`,
+    as `dpo` takes them. smooths: whether it takes `label_smoothing` too."""
+
+    loss: Callable[..., Loss]
+    smooths: bool = False
+
+
+OBJECTIVES = {"dpo": Objective(dpo, smooths=True), "ipo": Objective(ipo)}
+"""What preference training can minimise, by name. A new one is a function here (or in a plugin) and a line."""
 
 
 def chosen_nll(policy_chosen: jax.Array, chosen_len: jax.Array, weight: jax.Array) -> Loss:

@@ -4,10 +4,13 @@ Letters: B prompts, N responses to each, R response slots. A mask is True at rea
 what lies beneath a False is never read, and comes out 0.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from mpo_jax.ops import shapes
+from mpo_jax.ops import policy, shapes
 from mpo_jax.ops.statistics import moments
 
 _TINY = 1e-8
@@ -81,6 +84,36 @@ def gae(
     _, reversed_in_place = jax.lax.scan(back, (nothing, nothing), slots, reverse=True)
     advantages = jnp.moveaxis(reversed_in_place, 0, 2)
     return advantages, advantages + values
+
+
+def rloo(
+    rewards: jax.Array, values: jax.Array, mask: jax.Array, weight: jax.Array, gamma: float, lam: float
+) -> tuple[jax.Array, jax.Array]:
+    """RLOO's advantages, one for all tokens of a response (`policy.leave_one_out`), and no targets: f32 [B,N,R] each.
+
+    rewards f32 [B,N,R], mask bool [B,N,R], weight f32 [B]; values, gamma and lam play no part. Ahmadian et al. 2024
+    (arXiv 2402.14740)."""
+    whole = policy.leave_one_out(jnp.sum(rewards, axis=2), weight)
+    return jnp.where(mask, whole[:, :, None], jnp.float32(0)), jnp.zeros_like(rewards)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """Of advantages. advantages: `(rewards, values, mask, weight, gamma, lam) -> (advantages, targets)`, f32 [B,N,R].
+    critic: whether it needs values. samples: the fewest responses to a prompt."""
+
+    advantages: Callable[..., tuple[jax.Array, jax.Array]]
+    critic: bool
+    samples: int = 1
+
+
+ESTIMATORS = {
+    "ppo": Estimator(
+        lambda rewards, values, mask, weight, gamma, lam: gae(rewards, values, mask, gamma, lam), critic=True
+    ),
+    "rloo": Estimator(rloo, critic=False, samples=2),
+}
+"""How rewards become advantages, by the algorithm's name."""
 
 
 def whiten(values: jax.Array, mask: jax.Array, shift: bool = True) -> jax.Array:

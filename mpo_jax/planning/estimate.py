@@ -5,10 +5,10 @@ of the chip's peak: they are taken to overlap.
 """
 
 import dataclasses
-from typing import Any
 
 from mpo_jax.planning.chips import Chip
 from mpo_jax.planning.compile import Report
+from mpo_jax.stages import kinds
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Program
 
@@ -56,7 +56,7 @@ def seconds(report: Report, chip: Chip, assumptions: Assumptions) -> Seconds:
 def calls(job: Job, program: Program, assumptions: Assumptions) -> float:
     """How often a stage runs a program."""
     settings = job.settings
-    batches = rows(job, assumptions) / settings.batch_size
+    batches = kinds.of(settings).rows(job, assumptions.pairs, assumptions.easy) / settings.batch_size
     if program.per == "batch":
         return max(1.0, batches)
     steps = settings.steps or max(1.0, batches * settings.epochs)
@@ -64,22 +64,3 @@ def calls(job: Job, program: Program, assumptions: Assumptions) -> float:
         times = steps / settings.eval_every if settings.eval_every else EVALUATIONS
         return times * settings.eval_batches
     return float(steps)
-
-
-def rows(job: Job, assumptions: Assumptions) -> float:
-    """The rows that a stage reads once an epoch."""
-    settings = job.settings
-    shares = dict(job.config.data.shares)
-    if settings.kind in ("sft", "reward", "split"):
-        return assumptions.pairs * shares[settings.share]
-    if settings.kind == "pairs":
-        return assumptions.pairs
-    if settings.kind == "evaluate":
-        return settings.count * len(settings.policies)
-    role = job.inputs["pairs" if settings.kind == "dpo" else "prompts"]
-    part = {"easy": assumptions.easy, "hard": 1 - assumptions.easy}.get(role.part, 1.0)
-    return assumptions.pairs * _share(job, role) * part
-
-
-def _share(job: Job, split: Any) -> float:
-    return dict(job.config.data.shares)[job.config.stages[split.name].share]

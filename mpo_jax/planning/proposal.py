@@ -4,13 +4,13 @@ Changes that leave the results alone come first (remat, microbatch, mesh), then 
 adapters instead of full fine-tuning, then more chips. What arithmetic alone rules out is not compiled.
 """
 
-import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 
+from mpo_jax import settings
 from mpo_jax.errors import InputError
 from mpo_jax.models import presets
 from mpo_jax.planning import compile as compiler
@@ -18,8 +18,10 @@ from mpo_jax.planning import stages
 from mpo_jax.planning.chips import Topology, larger, topology
 from mpo_jax.planning.estimate import Assumptions
 from mpo_jax.planning.stages import StagePlan
+from mpo_jax.run import Run
 from mpo_jax.sharding import BATCH_AXES, axis_size
-from mpo_jax.stages import programs
+from mpo_jax.stages import kinds
+from mpo_jax.stages.base import Training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +45,14 @@ class Change:
         return tuple(found + ([f"--topology={self.topology}"] if self.topology != given else []))
 
 
-def propose(config: Any, name: str, misfits: Iterable[str], place: Topology, assumptions: Assumptions) -> Proposal:
+def propose(config: Run, name: str, misfits: Iterable[str], place: Topology, assumptions: Assumptions) -> Proposal:
     """The first of `changes` under which the programs that did not fit do, and then all of the stage's."""
     tried = 0
     misfits = list(misfits)
     for change in changes(config, name, place):
         where = place if change.topology == place.name else topology(change.topology)
-        changed = apply(config, change.settings)
         try:
+            changed = settings.replaced(config, change.settings)
             job = stages.jobs(changed, where, [name])[name]
             if not _may_fit(job, where):
                 continue
@@ -64,40 +66,33 @@ def propose(config: Any, name: str, misfits: Iterable[str], place: Topology, ass
     return Proposal((), None, tried)
 
 
-def changes(config: Any, name: str, place: Topology) -> Iterator[Change]:
+def changes(config: Run, name: str, place: Topology) -> Iterator[Change]:
     """What to try, each with what came before it where that helps."""
-    settings = config.stages[name]
+    stage = config.stages[name]
     model = presets.find(config.model.path).architecture
     kept: dict[str, Any] = {}
-    if "remat" in settings:
-        if (settings.remat or config.model.remat) != "full":
+    if isinstance(stage, Training):
+        if (stage.remat or config.model.remat) != "full":
             kept[f"stages.{name}.remat"] = "full"
             yield Change(dict(kept), place.name)
         mesh = stages.make_mesh(config, place, model)
         smallest = axis_size(mesh, BATCH_AXES)
-        rows = settings.microbatch or settings.batch_size
+        rows = stage.microbatch or stage.batch_size
         while rows % 2 == 0 and rows // 2 >= smallest:
             rows //= 2
             yield Change(kept | {f"stages.{name}.microbatch": rows}, place.name)
-        if rows != (settings.microbatch or settings.batch_size):
+        if rows != (stage.microbatch or stage.batch_size):
             kept[f"stages.{name}.microbatch"] = rows
-    for mesh_ in stages.meshes(model, place.size, settings.batch_size):
+    for mesh_ in stages.meshes(model, place.size, stage.batch_size):
         sizes = {f"mesh.{axis}": size for axis, size in mesh_.items()}
-        if sizes != {f"mesh.{axis}": size for axis, size in config.mesh.items()}:
+        if sizes != {f"mesh.{axis}": size for axis, size in dict(config.mesh).items()}:
             yield Change(_with_rows(kept, name, mesh_) | sizes, place.name)
-    if "moments" in settings and settings.moments != "factored":
+    if isinstance(stage, Training) and stage.moments != "factored":
         yield Change(kept | {f"stages.{name}.moments": "factored"}, place.name)
     if not config.model.lora.rank:
         yield Change(kept | {"model.lora.rank": 16}, place.name)
     for slice_ in larger(place):
         yield Change(dict(kept), slice_)
-
-
-def apply(config: Any, settings: dict[str, Any]) -> Any:
-    """The config with some settings changed."""
-    changed = copy.deepcopy(config)
-    changed.update_from_flattened_dict(settings)
-    return changed
 
 
 def _with_rows(kept: dict[str, Any], name: str, mesh: dict[str, int]) -> dict[str, Any]:
@@ -110,5 +105,5 @@ def _with_rows(kept: dict[str, Any], name: str, mesh: dict[str, int]) -> dict[st
 def _may_fit(job: Any, place: Topology) -> bool:
     """Whether arguments alone leave room."""
     with jax.set_mesh(job.mesh):
-        held = [sum(compiler.memory_held(program)) for program in programs.programs(job).values()]
+        held = [sum(compiler.memory_held(program)) for program in kinds.of(job.settings).programs(job).values()]
     return max(held, default=0) < place.chip.memory

@@ -9,9 +9,10 @@ from mpo_jax.planning.chips import GIB, Topology
 from mpo_jax.planning.estimate import Assumptions
 from mpo_jax.planning.proposal import Proposal
 from mpo_jax.planning.stages import Planned, StagePlan
+from mpo_jax.run import Run
 
 
-def heading(config: Any, topology: Topology, mesh: Mapping[str, int], assumptions: Assumptions) -> str:
+def heading(config: Run, topology: Topology, mesh: Mapping[str, int], assumptions: Assumptions) -> str:
     """What was planned, and what was assumed."""
     data = config.data
     sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.items())

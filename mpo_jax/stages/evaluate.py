@@ -1,33 +1,91 @@
 """Policies and held-out prompts enter; a reply of each to every prompt leaves, scored, compared, and told in a table.
 
-replies.jsonl holds a line for each prompt, with every policy's reply and its scores: a judge, people and the report
-read it. report.json holds the means, the comparisons, and reward against KL of every policy, along PPO's training too.
+One file holds a line for each prompt, with every policy's reply and its scores: a judge, people and the report read
+it. Another holds the means, the comparisons, and reward against KL of every policy, along a training too.
 """
 
 import dataclasses
-import io
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-import jax
 import numpy as np
+import pydantic
 
-from mpo_jax import metrics, scoring, sharding
+from mpo_jax import artifacts, metrics
+from mpo_jax import settings as declared
+from mpo_jax.artifacts import PAIRS, POLICY, REPLIES, REWARD
 from mpo_jax.data import encode
 from mpo_jax.data.encode import Encoded
-from mpo_jax.errors import InputError
-from mpo_jax.evaluation import judge, labellers, statistics
+from mpo_jax.evaluation import judge, labellers, sections, statistics
+from mpo_jax.evaluation.labellers import LABELLERS
+from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
+from mpo_jax.settings import Count, Names, OneOf, Whole, role, setting
+from mpo_jax.stages import buckets, candidates, rows
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import reward, rollouts, split
+from mpo_jax.stages import programs as shapes
+from mpo_jax.stages.base import Sampling, Stage
 from mpo_jax.stages.job import Artifact, Job
+from mpo_jax.stages.programs import Program, Programs
 
-REPLIES, REPORT = "replies.jsonl", "report.json"
-SAMPLED = "sampled"
-"""The folder that keeps each policy's replies as soon as they are there: a stage that was killed samples the rest."""
 _NGRAM, _DISTINCT = 4, 2
 """Lengths of the n-grams that repetition counts within a reply, and diversity over all of a policy's replies."""
+
+
+class Settings(Sampling):
+    """Policies compared by their replies to held-out prompts."""
+
+    policies: Names = role(POLICY, ("sft", "dpo", "mpo"), "the policies that reply")
+    reward: str = role(REWARD, "reward", "the reward model that scores; empty: none does", optional=True)
+    baseline: str = setting("sft", "the policy that the others are compared with; empty: every two of them")
+    prompts: str = role(
+        PAIRS, "split/all", "the split whose held-out prompts are used; empty: those of the eval share", optional=True
+    )
+    count: Count = setting(128, "held-out prompts", unit="prompts")
+    labeller: Annotated[str, OneOf(LABELLERS, more=("",))] = setting(
+        "", "a labeller whose gold score stands beside the reward model's, for studies"
+    )
+    bootstrap: Count = setting(2000, "resamples of an interval")
+    batch_size: Count = setting(32, "prompts sampled at a time", unit="rows")
+    score_batch: Whole = setting(0, "rows scored at a time; 0: batch_size", unit="rows", operational=True)
+
+    @pydantic.model_validator(mode="after")
+    def _policies(self):
+        if not self.policies or len(set(self.policies)) < len(self.policies):
+            raise declared.wrong("policies", f"{list(self.policies)}; expected at least one policy, each once")
+        if self.baseline and self.baseline not in self.policies:
+            raise declared.wrong("baseline", f"{self.baseline!r} is none of {', '.join(self.policies)}")
+        return self
+
+    @property
+    def scored_rows(self) -> int:
+        return self.score_batch or self.batch_size
+
+
+def check(job: Job[Settings]) -> None:
+    """InputError for sampling that the model or the mesh can't do; nothing is loaded."""
+    jobs.check_batch(job, job.settings.batch_size)
+    jobs.check_batch(job, job.settings.scored_rows, "score_batch")
+    candidates.of_settings(job, 1)
+
+
+def programs(job: Job[Settings]) -> Programs:
+    """The sampler, log-probs of its replies, and the scorer."""
+    model = jobs.model(job)
+    settings = job.settings
+    base = jobs.abstract_base(job, model)
+    weights = base | shapes.frozen_weights(job, model)
+    length, window = shapes.sampled_length(job, settings, 1)
+    drawn = shapes.batch(job, settings.scored_rows, length, window)
+    how = candidates.of_settings(job, 1)
+    compiled = {
+        "sample": candidates.program(job, model, weights, how, settings.batch_size),
+        "logps": rows.logps_program(job, model, weights, drawn, 1, settings.temperature),
+    }
+    if settings.reward:
+        scorer = base | shapes.frozen_weights(job, model, head=True)
+        compiled["score"] = rows.scoring_program(job, model, scorer, drawn, 1)
+    return compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,24 +100,21 @@ class Replied:
     logps: np.ndarray
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job[Settings]) -> dict[str, Any]:
     """Samples, scores, compares; writes both files and prints the table."""
     settings = job.settings
-    policies = policies_of(job)
-    names = [artifact.name for artifact in policies]
-    if settings.baseline and settings.baseline not in names:
-        raise InputError(f"stages.{job.name}.baseline: {settings.baseline!r} is none of {', '.join(names)}")
+    policies: list[Artifact] = job.inputs["policies"]
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
     base = jobs.base_weights(job, model)
     prompts = heldout_prompts(job, model, tokenizer)
-    logps = logps_step(model, job.mesh, settings.temperature)
+    compiled = programs(job)
     replied, baseline = {}, None
     for artifact in policies:
         kept = _kept(job, artifact.name, prompts, tokenizer)
         if kept is None:
             weights = base | jobs.load_weights(job, artifact, model, jobs.frozen_dtype(job))
-            kept = _reply(job, model, tokenizer, weights, prompts, logps)
+            kept = _reply(job, compiled, tokenizer, weights, prompts)
             _keep(job, artifact.name, kept)
         replied[artifact.name] = kept
         if artifact.name == settings.baseline:
@@ -68,61 +123,40 @@ def run(job: Job) -> dict[str, Any]:
     if baseline is not None:
         weights = base | jobs.load_weights(job, baseline, model, jobs.frozen_dtype(job))
         for name, each in replied.items():
-            columns[name]["kl"] = each.logps - _rowwise(job, logps, weights, each.rows)
-    if "reward" in job.inputs:
+            columns[name]["kl"] = each.logps - _rowwise(job, compiled["logps"], weights, each.rows)
+    if "score" in compiled:
         weights = base | jobs.load_weights(job, job.inputs["reward"], model, jobs.frozen_dtype(job))
-        score = reward.scoring_step(model, 1, job.mesh)
         for name, each in replied.items():
-            columns[name]["reward"] = _rowwise(job, score, weights, each.rows)
+            columns[name]["reward"] = _rowwise(job, compiled["score"], weights, each.rows)
     if settings.labeller:
         for name, each in replied.items():
             columns[name]["gold"] = labellers.score(settings.labeller, each.texts)
     lines = _lines(prompts, tokenizer, replied, columns)
-    report = {
+    report: dict[str, Any] = {
         "prompts": len(prompts),
         "baseline": settings.baseline,
         "policies": {
             name: {key: float(np.mean(values)) for key, values in columns[name].items()}
             | ({"kl_error": standard_error(columns[name]["kl"])} if "kl" in columns[name] else {})
             | {"distinct": distinct(replied[name].tokens, _DISTINCT)}
-            for name in names
+            for name in replied
         },
         "comparisons": compared(lines, settings.baseline, settings.bootstrap, job.seed),
     }
     report["frontier"] = frontier(job, report["policies"])
-    if jax.process_index() == 0:
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (job.folder / REPLIES).write_text(text)
-        print(table(report), flush=True)
-    jobs.write_json(job.folder / REPORT, report)
+    if jobs.is_first():
+        artifacts.write_lines(job.folder / artifacts.REPLIES_FILE, lines)
+        artifacts.write_json(job.folder / artifacts.REPORT, report)
+    jobs.say(table(report))
     return {key: report[key] for key in ("prompts", "baseline", "policies")}
-
-
-def policies_of(job: Job) -> list[Artifact]:
-    """The policies that the stage names. InputError for none, or for one named twice."""
-    found: Any = job.inputs.get("policies", [])
-    names = [artifact.name for artifact in found]
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"stages.{job.name}.policies: {names}; expected at least one policy, each once")
-    return found
 
 
 def heldout_prompts(job: Job, model: ModelConfig, tokenizer) -> Encoded:
     """The first `count` held-out prompts of the split that the stage names, or else of the data's eval share."""
     if "prompts" in job.inputs:
-        return split.heldout_prompts(job.inputs["prompts"], job.settings.count)
-    found = jobs.share_prompts(job, model, tokenizer, "eval")
-    return encode.take(found, np.arange(len(found))[: job.settings.count])
-
-
-def logps_step(model: ModelConfig, mesh, temperature: float):
-    """Jitted `(weights, batch) -> f32 [B,1]`, on every device: the summed log-probs of one reply at a temperature (at
-    1 where sampling is greedy)."""
-    heat = temperature or 1.0
-    return jax.jit(
-        lambda weights, batch: scoring.response_logps(model, weights, batch, heat).seq_logps(1),
-        out_shardings=sharding.replicated(mesh),
-    )
+        return buckets.heldout_prompts(job.inputs["prompts"], job.settings.count)
+    prompts = jobs.share_prompts(job, model, tokenizer, "eval")
+    return encode.take(prompts, np.arange(len(prompts))[: job.settings.count])
 
 
 def compared(lines: Sequence[judge.Row], baseline: str, resamples: int, seed: int) -> list[dict[str, Any]]:
@@ -130,7 +164,7 @@ def compared(lines: Sequence[judge.Row], baseline: str, resamples: int, seed: in
     names = list(lines[0]["replies"])
     if len(names) < 2:
         return []
-    found = []
+    comparisons = []
     for key, by in (("gold", "the gold labeller"), ("reward", "the reward model")):
         if lines[0]["replies"][names[0]][key] is None:
             continue
@@ -140,36 +174,40 @@ def compared(lines: Sequence[judge.Row], baseline: str, resamples: int, seed: in
             won = statistics.outcomes([a[key] for a, _ in replies], [b[key] for _, b in replies])
             lengths = np.array([a["tokens"] - b["tokens"] for a, b in replies])
             family.append(statistics.compare(left, right, by, won, lengths, resamples, seed))
-        found += [
+        comparisons += [
             dataclasses.asdict(comparison) | {"sentence": statistics.sentence(comparison)}
             for comparison in statistics.holm(family)
         ]
-    return found
+    return comparisons
 
 
 def frontier(job: Job, policies: Mapping[str, Mapping[str, float]]) -> dict[str, list[dict[str, float]]]:
     """Reward-model score against KL to the baseline: of each policy, and along training of the PPO stages that logged
     both. {} where the evaluation has no baseline or no reward model. A policy's own point is its last, without a step.
     """
-    found: dict[str, list[dict[str, float]]] = {}
-    for artifact in policies_of(job):
+    points: dict[str, list[dict[str, float]]] = {}
+    for artifact in job.inputs["policies"]:
         means = policies[artifact.name]
         if "kl" not in means or "reward" not in means:
             return {}
-        along = _along_training(job, artifact) if artifact.kind == "ppo" else []
-        found[artifact.name] = [*along, {"kl": means["kl"], "score": means["reward"]}]
-    return found
+        along = _along_training(job, artifact)
+        points[artifact.name] = [*along, {"kl": means["kl"], "score": means["reward"]}]
+    return points
 
 
-def _along_training(job: Job, artifact: Artifact) -> list[dict[str, float]]:
-    """The held-out evaluations of a ppo stage whose KL is to the baseline and whose score is this reward model's."""
-    settings = job.config.stages[artifact.name]
-    baseline = job.settings.baseline
-    key = {settings.sft: "eval/kl_sft", settings.reference: "eval/kl"}.get(baseline, "")
-    if (settings.labeller, settings.reward) != ("reward", job.settings.reward):
+def _along_training(job: Job[Settings], artifact: Artifact) -> list[dict[str, float]]:
+    """The held-out evaluations of a training that sampled, if its KL is to the baseline and its score is this reward
+    model's."""
+    if artifact.name == artifacts.BASE:
         return []
-    rows = metrics.read(artifact.folder)
-    return [{"step": row["step"], "kl": row[key], "score": row["eval/score"]} for row in rows if key in row]
+    settings: Any = job.config.stages[artifact.name]
+    kl_to = {getattr(settings, "sft", ""): "eval/kl_sft", getattr(settings, "reference", ""): "eval/kl"}
+    key = kl_to.get(job.settings.baseline, "")
+    scores = getattr(settings, "labeller", ""), getattr(settings, "reward", "")
+    if not key or scores != ("reward", job.settings.reward):
+        return []
+    read = metrics.read(artifact.folder)
+    return [{"step": row["step"], "kl": row[key], "score": row["eval/score"]} for row in read if key in row]
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -218,52 +256,44 @@ def _ngrams(ids: np.ndarray, n: int) -> list[tuple[int, ...]]:
     return list(zip(*(tokens[k:] for k in range(n)), strict=False))
 
 
-def _reply(job: Job, model: ModelConfig, tokenizer, weights, prompts: Encoded, logps) -> Replied:
-    settings = job.settings
-    how = rollouts.sampling_config(job, settings, 1)
-    found = rollouts.sample_all(job, model, weights, prompts, how, settings.batch_size, job.seed)
-    rows = split.with_replies(prompts, found.tokens)
+def _reply(job: Job[Settings], compiled: Programs, tokenizer, weights, prompts: Encoded) -> Replied:
+    how = candidates.of_settings(job, 1)
+    drawn = candidates.sample_all(job, compiled["sample"], weights, prompts, how, job.settings.batch_size)
+    replied = candidates.with_replies(prompts, drawn.tokens)
     return Replied(
-        rows,
-        [each[0] for each in found.tokens],
-        [each[0] for each in found.texts(tokenizer)],
-        found.finished[:, 0],
-        _rowwise(job, logps, weights, rows),
+        replied,
+        [each[0] for each in drawn.tokens],
+        [each[0] for each in drawn.texts(tokenizer)],
+        drawn.finished[:, 0],
+        _rowwise(job, compiled["logps"], weights, replied),
     )
 
 
 def _keep(job: Job, name: str, replied: Replied) -> None:
-    """Writes a policy's replies, whole or not at all."""
-    if jax.process_index() != 0:
+    """Writes a policy's replies: a stage that was killed samples the rest."""
+    if not jobs.is_first():
         return
-    folder = job.folder / SAMPLED
-    folder.mkdir(parents=True, exist_ok=True)
-    held = io.BytesIO()
     lens = np.array([len(ids) for ids in replied.tokens], np.int64)
-    np.savez(held, tokens=np.concatenate(replied.tokens), lens=lens, finished=replied.finished, logps=replied.logps)
-    partial = folder / f"{name}.partial"
-    partial.write_bytes(held.getvalue())
-    partial.rename(folder / f"{name}.npz")
+    tokens = np.concatenate(replied.tokens)
+    arrays = {"tokens": tokens, "lens": lens, "finished": replied.finished, "logps": replied.logps}
+    artifacts.write_arrays(job.folder / artifacts.SAMPLED / f"{name}.npz", arrays)
 
 
 def _kept(job: Job, name: str, prompts: Encoded, tokenizer) -> Replied | None:
     """The replies that an earlier run of this very stage kept; a folder belongs to one set of inputs and settings."""
-    file = job.folder / SAMPLED / f"{name}.npz"
+    file = job.folder / artifacts.SAMPLED / f"{name}.npz"
     if not file.exists():
         return None
-    with file.open("rb") as opened, np.load(opened) as arrays:
-        tokens = np.split(arrays["tokens"], np.cumsum(arrays["lens"])[:-1])
-        finished, logps = arrays["finished"], arrays["logps"]
+    arrays = artifacts.read_arrays(file)
+    tokens = np.split(arrays["tokens"], np.cumsum(arrays["lens"])[:-1])
     texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in tokens]
-    rows = split.with_replies(prompts, [[ids] for ids in tokens])
-    return Replied(rows, tokens, texts, finished, logps)
+    replied = candidates.with_replies(prompts, [[ids] for ids in tokens])
+    return Replied(replied, tokens, texts, arrays["finished"], arrays["logps"])
 
 
-def _rowwise(job: Job, step, weights, rows: Encoded) -> np.ndarray:
-    """`step` over all rows, f32 [rows]."""
-    batch_size = job.settings.score_batch or job.settings.batch_size
-    loader = jobs.loader(job, rows, batch_size, shuffle=False, max_length=None)
-    return reward.collect(step, weights, loader, 1)[:, 0]
+def _rowwise(job: Job[Settings], program: Program, weights, encoded: Encoded) -> np.ndarray:
+    """The program's number of every row, f32 [rows]."""
+    return rows.compute(job, program, weights, encoded, job.settings.scored_rows)[:, 0]
 
 
 def _measured(replied: Replied) -> dict[str, np.ndarray]:
@@ -295,3 +325,19 @@ def _lines(prompts: Encoded, tokenizer, replied: Mapping[str, Replied], columns)
         }
         for row in range(len(prompts))
     ]
+
+
+STAGE = Stage(
+    kind="evaluate",
+    settings=Settings,
+    produces=REPLIES,
+    run=run,
+    programs=programs,
+    check=check,
+    rows=lambda job, pairs, easy: job.settings.count * len(job.settings.policies),
+    shown=Shown(
+        figures=("prompts", "policies.*.gold", "policies.*.reward", "policies.*.kl"),
+        part="evaluations",
+        make=sections.evaluation,
+    ),
+)

@@ -1,4 +1,4 @@
-"""Takes a run's config and the folders of a stage's inputs; gives the stage its model, weights, records and rows.
+"""Takes a run's settings and the folders of a stage's inputs; gives the stage its model, weights, records and rows.
 
 A `Job` is all that a stage is handed. Weights travel as the collections that a stage trained: {"params"} or, under
 LoRA, {"lora"} over the base model's frozen {"params"}, and {"head"} for reward and value models.
@@ -8,14 +8,14 @@ import dataclasses
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 from etils import epath
-from ml_collections import ConfigDict
 
-from mpo_jax import checkpoint, sharding
+from mpo_jax import artifacts, checkpoint, sharding
+from mpo_jax.artifacts import BASE, POLICY, REWARD
 from mpo_jax.data import division, encode, sources, tokenizer
 from mpo_jax.data.loader import Loader
 from mpo_jax.data.schemas import TextRecord
@@ -24,34 +24,35 @@ from mpo_jax.models import config as model_config
 from mpo_jax.models import decoder, hf, lora
 from mpo_jax.models.config import LoraConfig, ModelConfig
 from mpo_jax.models.presets import Preset
+from mpo_jax.run import Run, StageSettings
 from mpo_jax.types import PyTree
-
-WEIGHTS = "weights"
-"""The folder, within an artifact, that holds a trained stage's final weights."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-    """An input of a stage. kind: of the stage that made it, or "base". part: what is taken of it ("easy"), or ""."""
+    """An input of a stage. produces: what it is, see `artifacts`. part: what is taken of it ("easy"), or ""."""
 
     name: str
-    kind: str
+    produces: str
     folder: epath.Path
     part: str = ""
 
 
+S = TypeVar("S", bound=StageSettings, covariant=True)
+
+
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """settings: the stage's own keys, all of them. config: the whole run's. folder: where its artifact goes.
-    inputs: role ("init", "reference", "reward", "pairs", ...) → artifact. preset: the base model where it is known by
-    its numbers alone, as a plan knows it."""
+class Job(Generic[S]):
+    """settings: the stage's own. config: the whole run's. folder: where its artifact goes.
+    inputs: role ("init", "reference", "reward", "pairs", ...) → artifact, or the list of them where it takes several.
+    preset: the base model where it is known by its numbers alone, as a plan knows it."""
 
     name: str
-    settings: ConfigDict
-    config: ConfigDict
+    settings: S
+    config: Run
     folder: epath.Path
     workdir: epath.Path
-    inputs: Mapping[str, Artifact]
+    inputs: Mapping[str, Any]
     mesh: jax.sharding.Mesh
     preset: Preset | None = None
 
@@ -64,6 +65,15 @@ class Job:
     def platform(self) -> str:
         """Of the devices that the stage runs on: cpu, gpu or tpu."""
         return self.mesh.devices.flat[0].platform
+
+    def error(self, setting: str, told: str) -> InputError:
+        """What is wrong with one of the stage's settings, by its whole key."""
+        return InputError(f"stages.{self.name}.{setting}: {told}")
+
+
+def base_artifact(job: Job) -> Artifact:
+    """The run's base model, as an artifact."""
+    return Artifact(BASE, POLICY, epath.Path(job.config.model.path))
 
 
 def key(job: Job) -> jax.Array:
@@ -79,24 +89,21 @@ def model(job: Job) -> ModelConfig:
     else:
         architecture = job.preset.architecture
     adapters = settings.lora
-    found = dataclasses.replace(
+    config = dataclasses.replace(
         architecture.for_mesh(job.mesh),
         dtype=model_config.compute_dtype(settings.dtype, job.platform),
-        remat=job.settings.get("remat") or settings.remat,
+        remat=getattr(job.settings, "remat", "") or settings.remat,
         attention=settings.attention,
-        lora=LoraConfig(adapters.rank, adapters.alpha, tuple(adapters.targets)) if adapters.rank else None,
+        lora=LoraConfig(adapters.rank, adapters.alpha, adapters.targets) if adapters.rank else None,
     )
     for length in (job.config.data.multiple, job.config.data.max_length):  # what rows of the data can be long
-        found.check_attention(job.platform, job.mesh.shape.get("tensor", 1), length)
-    return found
+        config.check_attention(job.platform, job.mesh.shape.get("tensor", 1), length)
+    return config
 
 
 def frozen_dtype(job: Job) -> str:
     """Of weights that nothing trains; there is no mixed storage."""
-    name, key = job.config.model.frozen_dtype, "model.frozen_dtype"
-    if name == "mixed":
-        raise InputError(f"{key}: 'mixed' is a way to compute; expected auto, float32 or bfloat16")
-    return model_config.compute_dtype(name, job.platform, key)
+    return model_config.compute_dtype(job.config.model.frozen_dtype, job.platform, "model.frozen_dtype")
 
 
 def stop_ids(job: Job) -> tuple[int, ...]:
@@ -113,13 +120,17 @@ def base_weights(job: Job, model: ModelConfig) -> PyTree:
 
 def load_weights(job: Job, artifact: Artifact, model: ModelConfig, dtype: str = "float32") -> PyTree:
     """The collections an artifact adds to `base_weights`, sharded over the job's mesh, in `dtype`."""
-    if artifact.kind == "base":
+    if artifact.name == BASE:
         if model.lora is None:
             return hf.import_weights(job.config.model.path, model, job.mesh, dtype)
         return lora.init(model, jax.random.fold_in(key(job), 0), job.mesh)
-    head = artifact.kind == "reward"
-    abstract = abstract_weights(model, job.mesh, head=head, dtype=dtype)
-    return checkpoint.restore_weights(artifact.folder / WEIGHTS, abstract)
+    abstract = abstract_weights(model, job.mesh, head=artifact.produces == REWARD, dtype=dtype)
+    return checkpoint.restore_weights(artifact.folder / artifacts.WEIGHTS, abstract)
+
+
+def save_weights(job: Job, weights: PyTree, name: str = artifacts.WEIGHTS) -> None:
+    """Leaves a stage's final weights in its folder."""
+    checkpoint.save_weights(job.folder / name, weights)
 
 
 def abstract_base(job: Job, model: ModelConfig) -> PyTree:
@@ -178,23 +189,18 @@ def records(job: Job, share: str, loaded_tokenizer=None) -> list[TextRecord]:
     limit = data.limit or None
     if share == "eval" and data.eval_split:
         return sources.load(data.path, data.eval_split, loaded_tokenizer, limit)[0]
-    fractions = {name: float(part) for name, part in data.shares.items()}
+    fractions = dict(data.shares)
     if data.eval_split:
         fractions = {name: part for name, part in fractions.items() if name != "eval"}
         fractions = {name: part / sum(fractions.values()) for name, part in fractions.items()}
     read, report = sources.load(data.path, data.split, loaded_tokenizer, limit)
-    if jax.process_index() == 0:
-        print(report.line())
+    say(report.line())
     return division.select(read, share, fractions)
 
 
 def encode_rows(job: Job, model: ModelConfig, rows: list[TextRecord], replies: int, loaded_tokenizer) -> encode.Encoded:
     """Records as token rows within the config's limits, cached in the workdir."""
     data = job.config.data
-    if data.max_length > model.max_positions:
-        raise InputError(
-            f"data.max_length: {data.max_length} is above the model's context of {model.max_positions} tokens"
-        )
     limits = encode.Limits(
         data.max_length, data.max_response, max_prompt=data.max_prompt or None, too_long=data.too_long
     )
@@ -203,9 +209,8 @@ def encode_rows(job: Job, model: ModelConfig, rows: list[TextRecord], replies: i
 
 def share_pairs(job: Job, model: ModelConfig, loaded_tokenizer, share: str) -> encode.Encoded:
     """The pairs of a share: from the stage that made them, if the job's inputs name one, or from the data."""
-    made = job.inputs.get("pairs")
-    if made is not None:
-        return read_rows(made.folder / share)
+    if "pairs" in job.inputs:
+        return read_rows(job.inputs["pairs"].folder / share)
     return encode_rows(job, model, records(job, share, loaded_tokenizer), 2, loaded_tokenizer)
 
 
@@ -214,9 +219,18 @@ def read_rows(folder: epath.Path) -> encode.Encoded:
     return encode.read(local(folder))
 
 
+def write_rows(encoded: encode.Encoded, folder: epath.Path) -> None:
+    """Encoded rows, over what a killed run may have left; process 0 alone writes them."""
+    if not is_first():
+        return
+    if folder.exists():
+        folder.rmtree()
+    encode.write(encoded, local(folder))
+
+
 def local(folder: epath.Path) -> Path:
     """Encoded rows are memory-mapped: InputError for a folder that no file system holds."""
-    if "://" in str(folder):
+    if artifacts.is_remote(folder):
         raise InputError(f"{folder}: pairs are memory-mapped; expected a workdir on a file system (mount the bucket)")
     return Path(folder)
 
@@ -237,7 +251,9 @@ def prompt_limit(job: Job) -> int:
 
 def _cache(job: Job) -> str | None:
     """Where encoded rows are kept; memory-mapped, so on a local disk only."""
-    return str(job.workdir / "cache") if job.config.data.cache and "://" not in str(job.workdir) else None
+    return (
+        str(job.workdir / artifacts.CACHE) if job.config.data.cache and not artifacts.is_remote(job.workdir) else None
+    )
 
 
 def loader(job: Job, encoded: encode.Encoded, batch_size: int, **options) -> Loader:
@@ -259,7 +275,30 @@ def loader(job: Job, encoded: encode.Encoded, batch_size: int, **options) -> Loa
     )
 
 
-def write_json(path: epath.Path, value: Any) -> None:
-    """A small JSON file, whole or not at all; process 0 alone writes it."""
-    if jax.process_index() == 0:
-        checkpoint.write_json(path, value)
+def is_first() -> bool:
+    """Whether this is the process that writes files and prints."""
+    return jax.process_index() == 0
+
+
+def say(line: str) -> None:
+    """Prints a line, once for all processes."""
+    if is_first():
+        print(line, flush=True)
+
+
+def check_batch(job: Job, rows: int, setting: str = "batch_size") -> None:
+    """InputError where the mesh does not divide a batch."""
+    try:
+        sharding.check_batch(rows, job.mesh, setting)
+    except InputError as error:
+        raise InputError(f"stages.{job.name}.{error}") from None
+
+
+def check(job: Job) -> None:
+    """InputError for what no stage of the run can do: rows beyond the model's context, attention that its backend can't
+    compute. Nothing is loaded."""
+    decoder_config, data = model(job), job.config.data
+    if data.max_length > decoder_config.max_positions:
+        raise InputError(
+            f"data.max_length: {data.max_length} is above the model's context of {decoder_config.max_positions} tokens"
+        )

@@ -1,81 +1,114 @@
-"""An evaluate stage's replies enter; a judge's verdicts leave, in judge.json (the table) and verdicts.jsonl (each one).
+"""An evaluate stage's replies enter; a judge's verdicts on them leave: their table, and each one.
 
 The judge: an endpoint that speaks the chat-completions protocol, one of the run's own policies, or scores that the
 evaluation has computed. All go through the same table.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
+import pydantic
 
+from mpo_jax import artifacts
+from mpo_jax import settings as declared
+from mpo_jax.artifacts import POLICY, REPLIES, VERDICTS
 from mpo_jax.data import encode
 from mpo_jax.data.schemas import TextRecord
-from mpo_jax.errors import InputError
-from mpo_jax.evaluation import judge, judge_client, judge_prompts
+from mpo_jax.evaluation import judge, judge_client, judge_prompts, sections
 from mpo_jax.evaluation.judge_cache import Cache
+from mpo_jax.evaluation.judge_client import Endpoint
 from mpo_jax.evaluation.judge_prompts import Question
-from mpo_jax.stages import dpo
+from mpo_jax.evaluation.sections import Shown
+from mpo_jax.run import StageSettings
+from mpo_jax.settings import Count, Names, role, setting
 from mpo_jax.stages import job as jobs
+from mpo_jax.stages import programs as shapes
+from mpo_jax.stages import rows
+from mpo_jax.stages.base import Stage
 from mpo_jax.stages.job import Job
-from mpo_jax.stages.reward import collect
+from mpo_jax.stages.programs import Programs
 
-JUDGES = ("endpoint", "local", "reward", "gold")
-VERDICTS, CACHE = "verdicts.jsonl", "judge.sqlite"
 _VERDICT_TOKENS = 8  # " A" and its EOS, in any tokenizer
 
 
-def run(job: Job) -> dict[str, Any]:
+class Settings(StageSettings, Endpoint):
+    """A judge's verdicts on the replies of an evaluation."""
+
+    evaluate: str = role(REPLIES, "evaluate", "the evaluation whose replies are judged")
+    judge: Literal["endpoint", "local", "reward", "gold"] = setting(
+        "endpoint", "who judges: a server, a policy of the run (`local`), or scores that the evaluation has"
+    )
+    local: str = role(POLICY, "", "the policy that judges, for judge=local")
+    policies: Names = setting((), "some of the evaluation's policies; empty: all")
+    baseline: str = setting("", "the policy that the others are compared with; empty: every two of them")
+    rubric: Literal["summary", "helpful", "harmless"] = setting("helpful", "the question, of those in the package")
+    prompt_file: str = setting("", "a Jinja file instead, with {{ prompt }}, {{ first }} and {{ second }}")
+    bootstrap: Count = setting(2000, "resamples of an interval")
+    batch_size: Count = setting(8, "questions that a local policy reads at a time", unit="rows")
+
+    @pydantic.model_validator(mode="after")
+    def _judge(self):
+        if self.judge == "local" and not self.local:
+            raise declared.wrong("local", "empty; expected the policy that judges")
+        return self
+
+
+def check(job: Job[Settings]) -> None:
+    """InputError for a judge that can't be asked; nobody is asked."""
+    settings = job.settings
+    if settings.judge == "local":
+        jobs.check_batch(job, settings.batch_size)
+    if settings.judge in ("endpoint", "local"):
+        judge_prompts.load(settings.prompt_file or settings.rubric)
+    if settings.judge == "endpoint":
+        settings.check()
+        if jax.process_count() > 1:
+            raise job.error("judge", "an endpoint is asked by one process; run this stage on one host")
+
+
+def programs(job: Job[Settings]) -> Programs:
+    """Log-probs of both verdicts, where a policy judges."""
+    if job.settings.judge != "local":
+        return {}
+    model = jobs.model(job)
+    weights = jobs.abstract_base(job, model) | shapes.frozen_weights(job, model)
+    batch = shapes.batch(job, job.settings.batch_size, model.max_positions, 2 * _VERDICT_TOKENS)
+    return {"logps": rows.logps_program(job, model, weights, batch, 2)}
+
+
+def run(job: Job[Settings]) -> dict[str, Any]:
     """Asks what has not been answered before, writes the table, returns the summary."""
     settings = job.settings
-    if settings.judge not in JUDGES:
-        raise InputError(f"stages.{job.name}.judge: {settings.judge!r}; expected one of {', '.join(JUDGES)}")
-    rows = judge.read_replies(job.inputs["evaluate"].folder / "replies.jsonl")
-    pairs = judge.pairs_of(rows, tuple(settings.policies), settings.baseline)
+    replies = judge.read_replies(job.inputs["evaluate"].folder / artifacts.REPLIES_FILE)
+    pairs = judge.pairs_of(replies, settings.policies, settings.baseline)
     how = {"resamples": settings.bootstrap, "seed": job.seed}
     if settings.judge in ("reward", "gold"):
         by = {"reward": "the reward model", "gold": "the gold labeller"}[settings.judge]
-        table = judge.by_scores(rows, pairs, by, settings.judge, **how)
+        table = judge.by_scores(replies, pairs, by, settings.judge, **how)
     else:
-        questions = judge_prompts.questions(rows, pairs, judge_prompts.load(settings.prompt_file or settings.rubric))
+        questions = judge_prompts.questions(replies, pairs, judge_prompts.load(settings.prompt_file or settings.rubric))
         by, answers, spent = (_ask_policy if settings.judge == "local" else _ask_endpoint)(job, questions)
-        if jax.process_index() == 0:
-            (job.folder / VERDICTS).write_text(judge.verdict_lines(questions, answers))
-        table = judge.by_answers(rows, pairs, by, questions, answers, **how) | spent
-    jobs.write_json(job.folder / judge.TABLE, table)
-    if jax.process_index() == 0:
-        print("\n".join(pair["sentence"] for pair in table["pairs"]), flush=True)
+        if jobs.is_first():
+            artifacts.write_lines(job.folder / artifacts.VERDICTS_FILE, judge.verdict_lines(questions, answers))
+        table = judge.by_answers(replies, pairs, by, questions, answers, **how) | spent
+    if jobs.is_first():
+        artifacts.write_json(job.folder / artifacts.JUDGE_TABLE, table)
+    jobs.say("\n".join(pair["sentence"] for pair in table["pairs"]))
     return table
 
 
-def _ask_endpoint(job: Job, questions: list[Question]) -> tuple[str, list[str | None], dict[str, Any]]:
+def _ask_endpoint(job: Job[Settings], questions: list[Question]) -> tuple[str, list[str | None], dict[str, Any]]:
     """Asked once, by process 0 alone; the cache lies in the workdir, so that other stages share it."""
     settings = job.settings
-    endpoint = judge_client.Endpoint(
-        base_url=settings.base_url,
-        model=settings.model,
-        key_variable=settings.key_variable,
-        temperature=settings.temperature,
-        answer_tokens=settings.answer_tokens,
-        limit_key=settings.limit_key,
-        concurrency=settings.concurrency,
-        seconds=settings.seconds,
-        attempts=settings.attempts,
-        max_calls=settings.max_calls,
-        max_tokens=settings.max_tokens,
-    )
-    if jax.process_count() > 1:
-        raise InputError(f"stages.{job.name}.judge: an endpoint is asked by one process; run this stage on one host")
-    with Cache(jobs.local(job.workdir) / CACHE) as cache:
-        answers: list[str | None] = [*judge_client.ask(endpoint, [q.text for q in questions], cache, job.folder.name)]
+    with Cache(jobs.local(job.workdir) / artifacts.JUDGE_CACHE) as cache:
+        answers: list[str | None] = [*judge_client.ask(settings, [q.text for q in questions], cache, job.folder.name)]
         calls, tokens = cache.spent(job.folder.name)
     return settings.model, answers, {"calls": calls, "tokens": tokens}
 
 
-def _ask_policy(job: Job, questions: list[Question]) -> tuple[str, list[str | None], dict[str, Any]]:
+def _ask_policy(job: Job[Settings], questions: list[Question]) -> tuple[str, list[str | None], dict[str, Any]]:
     """The verdict to which a policy gives the higher log-probability; None for what is beyond its context."""
-    if "local" not in job.inputs:
-        raise InputError(f"stages.{job.name}.local: empty; expected the policy that judges")
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
     records = [TextRecord(f"{q.text}\nVerdict:", " A", " B", index, job.name) for index, q in enumerate(questions)]
@@ -86,8 +119,20 @@ def _ask_policy(job: Job, questions: list[Question]) -> tuple[str, list[str | No
         weights = jobs.base_weights(job, model) | jobs.load_weights(
             job, job.inputs["local"], model, jobs.frozen_dtype(job)
         )
-        loader = jobs.loader(job, encoded, job.settings.batch_size, shuffle=False, max_length=None)
-        logps = collect(dpo.make_reference(model, job.mesh), weights, loader, 2)
+        logps = rows.compute(job, programs(job)["logps"], weights, encoded, job.settings.batch_size)
         for index, (first, second) in zip(encoded.id.tolist(), logps, strict=True):
             answers[index] = f"Verdict: {'A' if first > second else 'B' if second > first else 'tie'}"
     return job.inputs["local"].name, answers, {"too_long": int(np.sum([answer is None for answer in answers]))}
+
+
+STAGE = Stage(
+    kind="judge",
+    settings=Settings,
+    produces=VERDICTS,
+    run=run,
+    programs=programs,
+    check=check,
+    rows=lambda job, pairs, easy: 2.0 * job.config.stages[job.settings.evaluate].count,
+    shown=Shown(part="judge", make=sections.verdicts),
+    mapped=True,
+)

@@ -21,18 +21,20 @@ import optax
 from etils import epath
 from jax.experimental import multihost_utils
 
+from mpo_jax import artifacts, optim, sharding
 from mpo_jax import metrics as metrics_log
-from mpo_jax import optim, sharding
 from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.data.loader import Loader
-from mpo_jax.errors import InputError
+from mpo_jax.models.config import ModelConfig
+from mpo_jax.stages import job as jobs
+from mpo_jax.stages import programs as shapes
+from mpo_jax.stages.base import Training
+from mpo_jax.stages.job import Job
+from mpo_jax.stages.programs import Program, Programs, named
 from mpo_jax.types import Batch, PyTree, TrainState
 
 PREEMPTED = 75
 """Exit code of a run that was told to stop and saved: run the same command again to go on (EX_TEMPFAIL)."""
-
-SELECTIONS = ("last", "best")
-"""Which weights a stage leaves: the last, or those of the best evaluation."""
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """name -> (sum, weight): sums add over microbatches and batches, so that their quotient is the exact mean."""
@@ -53,12 +55,12 @@ Evaluate = Callable[[PyTree, PyTree, int], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class Trainer:
     """What tells one training stage from another, and how long it runs.
 
     params: the trainable weights, on the mesh; `train` copies them and frees the caller's. frozen: all other arrays
     that the step reads. extra: see `types.TrainState`. best: the evaluation's metric whose minimum (or, with a leading
-    "-", maximum) marks the best checkpoint. settings: the keys of `configs/base.py` TRAINING. watch: is told each
+    "-", maximum) marks the best checkpoint. settings: the stage's own. watch: is told each
     logged step's number and values, to warn of what needn't stop the run.
     """
 
@@ -69,48 +71,66 @@ class Training:
     frozen: PyTree
     loader: Loader
     evaluate: Evaluate | None
-    settings: Any
+    settings: Training
     key: jax.Array
     extra: PyTree = dataclasses.field(default_factory=dict)
     best: str = "loss"
     watch: Callable[[int, dict[str, float]], None] | None = None
 
 
+def programs(
+    job: Job[Training], model: ModelConfig, loss: Loss, params: PyTree, rows: Batch, steps: int = shapes.STEPS
+) -> Programs:
+    """The step, and the evaluation by the same loss, of a training that minimises `loss` over batches like `rows`.
+
+    params: shapes with shardings of what is trained. steps: of the whole training.
+    """
+    frozen = {"base": jobs.abstract_base(job, model)}
+    optimizer, _ = optim.of_settings(job.settings, steps)
+    state = abstract_state(optimizer, params, job.mesh)
+    step = jit_step(named(train_step(loss, optimizer, microbatches(job)), "train"), state, job.mesh)
+    extent = shapes.train(job, model, state, rows, job.settings.batch_size)
+    forward = shapes.forward(model, rows)
+    return {
+        "train": Program(step, (state, frozen, rows), extent),
+        "evaluate": Program(
+            evaluation_step(loss), (state.params, frozen, rows), forward, (state, frozen), per="evaluation"
+        ),
+    }
+
+
 def supervised(
-    loss: Loss, params: PyTree, frozen: PyTree, loader: Loader, heldout: Loader | None, settings, key, mesh
-) -> Training:
-    """The training of a stage that minimises `loss` over a loader's batches, judged by the same loss on `heldout`."""
-    optimizer, rate = make_optimizer(settings, total_steps(settings, loader))
-    evaluation = evaluation_step(loss)
+    job: Job[Training], compiled: Programs, params: PyTree, frozen: PyTree, loader: Loader, heldout: Loader, steps: int
+) -> Trainer:
+    """Such a training, over a loader's batches and judged on `heldout`. compiled: its `programs` for as many steps."""
+    optimizer, rate = optim.of_settings(job.settings, steps)
 
     def judged(params, frozen, _):
-        assert heldout is not None
-        return evaluate(evaluation, params, frozen, heldout, settings.eval_batches)
+        return evaluate(compiled["evaluate"].function, params, frozen, heldout, job.settings.eval_batches)
 
-    return Training(
-        step=supervised_step(loss, optimizer, settings, abstract_state(optimizer, params, mesh), mesh),
+    return Trainer(
+        step=compiled["train"].function,
         optimizer=optimizer,
         rate=rate,
         params=params,
         frozen=frozen,
         loader=loader,
-        evaluate=None if heldout is None else judged,
-        settings=settings,
-        key=key,
+        evaluate=judged,
+        settings=job.settings,
+        key=jobs.key(job),
     )
 
 
-def check(settings, mesh) -> None:
-    """InputError for settings that such a training can't have; to be asked before anything is loaded or compiled."""
-    _microbatches(settings, mesh)
-    make_optimizer(settings, settings.steps or 1)
-    if settings.select not in SELECTIONS:
-        raise InputError(f"select: {settings.select!r}; expected one of {', '.join(SELECTIONS)}")
+def check(job: Job[Training]) -> None:
+    """InputError where the mesh does not divide what is computed at a time; nothing is loaded."""
+    jobs.check_batch(job, job.settings.batch_size)
+    if job.settings.microbatch:
+        jobs.check_batch(job, job.settings.microbatch, "microbatch")
 
 
-def supervised_step(loss: Loss, optimizer, settings, state: TrainState, mesh):
-    """The jitted step of such a training. state: its `abstract_state`."""
-    return jit_step(train_step(loss, optimizer, _microbatches(settings, mesh)), state, mesh)
+def microbatches(job: Job[Training]) -> int:
+    """How many parts an update's rows are computed in."""
+    return job.settings.update_rows // (job.settings.microbatch or job.settings.update_rows)
 
 
 def jit_step(step: Callable, state: TrainState, mesh):
@@ -119,28 +139,12 @@ def jit_step(step: Callable, state: TrainState, mesh):
     return jax.jit(step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
 
 
-def total_steps(settings, loader: Loader) -> int:
+def total_steps(job: Job[Training], loader: Loader) -> int:
     """Optimizer steps of a run: `steps`, or what `epochs` gives."""
-    steps = settings.steps or round(settings.epochs * loader.steps_per_epoch)
+    steps = job.settings.steps or round(job.settings.epochs * loader.steps_per_epoch)
     if steps < 1:
-        raise InputError(f"epochs {settings.epochs}: no step to take; give steps or more epochs")
+        raise job.error("epochs", f"{job.settings.epochs}; no step to take; give steps or more epochs")
     return steps
-
-
-def make_optimizer(settings, steps: int) -> tuple[optax.GradientTransformation, Callable]:
-    """The stage's optimizer and its learning rate as a function of the step."""
-    rate = optim.schedule(
-        settings.schedule, settings.learning_rate, round(settings.warmup * steps), steps, settings.end_fraction
-    )
-    return optim.make_optimizer(
-        rate,
-        beta1=settings.beta1,
-        beta2=settings.beta2,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        clip_norm=settings.clip_norm or None,
-        moments=settings.moments,
-    ), rate
 
 
 def train_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches: int = 1):
@@ -219,7 +223,7 @@ def evaluation_step(loss: Loss):
         total, weight, sums = loss(params, frozen, batch, jax.random.key(0))
         return sums | {"loss": (total, weight)}
 
-    return jax.jit(step)
+    return jax.jit(named(step, "evaluate"))
 
 
 def init_state(optimizer, params: PyTree, key: jax.Array, mesh, extra: PyTree = None) -> TrainState:
@@ -264,15 +268,14 @@ def _release(params: PyTree, frozen: PyTree) -> None:
             leaf.delete()
 
 
-def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[str, Any]]:
-    """Trains to the end, from the last checkpoint in `folder` if there is one.
+def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTree, dict[str, Any]]:
+    """Trains for `steps` steps in all, from the last checkpoint in `folder` if there is one.
 
     Returns the parameters and a summary: steps, final and best evaluation, padding efficiency, compiles after warm-up.
     Exits with PREEMPTED after a SIGTERM, having saved. Raises NonFinite, with the last good checkpoint kept.
     """
     settings, loader = training.settings, training.loader
-    steps = total_steps(settings, loader)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=settings.keep)
+    checkpoints = Checkpoints(folder / artifacts.CHECKPOINTS, keep=settings.keep)
     progress: dict[str, Any] = {"best": None, "best_step": None, "evaluation": {}}
     if (latest := checkpoints.latest_step()) is None:
         state = init_state(training.optimizer, training.params, training.key, mesh, training.extra)
@@ -315,11 +318,11 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
                     training.watch(*log.last)
                 last_time, last_done = now, done
             if training.evaluate is not None and (done % eval_every == 0 or done == steps):
-                found = training.evaluate(state.params, training.frozen, done)
-                log.write_now(done, {f"eval/{name}": value for name, value in found.items()})
-                progress["evaluation"] = found
-                if _better(found, progress["best"], training.best):
-                    progress |= {"best": found, "best_step": done}
+                evaluation = training.evaluate(state.params, training.frozen, done)
+                log.write_now(done, {f"eval/{name}": value for name, value in evaluation.items()})
+                progress["evaluation"] = evaluation
+                if _better(evaluation, progress["best"], training.best):
+                    progress |= {"best": evaluation, "best_step": done}
                     checkpoints.save_best(done, state.params)
             stopping = stop.at_this_step()
             if done % save_every == 0 or done == steps or stopping:
@@ -327,7 +330,7 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
                 _check_finite(log.last, loader)
                 checkpoints.save(done, state, progress)
             if stopping and done < steps:
-                _say(f"stopped at step {done} of {steps}; run the same command again to continue")
+                jobs.say(f"stopped at step {done} of {steps}; run the same command again to continue")
                 sys.exit(PREEMPTED)
     params = state.params
     if settings.select == "best" and progress["best_step"] is not None:
@@ -342,7 +345,7 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
         "compiles": compiles["first"],
         "compiles_after_warmup": compiles["late"],
     }
-    _say(
+    jobs.say(
         f"{steps} steps; padding efficiency {loader.padding_efficiency:.3f} in {len(loader.buckets)} buckets; "
         f"{compiles['late']} compiles after warm-up"
     )
@@ -350,7 +353,7 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
 
 
 def _best_params(folder: epath.Path, step: int, like: PyTree) -> PyTree:
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    with Checkpoints(folder / artifacts.CHECKPOINTS) as checkpoints:
         return checkpoints.restore_best(step, like)
 
 
@@ -359,17 +362,9 @@ def _numbered(loader: Loader, start: int, stop: int) -> Iterator[tuple[int, Batc
         yield from zip(range(start, stop), stream, strict=True)
 
 
-def _microbatches(settings, mesh) -> int:
-    rows = settings.microbatch or settings.batch_size
-    sharding.check_batch(rows, mesh, "microbatch" if settings.microbatch else "batch_size")
-    if settings.batch_size % rows:
-        raise InputError(f"microbatch: {rows} rows do not divide batch_size {settings.batch_size}")
-    return settings.batch_size // rows
-
-
-def _better(found: dict[str, float], best: dict[str, float] | None, name: str) -> bool:
+def _better(evaluation: dict[str, float], best: dict[str, float] | None, name: str) -> bool:
     sign, name = (-1, name[1:]) if name.startswith("-") else (1, name)
-    value = sign * found[name]
+    value = sign * evaluation[name]
     return math.isfinite(value) and (best is None or value < sign * best[name])
 
 
@@ -415,8 +410,3 @@ def on_host(tree: PyTree) -> PyTree:
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(tree, tiled=True)
     return jax.device_get(tree)
-
-
-def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line, flush=True)

@@ -4,41 +4,81 @@ For self-labelled studies and data without labels: the labeller's Bradley-Terry 
 share of the data gets its pairs, so that what follows can keep them apart.
 """
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import jax
+import annotated_types
 import numpy as np
 
-from mpo_jax.evaluation import labellers
+from mpo_jax.artifacts import POLICY, SAMPLES
+from mpo_jax.evaluation.sections import Shown
+from mpo_jax.settings import Count, changed, role, setting
+from mpo_jax.stages import candidates
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import rollouts, split
+from mpo_jax.stages import programs as shapes
+from mpo_jax.stages.base import Stage
+from mpo_jax.stages.candidates import Pairing
 from mpo_jax.stages.job import Job
+from mpo_jax.stages.programs import Programs
 
 
-def run(job: Job) -> dict[str, Any]:
+class Settings(Pairing):
+    """Preference pairs of a policy's own replies, labelled by a simulated annotator."""
+
+    policy: str = role(POLICY, "sft", "the policy whose replies are paired")
+    samples: Annotated[int, annotated_types.Interval(ge=2, le=4096)] = changed(Pairing, "samples", 2)
+    pairing: Literal["best_worst", "all"] = changed(Pairing, "pairing", "all")
+    batch_size: Count = setting(32, "prompts sampled at a time", unit="rows")
+
+
+def check(job: Job[Settings]) -> None:
+    """InputError where no pairs can be sampled, or where they can't be stored; nothing is loaded."""
+    jobs.check_batch(job, job.settings.batch_size)
+    candidates.check_pairs(job)
+
+
+def programs(job: Job[Settings]) -> Programs:
+    """The sampler."""
+    model = jobs.model(job)
+    weights = jobs.abstract_base(job, model) | shapes.frozen_weights(job, model)
+    how = candidates.of_settings(job, job.settings.samples)
+    return {"sample": candidates.program(job, model, weights, how, job.settings.batch_size)}
+
+
+def run(job: Job[Settings]) -> dict[str, Any]:
     """Samples, labels, writes a folder of encoded pairs for each share that holds prompts."""
     settings = job.settings
-    jobs.local(job.folder)
-    split.check_sampled(job, labellers.LABELLERS)
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
     weights = jobs.base_weights(job, model) | jobs.load_weights(
         job, job.inputs["policy"], model, jobs.frozen_dtype(job)
     )
-    how = rollouts.sampling_config(job, settings, settings.samples)
+    how = candidates.of_settings(job, settings.samples)
+    sample = programs(job)["sample"]
     counts: dict[str, int] = {}
-    for share, part in job.config.data.shares.items():
+    for share, part in dict(job.config.data.shares).items():
         if part == 0:
             continue
         prompts = jobs.share_prompts(job, model, tokenizer, share)
-        replies = rollouts.sample_all(job, model, weights, prompts, how, settings.batch_size, job.seed)
-        texts = [text for row in replies.texts(tokenizer) for text in row]
-        gold = labellers.score(settings.labeller, texts).reshape(len(prompts), settings.samples)
-        found = split.pair_up(split.with_replies(prompts, replies.tokens), gold, gold, settings, job.seed)
-        counts[share] = len(found.encoded)
-        if jax.process_index() == 0:
-            split.replace(found.encoded, job.folder / share)
-            gap = found.scores[:, 0] - found.scores[:, 1]
-            right = float(np.mean(gap > 0))
-            print(f"{share}: {len(gap)} pairs of {len(prompts)} prompts; the label follows the score in {right:.3f}")
+        replies = candidates.sample_all(job, sample, weights, prompts, how, settings.batch_size)
+        gold = candidates.label(settings.labeller, replies, tokenizer)
+        rows = candidates.with_replies(prompts, replies.tokens)
+        pairs = candidates.pair_up(rows, gold, gold, settings.pairing, settings.label_temperature, job.seed)
+        counts[share] = len(pairs.encoded)
+        jobs.write_rows(pairs.encoded, job.folder / share)
+        gap = pairs.scores[:, 0] - pairs.scores[:, 1]
+        right = float(np.mean(gap > 0))
+        jobs.say(f"{share}: {len(gap)} pairs of {len(prompts)} prompts; the label follows the score in {right:.3f}")
     return {"pairs": counts}
+
+
+STAGE = Stage(
+    kind="pairs",
+    settings=Settings,
+    produces=SAMPLES,
+    run=run,
+    programs=programs,
+    check=check,
+    rows=lambda job, pairs, easy: pairs,
+    shown=Shown(figures=("pairs.*",)),
+    mapped=True,
+)

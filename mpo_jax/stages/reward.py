@@ -4,27 +4,48 @@ Trained with the Bradley-Terry loss; its mean and standard deviation over the tr
 report says what its scores are worth on held-out pairs.
 """
 
-import functools
 from typing import Any
 
-import jax
 import numpy as np
+import pydantic
 
-from mpo_jax import checkpoint, scoring, sharding
+from mpo_jax import artifacts, scoring
+from mpo_jax import settings as declared
+from mpo_jax.artifacts import POLICY, REWARD, SAMPLES
 from mpo_jax.data import division, encode
 from mpo_jax.data.encode import Encoded
-from mpo_jax.data.loader import Loader
-from mpo_jax.data.plan import FILLER
-from mpo_jax.errors import InputError
 from mpo_jax.evaluation import pairs as pair_tables
+from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import losses
+from mpo_jax.run import ShareName
+from mpo_jax.settings import Whole, role, setting
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import loop
+from mpo_jax.stages import loop, rows
+from mpo_jax.stages import programs as shapes
+from mpo_jax.stages.base import Stage, Training
 from mpo_jax.stages.job import Job
+from mpo_jax.stages.programs import Programs
 
-STATISTICS = "scores.json"
-"""The file, beside the weights, with the training scores' mean and standard deviation, in reward units."""
+
+class Settings(Training):
+    """A reward model, trained on preference pairs."""
+
+    init: str = role(POLICY, "sft", "the policy whose trunk it begins with")
+    pairs: str = role(SAMPLES, "", "a stage whose sampled pairs it learns from; empty: the data's own pairs")
+    share: ShareName = setting("sft_reward", "of the data that is learned from")
+    margin: bool = setting(False, "subtract the annotator's margin inside the sigmoid, where the data has one")
+    folds: Whole = setting(0, "parts of the share, by prompt, for cross-fitting; 0: learn from all of it")
+    fold: Whole = setting(0, "the part that is left out, counted from 0")
+    score_batch: Whole = setting(
+        0, "rows scored at a time for the statistics; 0: batch_size", unit="rows", operational=True
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _fold(self):
+        if self.folds and not (self.folds >= 2 and self.fold < self.folds):
+            raise declared.wrong("fold", f"{self.fold} of {self.folds}; expected 2 or more folds, counted from 0")
+        return self
 
 
 def make_loss(model: ModelConfig, margin: bool = False) -> loop.Loss:
@@ -37,30 +58,42 @@ def make_loss(model: ModelConfig, margin: bool = False) -> loop.Loss:
     return loss
 
 
-def run(job: Job) -> dict[str, Any]:
+def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
+    """The training's, and scoring for the statistics and the report."""
+    model = jobs.model(job)
+    settings = job.settings
+    params = jobs.abstract_weights(model, job.mesh, head=True)
+    made_by = shapes.made_by_stage(job, "pairs")
+    batch = shapes.pairs(job, settings.batch_size, made_by, margin=settings.margin)
+    scored = shapes.pairs(job, settings.score_batch or settings.batch_size, made_by, margin=settings.margin)
+    weights = jobs.abstract_base(job, model) | params
+    training = loop.programs(job, model, make_loss(model, settings.margin), params, batch, steps)
+    return training | {"score": rows.scoring_program(job, model, weights, scored, 2)}
+
+
+def run(job: Job[Settings]) -> dict[str, Any]:
     """Trains, writes weights and statistics, returns the summary with the held-out report."""
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
     settings = job.settings
-    loop.check(settings, job.mesh)
-    check_fold(job)
     encoded = {share: jobs.share_pairs(job, model, tokenizer, share) for share in (settings.share, "eval")}
     if settings.folds:
         encoded[settings.share] = without_fold(encoded[settings.share], settings.folds, settings.fold)
     train, heldout = (
-        jobs.loader(job, rows, settings.batch_size, shuffle=share != "eval") for share, rows in encoded.items()
+        jobs.loader(job, part, settings.batch_size, shuffle=share != "eval") for share, part in encoded.items()
     )
+    steps = loop.total_steps(job, train)
+    compiled = programs(job, steps)
     params = jobs.with_head(job, model, jobs.load_weights(job, job.inputs["init"], model))
     base = jobs.base_weights(job, model)
-    training = loop.supervised(
-        make_loss(model, settings.margin), params, {"base": base}, train, heldout, settings, jobs.key(job), job.mesh
+    training = loop.supervised(job, compiled, params, {"base": base}, train, heldout, steps)
+    params, summary = loop.train(training, steps, job.folder, job.mesh)
+    jobs.save_weights(job, params)
+    size = settings.score_batch or settings.batch_size
+    trained, held = (
+        rows.compute(job, compiled["score"], base | params, encoded[share], size) for share in (settings.share, "eval")
     )
-    params, summary = loop.train(training, job.folder, job.mesh)
-    checkpoint.save_weights(job.folder / jobs.WEIGHTS, params)
-    score = functools.partial(score_rows, job, model, base | params)
-    trained, held = score(encoded[settings.share]), score(encoded["eval"])
     statistics = {"mean": float(trained.mean()), "std": float(trained.std())}
-    jobs.write_json(job.folder / STATISTICS, statistics)
     report = pair_tables.pair_report(held, encoded["eval"].piece_lens[:, 1:], encoded["eval"].confidence)
     report["baselines"] = {
         "shorter_wins": pair_tables.shorter_wins(encoded["eval"].piece_lens[:, 1:]),
@@ -69,52 +102,15 @@ def run(job: Job) -> dict[str, Any]:
         ),
     }
     report["training_accuracy"] = pair_tables.accuracy(trained[:, 0] - trained[:, 1])
-    if jax.process_index() == 0:
-        print(_sentence(report), flush=True)
+    if jobs.is_first():
+        artifacts.write_json(job.folder / artifacts.STATISTICS, statistics)
+    jobs.say(_sentence(report))
     return summary | {"statistics": statistics, "report": report}
-
-
-def check_fold(job: Job) -> None:
-    """InputError for a fold that is none."""
-    folds, fold = job.settings.folds, job.settings.fold
-    if folds and not (folds >= 2 and 0 <= fold < folds):
-        raise InputError(f"stages.{job.name}.fold: {fold} of {folds}; expected 2 or more folds, counted from 0")
 
 
 def without_fold(encoded: Encoded, folds: int, fold: int) -> Encoded:
     """The rows whose prompts lie in the other folds."""
     return encode.take(encoded, np.flatnonzero(division.folds(encoded.prompt_id, folds) != fold))
-
-
-def score_rows(job: Job, model: ModelConfig, weights, encoded: Encoded) -> np.ndarray:
-    """Scores of every row's responses, f32 [rows,N], in the rows' own order; equal on every process."""
-    # Rows of many samples may be longer than those of the data; no position in them is.
-    batch_size = job.settings.score_batch or job.settings.batch_size
-    loader = jobs.loader(job, encoded, batch_size, shuffle=False, max_length=None)
-    step = scoring_step(model, encoded.replies, job.mesh)
-    return collect(step, weights, loader, encoded.replies)
-
-
-@functools.lru_cache(maxsize=4)
-def scoring_step(model: ModelConfig, replies: int, mesh):
-    """Jitted `(weights, batch) -> f32 [B,replies]`, on every device: the scores of a batch's replies.
-
-    The same function for the same arguments, so that several models score with one compiled program."""
-    return jax.jit(
-        lambda weights, batch: scoring.response_scores(model, weights, batch, replies),
-        out_shardings=sharding.replicated(mesh),
-    )
-
-
-def collect(step, weights, loader: Loader, columns: int) -> np.ndarray:
-    """`step(weights, batch)` f32 [B,columns], replicated, over one epoch: f32 [rows,columns] in the rows' own order."""
-    found = np.full((len(loader.encoded), columns), np.nan, np.float32)
-    with loader.batches(0, loader.steps_per_epoch) as stream:
-        for number, batch in enumerate(stream):
-            _, rows = loader.rows(number)
-            real = rows != FILLER
-            found[rows[real]] = np.asarray(step(weights, batch))[real]
-    return found
 
 
 def _texts(encoded: Encoded, tokenizer) -> list[tuple[str, str]]:
@@ -134,3 +130,15 @@ def _sentence(report: dict[str, Any]) -> str:
         f"'the shorter reply wins' {baselines['shorter_wins']:.3f}, "
         f"TF-IDF Bradley-Terry {'not computed (no scikit-learn)' if words is None else f'{words:.3f}'}"
     )
+
+
+STAGE = Stage(
+    kind="reward",
+    settings=Settings,
+    produces=REWARD,
+    run=run,
+    programs=programs,
+    check=loop.check,
+    rows=lambda job, pairs, easy: pairs * dict(job.config.data.shares)[job.settings.share],
+    shown=Shown(curves=(("loss", "loss"), ("accuracy", "accuracy")), figures=("steps", "report.accuracy")),
+)

@@ -5,12 +5,28 @@ The loss is the negative log-likelihood of the reply's tokens alone.
 
 from typing import Any
 
-from mpo_jax import checkpoint, scoring
+from mpo_jax import scoring
+from mpo_jax.artifacts import BASE, POLICY
+from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import losses
+from mpo_jax.optim import Rate
+from mpo_jax.run import ShareName
+from mpo_jax.settings import changed, role, setting
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import loop
+from mpo_jax.stages import programs as shapes
+from mpo_jax.stages.base import Stage, Training
 from mpo_jax.stages.job import Job
+from mpo_jax.stages.programs import Programs
+
+
+class Settings(Training):
+    """Supervised fine-tuning on the data's chosen replies."""
+
+    init: str = role(POLICY, BASE, "the policy that training starts from")
+    share: ShareName = setting("sft_reward", "of the data that is learned from")
+    learning_rate: Rate = changed(Training, "learning_rate", 2e-5, "peak of the schedule; ours")
 
 
 def make_loss(model: ModelConfig) -> loop.Loss:
@@ -23,12 +39,19 @@ def make_loss(model: ModelConfig) -> loop.Loss:
     return loss
 
 
-def run(job: Job) -> dict[str, Any]:
+def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
+    """The training's, on the data's own rows."""
+    model = jobs.model(job)
+    response = job.config.data.max_response
+    rows = shapes.batch(job, job.settings.batch_size, shapes.row_length(job, response), response)
+    return loop.programs(job, model, make_loss(model), jobs.abstract_weights(model, job.mesh), rows, steps)
+
+
+def run(job: Job[Settings]) -> dict[str, Any]:
     """Trains, writes the weights, returns the summary."""
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
     settings = job.settings
-    loop.check(settings, job.mesh)
     train, heldout = (
         jobs.loader(
             job,
@@ -38,17 +61,22 @@ def run(job: Job) -> dict[str, Any]:
         )
         for share in (settings.share, "eval")
     )
+    steps = loop.total_steps(job, train)
     params = jobs.load_weights(job, job.inputs["init"], model)
-    training = loop.supervised(
-        make_loss(model),
-        params,
-        {"base": jobs.base_weights(job, model)},
-        train,
-        heldout,
-        settings,
-        jobs.key(job),
-        job.mesh,
-    )
-    params, summary = loop.train(training, job.folder, job.mesh)
-    checkpoint.save_weights(job.folder / jobs.WEIGHTS, params)
+    frozen = {"base": jobs.base_weights(job, model)}
+    training = loop.supervised(job, programs(job, steps), params, frozen, train, heldout, steps)
+    params, summary = loop.train(training, steps, job.folder, job.mesh)
+    jobs.save_weights(job, params)
     return summary
+
+
+STAGE = Stage(
+    kind="sft",
+    settings=Settings,
+    produces=POLICY,
+    run=run,
+    programs=programs,
+    check=loop.check,
+    rows=lambda job, pairs, easy: pairs * dict(job.config.data.shares)[job.settings.share],
+    shown=Shown(curves=(("loss", "loss, nats per token"),), figures=("steps", "evaluation.loss")),
+)

@@ -12,17 +12,20 @@ import jax
 import numpy as np
 from etils import epath
 
-from configs import base
-from mpo_jax import sharding
+from mpo_jax import optim, sharding
 from mpo_jax.data import encode
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.loader import Loader
 from mpo_jax.data.tokenizer import Conventions
 from mpo_jax.models import decoder
 from mpo_jax.models.config import ModelConfig, compute_dtype
+from mpo_jax.models.presets import Preset
+from mpo_jax.run import Data, Model, Run
 from mpo_jax.sampling import SamplingConfig
-from mpo_jax.stages import dpo, loop, ppo, reward, rollouts
+from mpo_jax.stages import candidates, dpo, kinds, loop, reward
 from mpo_jax.stages import job as jobs
+from mpo_jax.stages.job import Job
+from mpo_jax.stages.ppo import update
 from mpo_jax.types import PyTree
 
 SHAPES = {  # hidden, layers, heads, feed-forward; llama2.c's stories15M and stories110M, tied embeddings
@@ -81,37 +84,35 @@ class Work:
 
 def dpo_step(case: Case, mesh) -> Work:
     """The reference's log-probs of a batch of pairs, then the train step on it: all that a pair costs in one epoch."""
-    model, rows = case.model(mesh), case.rows or PAIRS
-    settings = base.stage("dpo", batch_size=rows, steps=1000)
-    encoded = random_rows(case, rows, 2)
-    batch = Loader(encoded, rows, mesh=mesh, ref_logps=np.zeros((rows, 2), np.float32)).batch(0)
+    job = _job(case, mesh, "dpo", case.rows or PAIRS)
+    model, rows = jobs.model(job), job.settings.batch_size
+    batch = Loader(random_rows(case, rows, 2), rows, mesh=mesh, ref_logps=np.zeros((rows, 2), np.float32)).batch(0)
     policy, reference = random_weights(model, mesh, 0), random_weights(model, mesh, 1)
-    loss = dpo.make_loss(model, settings.algorithm, settings.beta, settings.label_smoothing, settings.sft)
-    training, state = _training(loss, policy, batch, encoded, settings, mesh)
-    score = dpo.make_reference(model, mesh)
+    found = dpo.programs(job)
+    score, step = found["reference"].function, found["train"].function
+    state, frozen = _state(job, policy), {"base": {}}
 
     def run(carry):
         state, _ = carry
         with_reference = dataclasses.replace(batch, ref_logps=score(reference, batch))
-        return training.step(state, training.frozen, with_reference)
+        return step(state, frozen, with_reference)
 
-    programs = {"reference": (score, (reference, batch)), "step": (training.step, (state, training.frozen, batch))}
+    programs = {"reference": (score, (reference, batch)), "step": (step, (state, frozen, batch))}
     return Work((state, None), run, 2 * rows * (case.prompt + case.response), _abstract(programs))
 
 
 def reward_step(case: Case, mesh) -> Work:
     """The train step of a reward model on a batch of pairs."""
-    model, rows = case.model(mesh), case.rows or PAIRS
-    settings = base.stage("reward", batch_size=rows, steps=1000)
-    encoded = random_rows(case, rows, 2)
-    batch = Loader(encoded, rows, mesh=mesh).batch(0)
-    params = random_weights(model, mesh, 0, head=True)
-    training, state = _training(reward.make_loss(model), params, batch, encoded, settings, mesh)
+    job = _job(case, mesh, "reward", case.rows or PAIRS)
+    rows = job.settings.batch_size
+    batch = Loader(random_rows(case, rows, 2), rows, mesh=mesh).batch(0)
+    step = reward.programs(job)["train"].function
+    state, frozen = _state(job, random_weights(jobs.model(job), mesh, 0, head=True)), {"base": {}}
 
     def run(carry):
-        return training.step(carry[0], training.frozen, batch)
+        return step(carry[0], frozen, batch)
 
-    programs = {"step": (training.step, (state, training.frozen, batch))}
+    programs = {"step": (step, (state, frozen, batch))}
     return Work((state, None), run, 2 * rows * (case.prompt + case.response), _abstract(programs))
 
 
@@ -121,7 +122,7 @@ def sampler(case: Case, mesh) -> Work:
     settings = SamplingConfig(max_new_tokens=case.response, n=case.samples)
     prompts = Loader(random_rows(case, rows, 0), rows, form="slots", mesh=mesh).batch(0)
     weights = random_weights(model, mesh, 0)
-    draw = rollouts.sampler(model, settings, mesh)
+    draw = candidates.sampler(model, settings, mesh)
 
     def run(carry):
         round_ = np.int32(carry[0] + 1)
@@ -133,16 +134,10 @@ def sampler(case: Case, mesh) -> Work:
 
 def ppo_update(case: Case, mesh) -> Work:
     """One step of a ppo stage: rollout, scoring by policy, reference, critic and reward model, four epochs."""
-    model, rows = case.model(mesh), case.rows or PPO_ROWS
-    settings = base.stage(
-        "ppo", batch_size=rows, samples=case.samples, inner_epochs=PPO_EPOCHS, max_new_tokens=case.response, steps=1000
-    )
-    config = base.get_config()
-    config.stages = {"ppo": settings}
-    job = jobs.Job("ppo", settings, config, epath.Path("."), epath.Path("."), {}, mesh)
-    rules = ppo.make_rules(job, {})
-    optimizer, _ = ppo.make_optimizer(settings, settings.steps)
-    sampling = SamplingConfig(temperature=settings.temperature, max_new_tokens=case.response, n=settings.samples)
+    settings = {"samples": case.samples, "inner_epochs": PPO_EPOCHS, "max_new_tokens": case.response}
+    job = _job(case, mesh, "ppo", case.rows or PPO_ROWS, ("reference", "reward"), **settings)
+    model, settings = jobs.model(job), job.settings
+    rows = settings.batch_size
     prompts = Loader(random_rows(case, rows, 0), rows, form="slots", mesh=mesh).batch(0)
     params = {"policy": random_weights(model, mesh, 0), "value": random_weights(model, mesh, 1, head=True)}
     frozen = {
@@ -150,10 +145,9 @@ def ppo_update(case: Case, mesh) -> Work:
         "reference": random_weights(model, mesh, 0),
         "reward": random_weights(model, mesh, 2, head=True),
     }
-    extra = ppo.first_extra(settings)
-    state = loop.init_state(optimizer, params, jax.random.key(0), mesh, extra)
-    abstract = loop.abstract_state(optimizer, params, mesh, extra)
-    step = ppo.make_step(job, model, rules, sampling, optimizer, abstract, None)
+    optimizer, _ = update.make_optimizer(settings, settings.steps)
+    state = loop.init_state(optimizer, params, jax.random.key(0), mesh, update.first_extra(settings))
+    step = update.make_step(job, kinds.KINDS["ppo"].programs(job, settings.steps), None)
     tokens = rows * settings.samples * (case.prompt + case.response) * PPO_EPOCHS
     return Work((state, None), lambda carry: step(carry[0], frozen, prompts), tokens, {})
 
@@ -175,10 +169,21 @@ def random_weights(model: ModelConfig, mesh, seed: int, head: bool = False) -> P
     return jax.jit(make, out_shardings=sharding.tree_shardings(jax.eval_shape(make), mesh))()
 
 
-def _training(loss, params, batch, encoded, settings, mesh):
-    loader = Loader(encoded, settings.batch_size, mesh=mesh)
-    training = loop.supervised(loss, params, {"base": {}}, loader, None, settings, jax.random.key(0), mesh)
-    return training, loop.init_state(training.optimizer, training.params, training.key, mesh)
+def _job(case: Case, mesh, kind: str, rows: int, inputs: tuple[str, ...] = (), **given) -> Job:
+    """A stage of `rows` rows on a base model that is known by its numbers alone. inputs: roles that
+    are filled, with weights that the caller makes."""
+    settings = kinds.KINDS[kind].settings(kind=kind, batch_size=rows, steps=1000, **given)
+    model = Model(path="random", dtype=DTYPES[case.dtype])
+    data = Data(path="random", max_response=case.response, max_length=case.prompt + 2 * case.response)
+    run = Run(model=model, data=data, stages={kind: settings})
+    nowhere, preset = epath.Path("."), Preset(case.model(mesh), stop_ids=())
+    return Job(kind, settings, run, nowhere, nowhere, dict.fromkeys(inputs), mesh, preset)
+
+
+def _state(job: Job, params: PyTree):
+    """A training's first state."""
+    optimizer, _ = optim.of_settings(job.settings, job.settings.steps)
+    return loop.init_state(optimizer, params, jax.random.key(0), job.mesh)
 
 
 def _abstract(programs):

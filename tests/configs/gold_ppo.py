@@ -8,13 +8,13 @@ steps. VADER's sentiment is the reward itself, so that nothing stands between PP
 From the project's folder, with ../shared beside it; some minutes on 2 cores. The base model plays the SFT policy.
 """
 
-from configs import base
+from mpo_jax import recipes
 
 SEEDS = (0, 1, 2)
 
 
 def get_config():
-    config = base.get_config()
+    config = recipes.config()
     config.name = "gold_ppo"
     config.model.path = "../shared/models/stories260K"
     config.data.shares = {"sft_reward": 0.4, "policy": 0.4, "eval": 0.2}
@@ -30,16 +30,16 @@ def get_config():
     from_sft = {"init": "base", "reference": "base"}
     config.stages.update(
         {
-            "pairs": base.stage("pairs", policy="base", samples=4, label_temperature=0.2, **sampled),
-            "reward": base.stage("reward", init="base", pairs="pairs", batch_size=32, learning_rate=1e-3),
-            "split": base.stage("split", policy="base", pairs="pairs", quantile=0.5, batch_size=64),
-            "dpo": base.stage("dpo", init="base", reference="base", batch_size=32, learning_rate=2e-4),
+            "pairs": recipes.stage("pairs", policy="base", samples=4, label_temperature=0.2, **sampled),
+            "reward": recipes.stage("reward", init="base", pairs="pairs", batch_size=32, learning_rate=1e-3),
+            "split": recipes.stage("split", policy="base", pairs="pairs", quantile=0.5, batch_size=64),
+            "dpo": recipes.stage("dpo", init="base", reference="base", batch_size=32, learning_rate=2e-4),
             # A rate of 0: the evaluation of the start itself, by the same prompts and draws.
-            "dpo_level": base.stage("ppo", **(ppo | from_dpo | {"steps": 1, "learning_rate": 0.0})),
-            "sft_level": base.stage("ppo", **(ppo | from_sft | {"steps": 1, "learning_rate": 0.0})),
+            "dpo_level": recipes.stage("ppo", **(ppo | from_dpo | {"steps": 1, "learning_rate": 0.0})),
+            "sft_level": recipes.stage("ppo", **(ppo | from_sft | {"steps": 1, "learning_rate": 0.0})),
         }
     )
     for seed in SEEDS:
-        config.stages[f"mpo_{seed}"] = base.stage("ppo", seed=seed, **(ppo | from_dpo))
-        config.stages[f"ppo_sft_{seed}"] = base.stage("ppo", seed=seed, **(ppo | from_sft))
+        config.stages[f"mpo_{seed}"] = recipes.stage("ppo", seed=seed, **(ppo | from_dpo))
+        config.stages[f"ppo_sft_{seed}"] = recipes.stage("ppo", seed=seed, **(ppo | from_sft))
     return config

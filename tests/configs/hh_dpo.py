@@ -6,7 +6,7 @@ From the project's folder, with ../shared beside it; the numbers are in docs/spl
 steps from the same SFT policy and are judged on the same held-out pairs.
 """
 
-from configs import base
+from mpo_jax import recipes
 from tests.configs import stories_hh
 
 
@@ -16,12 +16,12 @@ def get_config():
     config.data.max_length, config.data.max_response, config.data.max_buckets = 192, 64, 3
     often = {"log_every": 10, "eval_every": 25, "save_every": 100}
     stages = config.stages
-    stages.sft = base.stage("sft", learning_rate=1e-3, eval_batches=16, **often)
-    stages.reward = base.stage("reward", epochs=2.0, learning_rate=5e-4, score_batch=32, **often)
-    stages.split = base.stage("split", quantile=0.5, batch_size=32)
-    base.crossfit(stages, "reward", "split", folds=2)
+    stages.sft = recipes.stage("sft", learning_rate=1e-3, eval_batches=16, **often)
+    stages.reward = recipes.stage("reward", epochs=2.0, learning_rate=5e-4, score_batch=32, **often)
+    stages.split = recipes.stage("split", quantile=0.5, batch_size=32)
+    recipes.crossfit(stages, "reward", "split", folds=2)
     del stages.reward  # only PPO would need the one that is trained on all
     dpo = {"steps": 100, "learning_rate": 3e-4, "beta": 0.1, **often}
-    stages.dpo = base.stage("dpo", **dpo)
-    stages.dpo_all = base.stage("dpo", pairs="split/all", **dpo)
+    stages.dpo = recipes.stage("dpo", **dpo)
+    stages.dpo_all = recipes.stage("dpo", pairs="split/all", **dpo)
     return config

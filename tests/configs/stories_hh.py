@@ -6,11 +6,11 @@ From the project's folder, with ../shared beside it; about ten minutes of one CP
 steps on short rows.
 """
 
-from configs import base
+from mpo_jax import recipes
 
 
 def get_config(variant=""):
-    config = base.get_config()
+    config = recipes.config()
     config.name = "stories_hh"
     config.model.path = "../shared/models/stories260K"
     config.data.path = "../shared/data/hh_rlhf/harmless-base/test.jsonl.gz"
@@ -18,8 +18,8 @@ def get_config(variant=""):
     config.data.shares = {"sft_reward": 0.8, "policy": 0.0, "eval": 0.2}
     config.data.max_length, config.data.max_response, config.data.max_buckets = 256, 96, 4
     often = {"log_every": 10, "eval_every": 58, "save_every": 58}
-    config.stages.sft = base.stage("sft", learning_rate=1e-3, eval_batches=16, **often)
-    config.stages.reward = base.stage("reward", epochs=2.0, learning_rate=5e-4, score_batch=32, **often)
+    config.stages.sft = recipes.stage("sft", learning_rate=1e-3, eval_batches=16, **often)
+    config.stages.reward = recipes.stage("reward", epochs=2.0, learning_rate=5e-4, score_batch=32, **often)
     if variant == "debug":
         config.data.limit = 150
         config.data.max_length, config.data.max_response, config.data.max_buckets = 64, 24, 2

@@ -17,12 +17,13 @@ def _show(*arguments):
 def test_show_marks_bos_eos_and_padding(shared, tmp_path):
     config, comparisons = tmp_path / "config.py", shared / "data/tldr/comparisons.jsonl"
     config.write_text(
-        "from configs import base\n"
+        "from mpo_jax import recipes\n"
         "def get_config():\n"
-        "    config = base.get_config()\n"
+        "    config = recipes.config()\n"
         f"    config.data.update(dict(path={str(comparisons)!r}, max_length=122, max_response=40))\n"
         "    config.data.shares = {'sft_reward': 0.0, 'policy': 0.0, 'eval': 1.0}\n"
         f"    config.model.path = {str(shared / 'models/stories260K')!r}\n"
+        "    config.stages.sft = recipes.stage('sft')\n"
         "    return config\n"
     )
     done = _show(f"--config={config}", "--split=train", "--index=0", "--max_response=50")

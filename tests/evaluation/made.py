@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from mpo_jax import checkpoint
+from mpo_jax import artifacts
+from mpo_jax.types import GapTable
 
 
 def rows(count=20, policies=("sft", "mpo"), seed=0, text=None):
@@ -37,6 +38,12 @@ def run_folder(folder: Path, lines, name="evaluate") -> Path:
     stage = folder / f"{name}-0123456789ab"
     stage.mkdir(parents=True, exist_ok=True)
     (stage / "replies.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    checkpoint.write_manifest(epath.Path(stage), {"name": name, "kind": "evaluate", "key": "0123456789ab"})
+    artifacts.write_manifest(epath.Path(stage), {"name": name, "kind": "evaluate", "key": "0123456789ab"})
     (folder / "stages.json").write_text(json.dumps({name: stage.name}))
     return folder
+
+
+def gap_table(gap: np.ndarray) -> GapTable:
+    """The scored pairs of a split, of these gaps."""
+    ids, zero = np.arange(len(gap), dtype=np.int32), np.zeros(len(gap), np.float32)
+    return GapTable(ids, ids, gap.astype(np.float32), zero, gap.astype(np.float32), np.zeros(len(gap), np.int8))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mpo_jax import annotate
+from mpo_jax import annotate, artifacts
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import annotation, annotation_page, human, judge
 from mpo_jax.evaluation.annotation import Store
@@ -54,7 +54,7 @@ def judgement(number=0, choice="first", annotator="ada", **rest):
 
 @pytest.fixture
 def page(tmp_path):
-    with Store(tmp_path / annotation.FILE) as store:
+    with Store(tmp_path / artifacts.ANNOTATIONS) as store:
         items = annotation.items(made.rows(), PAIRS, seed=0)
         with served(annotation_page.create(items, store, 0, "Which?")) as address:
             yield address, items, store
@@ -63,7 +63,7 @@ def page(tmp_path):
 @pytest.fixture
 def guarded(tmp_path):
     """The page as it is served beyond loopback: on every address, with a token."""
-    with Store(tmp_path / annotation.FILE) as store:
+    with Store(tmp_path / artifacts.ANNOTATIONS) as store:
         items = annotation.items(made.rows(), PAIRS, seed=0)
         with served(annotation_page.create(items, store, 0, "Which?", TOKEN), "0.0.0.0") as address:
             yield address, items, store
@@ -263,7 +263,7 @@ def test_sql_injection_is_a_name_and_a_comment(page, tmp_path, text):
     status, _, _ = call(address, f"/api/task?{query}&" + urllib.parse.urlencode({"number": text}))
     assert status == 400
     assert [(j.annotator, j.comment) for j in store.all()] == [("ada", ""), (text, text)]
-    with sqlite3.connect(tmp_path / annotation.FILE) as connection:
+    with sqlite3.connect(tmp_path / artifacts.ANNOTATIONS) as connection:
         assert connection.execute("select count(*) from judgements").fetchone() == (2,)
 
 

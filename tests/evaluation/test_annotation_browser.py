@@ -8,6 +8,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from mpo_jax import artifacts
 from mpo_jax.evaluation import annotation, annotation_page
 from mpo_jax.evaluation.annotation import Store
 from tests import browser as browsers
@@ -29,7 +30,7 @@ def judged_page(tmp_path, browser):
     """A page of 20 comparisons, its store, and the browser with nothing remembered."""
     lines = made.rows(20, text=lambda name, number: f"The {'careful' if name == 'mpo' else 'hasty'} reply to {number}. "
                       + "It goes on for a while, as replies do. " * (2 + number % 5))  # fmt: skip
-    with Store(tmp_path / annotation.FILE) as store:
+    with Store(tmp_path / artifacts.ANNOTATIONS) as store:
         items = annotation.items(lines, [("mpo", "sft")], seed=0)
         with served(annotation_page.create(items, store, 0, "Which reply is better?")) as address:
             browser.get(address)
@@ -138,7 +139,7 @@ def test_replies_of_html_and_script_are_text(tmp_path, browser):
     lines = made.rows(3, text=hostile)
     for line in lines:
         line["prompt"] = f"{HOSTILE}\n\n  prompt {line['prompt_id']}"
-    with Store(tmp_path / annotation.FILE) as store:
+    with Store(tmp_path / artifacts.ANNOTATIONS) as store:
         items = annotation.items(lines, [("mpo", "sft")], seed=0)
         with served(annotation_page.create(items, store, 0, "<i>Which?</i>")) as address:
             browser.get(address)
@@ -154,7 +155,7 @@ def test_replies_of_html_and_script_are_text(tmp_path, browser):
 
 
 def store_choices(folder):
-    with Store(folder / annotation.FILE) as store:
+    with Store(folder / artifacts.ANNOTATIONS) as store:
         return [judgement.choice for judgement in store.all()]
 
 
@@ -174,7 +175,7 @@ def test_a_failed_save_is_told_and_loses_nothing(judged_page):
 
 
 def test_page_with_a_token(tmp_path, browser):
-    with Store(tmp_path / annotation.FILE) as store:
+    with Store(tmp_path / artifacts.ANNOTATIONS) as store:
         items = annotation.items(made.rows(3), [("mpo", "sft")], seed=0)
         with served(annotation_page.create(items, store, 0, "Which?", TOKEN), "0.0.0.0") as address:
             browser.get(address)

@@ -1,6 +1,5 @@
 """The judge against a real server on loopback that breaks in every way it can; judges of known bias are exposed."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mpo_jax import settings as declared
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import judge, judge_client, judge_prompts
 from mpo_jax.evaluation.judge_cache import Cache
@@ -60,8 +60,8 @@ def by_quality(first: str, second: str) -> str:
 
 
 def endpoint(server: JudgeServer, **settings) -> Endpoint:
-    known = {"model": "m", "concurrency": 4, "seconds": 20, "backoff": 0.01, "attempts": 5}
-    return Endpoint(base_url=server.url, **known | settings)
+    known = {"model": "m", "key_variable": "", "concurrency": 4, "seconds": 20, "backoff": 0.01, "attempts": 5}
+    return declared.parse(Endpoint, {"base_url": server.url} | known | settings)
 
 
 def judged(server, path, rows=None, **settings):
@@ -206,7 +206,7 @@ def test_refusals_are_final_and_keys_stay_secret(tmp_path, monkeypatch, capfd):
     with JudgeServer(by_quality) as server:
         judged(server, tmp_path / "c.sqlite", key_variable="JUDGE_KEY")
         assert server.keys == {"Bearer sk-very-secret"}
-        bad = dataclasses.replace(endpoint(server), base_url=server.url.replace("/v1", "/nowhere"))
+        bad = declared.replaced(endpoint(server), {"base_url": server.url.replace("/v1", "/nowhere")})
         with (
             Cache(tmp_path / "c.sqlite") as cache,
             pytest.raises(InputError, match="refused with status 404; check base_url") as told,
@@ -228,12 +228,12 @@ def test_refusals_are_final_and_keys_stay_secret(tmp_path, monkeypatch, capfd):
         ({"base_url": "api.openai.com"}, "expected an address"),
         ({"base_url": "https://me:pass@host/v1"}, "credentials"),
         ({"model": ""}, "model: empty"),
-        ({"concurrency": 0}, "at least 1"),
+        ({"concurrency": 0}, "concurrency: 0; expected 1 or more"),
     ],
 )
 def test_endpoint_is_checked(settings, words):
     with pytest.raises(InputError, match=words):
-        Endpoint(**{"base_url": "http://127.0.0.1:9/v1", "model": "m"} | settings).check()
+        declared.parse(Endpoint, {"base_url": "http://127.0.0.1:9/v1", "model": "m"} | settings).check()
 
 
 def biased(judgement, skew=0, count=300):
@@ -342,6 +342,7 @@ def test_pairs_of_policies():
 
 def test_verdict_lines_hold_what_was_answered():
     questions = judge_prompts.questions(made_rows(2), PAIRS, judge_prompts.load("summary"))
-    lines = [json.loads(line) for line in judge.verdict_lines(questions, ["Verdict: A", "é", None, "x"]).splitlines()]
+    lines = judge.verdict_lines(questions, ["Verdict: A", "é", None, "x"])
+    assert json.loads(json.dumps(lines)) == lines
     assert [line["verdict"] for line in lines] == [FIRST, None, None, None]
     assert lines[0]["first"] == "mpo" and lines[1]["first"] == "sft" and lines[1]["answer"] == "é"

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mpo_jax import checkpoint
+from mpo_jax import artifacts
 from mpo_jax.evaluation import figures, report, split_report, statistics
+from mpo_jax.stages import kinds
 from tests.browser import PHONE, WIDE, browser, complaints, overflow, resize
+from tests.evaluation import made
 
 HOSTILE = "<script>document.title = 'broken'</script><b>bold</b>"
 __all__ = ["browser"]  # a fixture
@@ -18,7 +20,7 @@ __all__ = ["browser"]  # a fixture
 def stage(workdir, name, kind, inputs=None, done=True):
     folder = workdir / f"{name}-0123"
     folder.mkdir()
-    checkpoint.write_json(
+    artifacts.write_json(
         folder / "config.json", {"stages": {name: {"kind": kind, "pair_source": "sampled", "labeller": "reward"}}}
     )
     entries = {role: [{"name": source, "part": part}] for role, (source, part) in (inputs or {}).items()}
@@ -31,7 +33,7 @@ def stage(workdir, name, kind, inputs=None, done=True):
         "packages": {"jax": "1"},
     }
     if done:
-        checkpoint.write_manifest(folder, manifest | {"summary": {}})
+        artifacts.write_manifest(folder, manifest | {"summary": {}})
     return folder
 
 
@@ -48,12 +50,11 @@ def workdir(tmp_path):
     curve(stage(folder, "reward", "reward", {"init": ("sft", "")}), loss=0.7, accuracy=0.6)
     split = stage(folder, "split", "split", {"reward": ("reward", "")})
     gap = np.random.default_rng(0).normal(0.5, 1, 200).astype(np.float32)
-    with (split / "gaps.npz").open("wb") as file:
-        np.savez(file, gap=gap)
+    artifacts.write_gaps(split, made.gap_table(gap))
     lengths = {"easy": split_report.lengths(np.array([[9, 5, 4], [8, 6, 7]]))}
     texts = {"prompt": "<b>one</b>", "chosen": HOSTILE, "rejected": "two"}
-    checkpoint.write_json(split / "samples.json", {"easy": [{"id": 1, "gap": 2.0} | texts], "hard": []})
-    checkpoint.write_json(
+    artifacts.write_json(split / "samples.json", {"easy": [{"id": 1, "gap": 2.0} | texts], "hard": []})
+    artifacts.write_json(
         split / "report.json",
         {"threshold": 1.0, "pairs": 200, "counts": {"easy": 60, "hard": 130}, "agreement": 0.7, "lengths": lengths},
     )
@@ -62,7 +63,7 @@ def workdir(tmp_path):
     evaluate = stage(folder, "evaluate", "evaluate", {"policies": ("mpo", "")})
     won = statistics.compare("mpo", "sft", "the reward model", np.array([1.0, 0.5, 1.0]))
     means = {"tokens": 5.0, "finished": 1.0, "reward": 0.25, "kl": 0.0, "kl_error": 0.0}
-    checkpoint.write_json(
+    artifacts.write_json(
         evaluate / "report.json",
         {
             "prompts": 3,
@@ -76,13 +77,13 @@ def workdir(tmp_path):
     line = {"prompt_id": 1, "prompt": "A <i>prompt</i>", "replies": {"sft": reply, "mpo": reply}}
     (evaluate / "replies.jsonl").write_text(json.dumps(line) + "\n")
     names = ("sft", "reward", "split", "dpo", "mpo", "evaluate")
-    checkpoint.write_json(folder / "stages.json", {name: f"{name}-0123" for name in names})
+    artifacts.write_json(folder / "stages.json", {name: f"{name}-0123" for name in names})
     return folder
 
 
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
 def test_every_plot_is_shown_and_markup_is_text(workdir, browser, size):
-    page = report.write(workdir)
+    page = report.write(workdir, kinds.shown())
     complaints(browser)
     resize(browser, size)
     browser.get(f"file://{page}")
@@ -106,38 +107,40 @@ def test_every_plot_is_shown_and_markup_is_text(workdir, browser, size):
 
 def test_a_damaged_stage_costs_its_section_alone(workdir, capsys):
     (workdir / "split-0123" / "gaps.npz").write_bytes(b"not an archive")
-    (workdir / "mpo-0123" / "config.json").write_text("{")
-    page = report.write(workdir).read_text()
-    assert "Left out: splits: " in page and "Left out: validation: JSONDecodeError: " in page
+    (workdir / "split-0123" / "config.json").write_text("{")
+    (workdir / "mpo-0123" / "config.json").write_text("{")  # nothing of the page rests on it
+    page = report.write(workdir, kinds.shown()).read_text()
+    assert "Left out: splits: InputError: " in page and "split-0123/gaps.npz: damaged" in page
+    assert "Left out: validation: InputError: " in page and "split-0123/config.json: not valid JSON" in page
     assert 'id="training"' in page and 'id="results' in page and 'id="split"' not in page
     told = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[1] for line in told] == ["left out splits", "left out validation"]
+    assert [line.split(": ")[1] for line in told] == ["left out validation", "left out splits"]
 
 
 def test_dpo_stages_stand_beside_each_other(workdir):
     judged = {"accuracy": 0.75, "reward_margin": 0.25, "kl_chosen": 1.0, "kl_rejected": -2.0}
     manifest = {"name": "dpo", "kind": "dpo", "key": "0123", "inputs": {"pairs": [{"name": "split", "part": "easy"}]},
                 "summary": {"pairs": 1200, "judged": judged, "heldout_pairs": 75}}  # fmt: skip
-    checkpoint.write_manifest(workdir / "dpo-0123", manifest | {"shared": "abcd", "packages": {}})
-    page = report.write(workdir).read_text()
+    artifacts.write_manifest(workdir / "dpo-0123", manifest | {"shared": "abcd", "packages": {}})
+    page = report.write(workdir, kinds.shown()).read_text()
     assert "<th>dpo</th><td>1,200 of split/easy</td><td>0.750 ± 0.050</td><td>0.250</td><td>1.00</td>" in page
     assert "Left out" not in page
 
 
 def test_a_whole_run_leaves_nothing_out(workdir):
-    assert report.sections(workdir)["left_out"] == []
+    assert report.page(workdir, kinds.shown())["left_out"] == []
 
 
 def test_unfinished_and_absent_stages_are_left_out(workdir):
     (workdir / "evaluate-0123" / "manifest.json").unlink()
-    page = report.write(workdir).read_text()
+    page = report.write(workdir, kinds.shown()).read_text()
     assert 'id="training"' in page and 'id="split"' in page
     assert 'id="results' not in page and 'id="samples"' not in page and 'id="judge"' not in page
     assert [each.name for each in report.finished(workdir)] == ["sft", "reward", "split", "mpo"]
 
 
 def test_a_run_without_any_finished_stage(tmp_path):
-    assert "<section" not in report.write(epath.Path(tmp_path)).read_text()
+    assert "<section" not in report.write(epath.Path(tmp_path), kinds.shown()).read_text()
 
 
 def test_no_edge_of_the_graph_passes_behind_a_box():

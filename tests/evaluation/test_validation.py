@@ -9,10 +9,11 @@ import pytest
 from etils import epath
 from scipy import stats
 
-from mpo_jax import checkpoint
+from mpo_jax import artifacts
 from mpo_jax.data import encode
 from mpo_jax.data.tokenizer import Conventions
-from mpo_jax.evaluation import annotation, human, judge, validation
+from mpo_jax.evaluation import annotation, human, judge, sections, validation
+from mpo_jax.evaluation.sections import Finished
 from tests.evaluation import made
 
 
@@ -84,15 +85,14 @@ def run(tmp_path):
     lines = made.rows(30, names)
     made.run_folder(tmp_path, lines)
     stages = {"evaluate": epath.Path(tmp_path / json.loads((tmp_path / "stages.json").read_text())["evaluate"])}
-    checkpoint.write_json(stages["evaluate"] / "config.json", {"stages": {"evaluate": {"kind": "evaluate"}}})
+    artifacts.write_json(stages["evaluate"] / "config.json", {"stages": {"evaluate": {"kind": "evaluate"}}})
     for name, kind in (("split", "split"), ("mpo", "ppo"), ("judge", "judge")):
         stages[name] = epath.Path(tmp_path / f"{name}-0")
         stages[name].mkdir()
         settings = {"kind": kind, "pair_source": "dataset", "labeller": "reward"}
-        checkpoint.write_json(stages[name] / "config.json", {"stages": {name: settings}})
+        artifacts.write_json(stages[name] / "config.json", {"stages": {name: settings}})
     gap = calibrated_gaps(400)
-    with (stages["split"] / "gaps.npz").open("wb") as file:
-        np.savez(file, gap=gap)
+    artifacts.write_gaps(stages["split"], made.gap_table(gap))
     pieces = [np.array([1], np.int32)] * 1200
     rows = encode.assemble(
         pieces, 2, Conventions(0, 0, 0, False), "k",
@@ -102,8 +102,8 @@ def run(tmp_path):
     points = [{"step": n, "eval/score": float(n), "eval/gold_score": float(-n)} for n in range(3)]
     (stages["mpo"] / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
     table = judge.by_scores(lines, [(names[1], names[0])], "the reward model", "reward", 200)
-    checkpoint.write_json(stages["judge"] / judge.TABLE, table)
-    with annotation.Store(tmp_path / annotation.FILE) as store:
+    artifacts.write_json(stages["judge"] / artifacts.JUDGE_TABLE, table)
+    with annotation.Store(tmp_path / artifacts.ANNOTATIONS) as store:
         for item in annotation.items(lines, [(names[1], names[0])], 0):
             for person in ("ada", "<script>"):
                 store.put(annotation.judge(item, person, 0, "first"))
@@ -115,21 +115,22 @@ def test_sections_render_whole_and_escaped(run):
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mpo_jax.evaluation"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    sections = {
-        "judge": judge.section(stages),
+    finished = {name: Finished(name, stage, {"name": name}) for name, stage in stages.items()}
+    parts = {
+        "judge": [sections.verdicts(finished["judge"])],
         "human": human.section(epath.Path(workdir), stages),
-        "validation": validation.section(stages),
+        "validation": validation.section(finished.values()),
     }
-    for name, found in sections.items():
+    for name, found in parts.items():
         assert found is not None
         shown = environment.get_template(f"{name}.html").render({name: found})
         assert "<b>mpo" not in shown and "<script" not in shown
         assert "None" not in shown and "nan" not in shown.split("base64")[0]
-    assert sections["validation"]["splits"][0]["accuracy"] > 0.6
-    assert sections["validation"]["splits"][0]["confidence"]["spearman"] > 0
-    assert sections["human"]["stages"][0]["judgements"] == 60
+    assert parts["validation"]["splits"][0]["accuracy"] > 0.6
+    assert parts["validation"]["splits"][0]["confidence"]["spearman"] > 0
+    assert parts["human"]["stages"][0]["judgements"] == 60
 
 
 def test_absent_sections_are_none(tmp_path):
-    assert judge.section({}) is None and validation.section({}) is None
+    assert validation.section([]) is None
     assert human.section(epath.Path(tmp_path), {}) is None

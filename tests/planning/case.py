@@ -4,12 +4,13 @@ import dataclasses
 
 import jax
 
-from configs import base
+from mpo_jax import recipes
 from mpo_jax.models import presets
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.planning import chips, stages
 from mpo_jax.planning.chips import Topology
-from mpo_jax.stages import programs
+from mpo_jax.run import Run
+from mpo_jax.stages import kinds
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Program
 
@@ -21,17 +22,20 @@ def model(layers: int = 2, width: int = 64, heads: int = 4, mlp: int = 192, voca
 
 
 def config(
-    rows: int = 8, prompt: int = 64, response: int = 32, remat: str = "full", lora: int = 0, microbatch: int = 0
-):
-    """A graph whose batches are all of `rows`."""
-    made = base.get_config()
+    rows: int = 8, prompt: int = 64, response: int = 32, remat: str = "full", lora: int = 0, microbatch: int = 0,
+    **changes,
+) -> Run:  # fmt: skip
+    """A graph whose batches are all of `rows`. changes: of the mesh's axes."""
+    made = recipes.config()
     made.model.path, made.model.remat, made.model.lora.rank = "llama2-7b", remat, lora
-    made.data.update({"max_prompt": prompt, "max_response": response, "max_length": prompt + 2 * response})
-    made.stages.update(base.mpo_stages(pair_source="sampled"))
+    made.data.update({"path": "unread", "max_prompt": prompt, "max_response": response})
+    made.data.max_length = prompt + 2 * response
+    made.mesh.update(changes)
+    made.stages.update(recipes.mpo_stages(pair_source="sampled"))
     for stage in made.stages.values():
         new = {"batch_size": rows, "microbatch": microbatch, "max_new_tokens": response}
         stage.update({key: value for key, value in new.items() if key in stage})
-    return made
+    return kinds.read(made.to_dict())
 
 
 def one_cpu() -> Topology:
@@ -47,4 +51,4 @@ def program(stage: str, name: str, preset: presets.Preset, **options) -> tuple[P
     """One program of a stage on one CPU device."""
     planned = job(stage, one_cpu(), preset, **options)
     with jax.set_mesh(planned.mesh):
-        return programs.programs(planned)[name], planned
+        return kinds.of(planned.settings).programs(planned)[name], planned

@@ -7,11 +7,12 @@ import json
 import jax
 import pytest
 
+from mpo_jax import settings
 from mpo_jax.errors import InputError
 from mpo_jax.models import presets
 from mpo_jax.planning import chips, estimate, proposal, report, stages
 from mpo_jax.planning.estimate import Assumptions
-from mpo_jax.stages import programs
+from mpo_jax.stages import kinds
 from tests.planning import case
 
 
@@ -48,8 +49,7 @@ def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
 
 
 def test_a_mesh_that_does_not_divide_lists_meshes_that_would(small):
-    config = case.config()
-    config.mesh.tensor = 3
+    config = case.config(tensor=3)
     with pytest.raises(InputError, match=r"needs 3 devices; found 1 on cpu; meshes that would work: data=1, fsdp=1"):
         stages.jobs(config, case.one_cpu())
 
@@ -57,11 +57,8 @@ def test_a_mesh_that_does_not_divide_lists_meshes_that_would(small):
 def test_a_batch_that_the_mesh_does_not_divide_lists_meshes_that_would(small):
     place = chips.topology("cpu")
     assert place.size >= 4, "tests run on several CPU devices"
-    config = case.config(rows=2)
-    config.mesh.tensor = 1
-    job = stages.jobs(config, place, ["sft"])["sft"]
-    with pytest.raises(InputError, match=r"stages.sft: .*not divided by mesh .*: data=1, fsdp=2, tensor="):
-        stages.plan(job, place, Assumptions())
+    with pytest.raises(InputError, match=r"stages\.sft\.batch_size: 2 .*by mesh .*: data=1, fsdp=2, tensor="):
+        stages.jobs(case.config(rows=2), place, ["sft"])
 
 
 def test_every_kind_of_stage_has_its_programs(small):
@@ -69,21 +66,20 @@ def test_every_kind_of_stage_has_its_programs(small):
     found = {}
     for job in stages.jobs(config, case.one_cpu()).values():
         with jax.set_mesh(job.mesh):
-            found[job.settings.kind] = set(programs.programs(job))
+            found[job.settings.kind] = set(kinds.of(job.settings).programs(job))
     assert found == {
         "sft": {"train", "evaluate"},
         "reward": {"train", "evaluate", "score"},
         "split": {"sample", "score_samples"},
         "dpo": {"reference", "train", "evaluate"},
-        "ppo": {"rollout", "experience", "update"},
-        "evaluate": {"sample", "score"},
+        "ppo": {"rollout", "experience", "update", "measure"},
+        "evaluate": {"sample", "logps", "score"},
     }
 
 
 def test_a_plan_by_arithmetic_says_so_and_holds_what_it_promises(small):
     place = gpu(80_000_000_000)
     config = case.config()
-    config.mesh.tensor = 1
     jobs = stages.jobs(config, place, ["dpo", "mpo"])
     plans = {name: stages.plan(job, place, Assumptions()) for name, job in jobs.items()}
     found = report.as_json(place, jobs["dpo"].mesh.shape, plans, {}, Assumptions())
@@ -92,25 +88,23 @@ def test_a_plan_by_arithmetic_says_so_and_holds_what_it_promises(small):
     assert found["stages"]["dpo"]["fits"] is True
     assert found["stages"]["mpo"]["peak_bytes_per_chip"] > found["stages"]["dpo"]["peak_bytes_per_chip"] > 0
     assert "BY ARITHMETIC" in report.heading(config, place, jobs["dpo"].mesh.shape, Assumptions())
-    assert report.lines("mpo", plans["mpo"]).count("mpo/") == 3
+    assert report.lines("mpo", plans["mpo"]).count("mpo/") == 4
 
 
 def test_accelerators_compute_in_bfloat16_in_a_plan_by_arithmetic(small):
     job = stages.jobs(case.config(), gpu(1), ["dpo"])["dpo"]
     with jax.set_mesh(job.mesh):
-        assert programs.programs(job)["train"].extent.model.dtype == "bfloat16"
+        assert kinds.of(job.settings).programs(job)["train"].extent.model.dtype == "bfloat16"
 
 
 def test_what_does_not_fit_is_proposed_with_the_change_that_makes_it_fit(small):
     config = case.config(remat="none")
-    config.mesh.tensor = 1
-    roomy, job = gpu(1 << 40), None
+    roomy = gpu(1 << 40)
     peaks = {}
     for remat in ("none", "full"):
-        config.stages.sft.remat = remat
-        job = stages.jobs(config, roomy, ["sft"])["sft"]
+        changed = settings.replaced(config, {"stages.sft.remat": remat})
+        job = stages.jobs(changed, roomy, ["sft"])["sft"]
         peaks[remat] = stages.plan(job, roomy, Assumptions()).peak
-    config.stages.sft.remat = ""
     tight = gpu((peaks["none"] + peaks["full"]) // 2)
     found = proposal.propose(config, "sft", ["train"], tight, Assumptions())
     assert found.flags == ("--config.stages.sft.remat=full",)
@@ -124,7 +118,10 @@ def test_chip_hours_follow_the_data():
     assert (one.total, one.bound) == (2.0, "work")
     job = stages.jobs(case.config(rows=8), case.one_cpu(), ["sft"])["sft"]
     # 0.45 of 8,000 pairs are the sft share: 3,600 rows, 450 steps of 8.
-    assert estimate.rows(job, Assumptions(pairs=8000)) == 3600
+    kind = kinds.of(job.settings)
+    assert kind.rows(job, 8000, 0.5) == 3600
+    with jax.set_mesh(job.mesh):
+        assert estimate.calls(job, kind.programs(job)["train"], Assumptions(pairs=8000)) == 450
 
 
 @pytest.mark.parametrize(("name", "billions"), [("llama2-7b", 6.74), ("llama2-13b", 13.0), ("llama-30b", 32.5),

@@ -17,17 +17,16 @@ PROJECTION, MLP_KERNEL = WIDTH * WIDTH // TENSOR, WIDTH * MLP // TENSOR  # value
 SOURCE = f"""
 import dataclasses
 from mpo_jax.planning import chips, compile as compiler, stages
-from mpo_jax.stages import programs
+from mpo_jax.stages import kinds
 from tests.planning import case
 
 place = chips.topology("v5e:2x4")
-config = case.config(rows={ROWS}, prompt={PROMPT}, response={RESPONSE}, remat="full")
-config.mesh.update({{"data": 1, "fsdp": {FSDP}, "tensor": {TENSOR}}})
+config = case.config({ROWS}, {PROMPT}, {RESPONSE}, "full", fsdp={FSDP}, tensor={TENSOR})
 preset = case.model(layers={LAYERS}, width={WIDTH}, heads=4, mlp={MLP}, vocabulary={VOCABULARY})
 for stage, name in PROGRAMS:
     job = dataclasses.replace(stages.jobs(config, place, [stage])[stage], preset=preset)
     with jax.set_mesh(job.mesh):
-        program = programs.programs(job)[name]
+        program = kinds.of(job.settings).programs(job)[name]
         found = compiler.report(program, place, job.mesh, keep_text=True)
     report[f"{{stage}}/{{name}}"] = {{"text": found.text, "fits": found.fits, "loop": program.loop}}
 """

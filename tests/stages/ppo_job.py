@@ -3,20 +3,23 @@ base, policies and a reward model that differ from it by noise, and the beginnin
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from etils import epath
 
-from configs import base
-from mpo_jax import checkpoint, sharding
+from mpo_jax import artifacts, checkpoint, recipes, sharding
+from mpo_jax import settings as declared
+from mpo_jax.artifacts import PAIRS, POLICY, REWARD
 from mpo_jax.data import encode
 from mpo_jax.data.schemas import TextRecord
+from mpo_jax.errors import InputError
+from mpo_jax.run import Run, as_json
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import reward, split
+from mpo_jax.stages import kinds
 from mpo_jax.stages.job import Artifact, Job
 from mpo_jax.types import BUCKETS, GapTable
 
@@ -35,15 +38,15 @@ SMALL = {
 }  # fmt: skip
 
 
-def make_config(stories: Path, rank: int = 0, **settings):
-    """A run's config with one ppo stage, "mpo", whose settings are small but for those given."""
-    config = base.get_config()
-    config.model.path = str(stories)
+def make_config(stories: Path, rank: int = 0, **settings) -> Run:
+    """A run with one ppo stage, "mpo", whose settings are small but for those given, and a split."""
+    config = recipes.config()
+    config.model.path, config.data.path = str(stories), "unread"
     config.model.lora.rank = rank
     config.data.max_length, config.data.max_response, config.data.max_buckets = 64, 16, 2
-    config.stages.mpo = base.stage("ppo", **(SMALL | settings))
-    config.stages.split = base.stage("split")
-    return config
+    config.stages.mpo = recipes.stage("ppo", **(SMALL | settings))
+    config.stages.split = recipes.stage("split")
+    return kinds.read(config.to_dict())
 
 
 def make_job(folder: Path, stories: Path, mesh=None, rank: int = 0, prompts: int = 24, inputs=None, **settings) -> Job:
@@ -54,7 +57,7 @@ def make_job(folder: Path, stories: Path, mesh=None, rank: int = 0, prompts: int
     config = make_config(stories, rank, **settings)
     mesh = sharding.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     workdir = epath.Path(folder)
-    job = Job("mpo", config.stages.mpo, config, workdir / "mpo", workdir, {}, mesh)
+    job = Job("mpo", config.stages["mpo"], config, workdir / "mpo", workdir, {}, mesh)
     with jax.set_mesh(mesh):
         made = {
             "init": policy(job, "dpo", seed=1),
@@ -65,16 +68,33 @@ def make_job(folder: Path, stories: Path, mesh=None, rank: int = 0, prompts: int
         }
     made |= inputs or {}
     inputs = {role: artifact for role, artifact in made.items() if artifact is not None}
-    return Job("mpo", config.stages.mpo, config, workdir / "mpo", workdir, inputs, mesh)
+    return Job("mpo", config.stages["mpo"], config, workdir / "mpo", workdir, inputs, mesh)
 
 
 def replaced(job: Job, settings=None, **fields) -> Job:
-    """A copy of a job with other fields; of other settings, with the config's too."""
-    if settings is not None:
-        config = job.config.copy_and_resolve_references()
-        config.stages[job.name] = settings
-        fields |= {"settings": settings, "config": config}
+    """A copy of a job with other fields and other settings, checked: its stage's, or the run's by dotted names."""
+    if settings:
+        config = declared.replaced(
+            job.config, {key if "." in key else f"stages.{job.name}.{key}": value for key, value in settings.items()}
+        )
+        fields |= {"config": config, "settings": config.stages[job.name]}
     return dataclasses.replace(job, **fields)
+
+
+def beside(job: Job, name: str, kind: str, folder: str = "", inputs=None, **settings) -> Job:
+    """The job of a further stage of the same run. folder: its name beneath the workdir; "": the stage's."""
+    stage = declared.parse(kinds.KINDS[kind].settings, {"kind": kind} | settings, f"stages.{name}")
+    config = job.config.model_copy(update={"stages": job.config.stages | {name: stage}})
+    return Job(name, stage, config, job.workdir / (folder or name), job.workdir, inputs or {}, job.mesh)
+
+
+def refused(job: Job, settings, message: str) -> None:
+    """A run whose stage has other settings is refused in one line, as its config is read."""
+    plain = as_json(job.config)
+    plain["stages"][job.name] |= settings
+    with pytest.raises(InputError, match=message) as caught:
+        kinds.read(plain, from_json=True)
+    assert "\n" not in str(caught.value)
 
 
 def part(artifact: Artifact, name: str) -> Artifact:
@@ -97,28 +117,28 @@ def policy(job: Job, name: str, seed: int) -> Artifact:
     folder = job.workdir / name
     if not folder.exists():
         model = jobs.model(job)
-        start = jobs.load_weights(job, Artifact("base", "base", epath.Path(job.config.model.path)), model)
-        checkpoint.save_weights(folder / jobs.WEIGHTS, noisy(start, seed))
-    return Artifact(name, "dpo", folder)
+        start = jobs.load_weights(job, jobs.base_artifact(job), model)
+        checkpoint.save_weights(folder / artifacts.WEIGHTS, noisy(start, seed))
+    return Artifact(name, POLICY, folder)
 
 
-def reward_model(job: Job) -> Artifact:
+def reward_model(job: Job, name: str = "reward", seed: int = 3) -> Artifact:
     """The base with a scalar head large enough that scores differ."""
-    folder = job.workdir / "reward"
+    folder = job.workdir / name
     if not folder.exists():
         model = jobs.model(job)
-        start = jobs.load_weights(job, Artifact("base", "base", epath.Path(job.config.model.path)), model)
-        weights = jobs.with_head(job, model, noisy(start, 3))
+        start = jobs.load_weights(job, jobs.base_artifact(job), model)
+        weights = jobs.with_head(job, model, noisy(start, seed))
         weights |= {"head": jax.tree.map(lambda x: 10 * x, weights["head"])}
-        checkpoint.save_weights(folder / jobs.WEIGHTS, weights)
-        checkpoint.write_json(folder / reward.STATISTICS, {"mean": 0.25, "std": 0.5})
-    return Artifact("reward", "reward", folder)
+        checkpoint.save_weights(folder / artifacts.WEIGHTS, weights)
+        artifacts.write_json(folder / artifacts.STATISTICS, {"mean": 0.25, "std": 0.5})
+    return Artifact(name, REWARD, folder)
 
 
 def hard_prompts(job: Job, count: int) -> Artifact:
     """A split whose hard part has `count` pairs, and 12 easy ones; the last 12 stories are held out."""
     folder = job.workdir / "split"
-    artifact = Artifact("split", "split", folder, "hard")
+    artifact = Artifact("split", PAIRS, folder, "hard")
     if folder.exists():
         return artifact
     tokenizer = jobs.load_tokenizer(job, jobs.model(job))
@@ -143,8 +163,8 @@ def hard_prompts(job: Job, count: int) -> Artifact:
         gap=gap,
         bucket=np.where(gap < 1, BUCKETS.index("hard"), BUCKETS.index("easy")).astype(np.int8),
     )
-    split.replace(train, folder / split.PAIRS)
-    split.replace(pairs(STORIES[-12:]), folder / split.HELDOUT)
-    split.save_table(folder / split.TABLE, table)
-    (folder / "config.json").write_text(json.dumps(job.config.to_dict(), default=list))
+    jobs.write_rows(train, folder / artifacts.PAIR_ROWS)
+    jobs.write_rows(pairs(STORIES[-12:]), folder / artifacts.HELDOUT)
+    artifacts.write_gaps(folder, table)
+    artifacts.write_json(folder / artifacts.CONFIG, as_json(job.config))
     return artifact

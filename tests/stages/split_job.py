@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from configs import base
-from mpo_jax import checkpoint, sharding
+from mpo_jax import artifacts, checkpoint, recipes, sharding
+from mpo_jax.artifacts import PAIRS, REWARD
+from mpo_jax.run import as_json
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import split
+from mpo_jax.stages import kinds, split
 from mpo_jax.stages.job import Artifact, Job
 from tests.stages.ppo_job import noisy, policy
 
@@ -25,34 +26,34 @@ def make_job(
     folder: Path, shared: Path, kind: str = "split", mesh=None, data=None, limit: int = 60, inputs=None, **settings
 ) -> Job:
     """The Job of a stage named as its kind. data: a file; None: HH harmless. inputs: of another job; None: made."""
-    config = base.get_config()
+    config = recipes.config()
     config.model.path = str(shared / "models/stories260K")
     config.data.path, config.data.split, config.data.limit = str(data or shared / HH), "all", limit
     config.data.shares = {"sft_reward": 0.3, "policy": 0.5, "eval": 0.2}
     config.data.max_length, config.data.max_response, config.data.max_buckets = 64, 16, 1
     config.data.max_prompt = 64 - 2 * 16
     config.data.multiple = 16  # few row lengths, so few programs to compile
-    config.stages.reward = base.stage("reward")
-    known = {key: value for key, value in SMALL.items() if key in base.KINDS[kind]}
-    config.stages[kind] = base.stage(kind, **(known | settings))
+    config.stages.reward = recipes.stage("reward")
+    known = {key: value for key, value in SMALL.items() if key in kinds.KINDS[kind].settings.model_fields}
+    config.stages[kind] = recipes.stage(kind, **(known | settings))
+    run = kinds.read(config.to_dict())
     mesh = sharding.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     workdir = epath.Path(folder)
     target = workdir / kind
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").write_text(json.dumps(config.to_dict(), default=list))
-    job = Job(kind, config.stages[kind], config, target, workdir, inputs or {}, mesh)
+    artifacts.write_json(target / artifacts.CONFIG, as_json(run))
+    job = Job(kind, run.stages[kind], run, target, workdir, inputs or {}, mesh)
     if inputs is not None:
         return job
     with jax.set_mesh(mesh):
         inputs = {"policy": policy(job, "sft", seed=2), "reward": reward_model(job, "reward", seed=3)}
-    return Job(kind, config.stages[kind], config, target, workdir, inputs, mesh)
+    return Job(kind, run.stages[kind], run, target, workdir, inputs, mesh)
 
 
 def run_split(job: Job) -> Artifact:
     """The split's artifact, whole: take a part of it with `ppo_job.part`."""
     with jax.set_mesh(job.mesh):
         split.run(job)
-    return Artifact(job.name, "split", job.folder, "all")
+    return Artifact(job.name, PAIRS, job.folder, "all")
 
 
 def reward_model(job: Job, name: str, seed: int) -> Artifact:
@@ -60,11 +61,11 @@ def reward_model(job: Job, name: str, seed: int) -> Artifact:
     folder = job.workdir / name
     if not folder.exists():
         model = jobs.model(job)
-        start = jobs.load_weights(job, Artifact("base", "base", epath.Path(job.config.model.path)), model)
+        start = jobs.load_weights(job, jobs.base_artifact(job), model)
         weights = noisy(jobs.with_head(job, model, start), seed)
         weights |= {"head": jax.tree.map(lambda x: 4 * x, weights["head"])}
-        checkpoint.save_weights(folder / jobs.WEIGHTS, weights)
-    return Artifact(name, "reward", folder)
+        checkpoint.save_weights(folder / artifacts.WEIGHTS, weights)
+    return Artifact(name, REWARD, folder)
 
 
 def write_comparisons(path: Path, shared: Path, count: int = 100) -> Path:

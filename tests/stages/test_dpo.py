@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import base
-from mpo_jax import checkpoint, metrics
-from mpo_jax.errors import InputError
+from mpo_jax import artifacts, checkpoint, metrics
+from mpo_jax.artifacts import POLICY
 from mpo_jax.models import hf
-from mpo_jax.stages import dpo, split
+from mpo_jax.stages import buckets, dpo
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Artifact, Job
-from tests.stages.ppo_job import make_job, part, policy, replaced
+from tests.stages.ppo_job import beside, make_job, part, policy, refused, replaced
 
 SMALL = {"batch_size": 8, "steps": 6, "learning_rate": 1e-3, "eval_every": 6, "save_every": 3, "eval_batches": 2}
 
@@ -25,22 +24,18 @@ SMALL = {"batch_size": 8, "steps": 6, "learning_rate": 1e-3, "eval_every": 6, "s
 def made(tmp_path_factory, stories) -> Job:
     """A dpo stage's job whose policy begins as its reference, on all pairs of a small split."""
     job = make_job(tmp_path_factory.mktemp("dpo"), stories)
-    job.config.stages.dpo = base.stage("dpo", **(SMALL | {"pairs": "split/all"}))
-    job.config.data.max_buckets, job.config.data.multiple = 1, 16  # few programs to compile
+    job = replaced(job, {"data.max_buckets": 1, "data.multiple": 16})  # few programs to compile
     inputs = dict.fromkeys(("init", "reference"), job.inputs["sft"]) | {"pairs": part(job.inputs["prompts"], "all")}
-    return dataclasses.replace(
-        job, name="dpo", settings=job.config.stages.dpo, folder=job.workdir / "dpo_stage", inputs=inputs
-    )
+    return beside(job, "dpo", "dpo", "dpo_stage", inputs, **(SMALL | {"pairs": "split/all"}))
 
 
 def run(job: Job, name: str = "", inputs=None, **settings) -> tuple[dict, list[dict]]:
     """The summary and the rows of metrics.jsonl of the stage in another folder and with other settings."""
-    changed = job.settings.copy_and_resolve_references()
-    changed.update(settings)
     fields = {"folder": job.workdir / name} if name else {}
-    job = replaced(job, changed, inputs=job.inputs | (inputs or {}), **fields)
+    job = replaced(job, settings, inputs=job.inputs | (inputs or {}), **fields)
     job.folder.mkdir(exist_ok=True)
     with jax.set_mesh(job.mesh):
+        dpo.STAGE.check(job)
         summary = dpo.run(job)
     return summary, metrics.read(job.folder)
 
@@ -72,6 +67,11 @@ def test_what_is_logged_and_learned(ran):
     assert held["chosen_reward"] == pytest.approx(0.1 * held["kl_chosen"], abs=1e-5)  # beta 0.1
 
 
+def reference(job: Job, *rows):
+    """The reference's log-probs of each set of rows, by the stage's own program."""
+    return dpo.reference_logps(job, dpo.programs(job), {}, rows)
+
+
 def cached(job: Job) -> set[str]:
     return {path.name for path in (job.workdir / "cache").glob("reference-*.npy")}
 
@@ -79,11 +79,11 @@ def cached(job: Job) -> set[str]:
 def test_reference_log_probs_equal_those_of_transformers(made, ran, stories, tmp_path, torch):
     from transformers import AutoModelForCausalLM
 
-    model, rows = jobs.model(made), split.heldout(made.inputs["pairs"])
+    model, rows = jobs.model(made), buckets.heldout(made.inputs["pairs"])
     with jax.set_mesh(made.mesh):
         weights = jobs.load_weights(made, made.inputs["reference"], model)
         hf.export_weights(tmp_path / "reference", model, weights, str(stories))
-        (found,) = dpo.reference_logps(made, model, {}, [rows])
+        (found,) = reference(made, rows)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "reference")
     for row in range(len(rows)):
         prompt, *replies = (ids.tolist() for ids in rows.row(row))
@@ -97,28 +97,28 @@ def test_reference_log_probs_equal_those_of_transformers(made, ran, stories, tmp
 def test_reference_log_probs_are_computed_once_and_kept_under_their_key(made, ran, monkeypatch):
     before = cached(made)
     assert len(before) == 2  # the pairs and the held-out ones
-    computed, whole = [], dpo.collect
+    computed, whole = [], dpo.rows.compute
 
     def counted(*args):
         computed.append(1)
         return whole(*args)
 
-    monkeypatch.setattr(dpo, "collect", counted)
-    model, rows = jobs.model(made), split.pairs(made.inputs["pairs"])
+    monkeypatch.setattr(dpo.rows, "compute", counted)
+    model, rows = jobs.model(made), buckets.pairs(made.inputs["pairs"])
     with jax.set_mesh(made.mesh):
-        kept = dpo.reference_logps(made, model, {}, [rows])
+        kept = reference(made, rows)
         assert not computed and cached(made) == before  # the reference was not even loaded
-        easy = split.pairs(part(made.inputs["pairs"], "easy"))  # other rows
-        dpo.reference_logps(made, model, {}, [easy])
+        easy = buckets.pairs(part(made.inputs["pairs"], "easy"))  # other rows
+        reference(made, easy)
         assert len(computed) == 1 and len(cached(made)) == 3
         other = policy(made, "dpo", seed=1)  # another reference
-        found = dpo.reference_logps(dataclasses.replace(made, inputs={"reference": other}), model, {}, [rows])
+        found = reference(dataclasses.replace(made, inputs=made.inputs | {"reference": other}), rows)
         assert len(computed) == 2 and len(cached(made)) == 4
         assert np.abs(found[0] - kept[0]).max() > 0.01
-        again = Artifact("sft", "sft", epath.Path(made.workdir / "again" / made.inputs["reference"].folder.name))
-        checkpoint.save_weights(again.folder / jobs.WEIGHTS, jobs.load_weights(made, other, model))
-        checkpoint.write_manifest(again.folder, {"made": "another time", "kind": "sft"})  # same name, made again
-        remade = dpo.reference_logps(dataclasses.replace(made, inputs={"reference": again}), model, {}, [rows])
+        again = Artifact("sft", POLICY, epath.Path(made.workdir / "again" / made.inputs["reference"].folder.name))
+        checkpoint.save_weights(again.folder / artifacts.WEIGHTS, jobs.load_weights(made, other, model))
+        artifacts.write_manifest(again.folder, {"made": "another time", "kind": "sft"})  # same name, made again
+        remade = reference(dataclasses.replace(made, inputs=made.inputs | {"reference": again}), rows)
         assert len(computed) == 3
         np.testing.assert_array_equal(remade[0], found[0])
 
@@ -133,10 +133,8 @@ def test_a_reference_that_is_the_base_model_is_known_by_its_content(made, tmp_pa
         folders.append(folder)
     names = set()
     for folder in (*folders, folders[0]):
-        config = made.config.copy_and_resolve_references()
-        config.model.path = str(folder)
-        artifact = Artifact("base", "base", epath.Path(folder))
-        names.add(tuple(dpo._identity(dataclasses.replace(made, config=config, inputs={"reference": artifact}))))
+        job = replaced(made, {"model.path": str(folder)})
+        names.add(tuple(dpo._identity(dataclasses.replace(job, inputs={"reference": jobs.base_artifact(job)}))))
     assert len(names) == 2
 
 
@@ -144,22 +142,22 @@ def test_resumed_after_its_half_it_ends_with_the_same_parameters(made, ran, monk
     """As after a kill: the checkpoint of step 3 lies there, and the cached reference; nothing is computed again."""
     half = made.workdir / "half"
     shutil.copytree(made.folder, half)
-    for late in (half / "checkpoints" / "last" / "6", half / jobs.WEIGHTS):
+    for late in (half / "checkpoints" / "last" / "6", half / artifacts.WEIGHTS):
         late.rmtree()
-    monkeypatch.setattr(dpo, "make_reference", None)
+    monkeypatch.setattr(dpo.rows, "compute", None)
     resumed, _ = run(made, "half")
     assert metrics.curve(half, "loss") == metrics.curve(made.folder, "loss")
     assert resumed["evaluation"] == ran[0]["evaluation"]
     model = jobs.model(made)
     with jax.set_mesh(made.mesh):
-        one, two = (jobs.load_weights(made, Artifact("dpo", "dpo", folder), model) for folder in (made.folder, half))
+        one, two = (jobs.load_weights(made, Artifact("dpo", POLICY, folder), model) for folder in (made.folder, half))
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
 @pytest.mark.parametrize(
     ("settings", "first"),
     [
-        ({"algorithm": "ipo", "beta": 0.5}, 1.0),  # (0 - 1 / (2 beta))^2
+        ({"objective": "ipo", "beta": 0.5}, 1.0),  # (0 - 1 / (2 beta))^2
         pytest.param({"label_smoothing": 0.25}, np.log(2), marks=pytest.mark.slow),
         pytest.param({"sft": 0.5}, None, marks=pytest.mark.slow),
     ],
@@ -178,12 +176,10 @@ def test_variants(made, ran, settings, first):
 def test_its_line_stands_beside_those_of_the_runs_other_dpo_stages(made, ran):
     others = {"dpo_easy": {"pairs": 12}, "dpo_sampled": {"heldout": "other pairs"}}
     for name, differs in others.items():
-        checkpoint.write_manifest(made.workdir / f"{name}-0123", {"kind": "dpo", "summary": ran[0] | differs})
+        artifacts.write_manifest(made.workdir / f"{name}-0123", {"kind": "dpo", "summary": ran[0] | differs})
     folders = {name: f"{name}-0123" for name in others}
     (made.workdir / "stages.json").write_text(json.dumps(folders | {"dpo": "dpo-4567"}))
-    config = made.config.copy_and_resolve_references()
-    config.stages.dpo_easy = base.stage("dpo", **SMALL)
-    job = dataclasses.replace(made, config=config)
+    job = dataclasses.replace(made, config=beside(made, "dpo_easy", "dpo", **SMALL).config)
     head, columns, easy, whole = dpo.table(dpo.finished(job, ran[0]["heldout"]) | {"dpo": ran[0]}, job).splitlines()
     assert head == "on held-out pairs (sft: reward accuracy 0.5 by definition)"
     assert columns.startswith("policy") and "reward accuracy" in columns
@@ -194,16 +190,13 @@ def test_its_line_stands_beside_those_of_the_runs_other_dpo_stages(made, ran):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"algorithm": "kto"}, r"stages\.dpo\.algorithm: 'kto'; expected one of dpo, ipo"),
-        ({"beta": 0.0}, "beta: 0.0; expected above 0"),
-        ({"label_smoothing": 0.5}, "label_smoothing: 0.5; expected 0 or more, below 0.5"),
-        ({"label_smoothing": 0.1, "algorithm": "ipo"}, "label_smoothing: ipo has none"),
+        ({"objective": "kto"}, r"stages\.dpo\.objective: 'kto'; expected one of dpo, ipo"),
+        ({"beta": 0.0}, r"stages\.dpo\.beta: 0.0; expected above 0"),
+        ({"label_smoothing": 0.5}, "label_smoothing: 0.5; expected below 0.5"),
+        ({"label_smoothing": 0.1, "objective": "ipo"}, "label_smoothing: ipo has none"),
         ({"sft": -1.0}, "sft: -1.0; expected 0"),
         ({"microbatch": 3}, "microbatch: 3 rows do not divide batch_size 8"),
     ],
 )
 def test_bad_settings(made, settings, message):
-    before = metrics.compiles()
-    with pytest.raises(InputError, match=message) as caught:
-        run(made, "bad", **settings)
-    assert "\n" not in str(caught.value) and metrics.compiles() == before
+    refused(made, settings, message)

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import base
+from mpo_jax import artifacts
+from mpo_jax.artifacts import POLICY
 from mpo_jax.data.tokenizer import load_tokenizer
-from mpo_jax.errors import InputError
 from mpo_jax.evaluation import labellers
 from mpo_jax.models import hf
-from mpo_jax.stages import evaluate, rollouts
+from mpo_jax.stages import candidates, evaluate
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages.job import Job
-from tests.stages.ppo_job import make_job
+from mpo_jax.stages.job import Artifact, Job
+from tests.stages.ppo_job import beside, make_job, part, refused, replaced
 
 HEAT = 0.8
 
@@ -27,12 +27,14 @@ def evaluation(folder, stories, **settings) -> Job:
     job = make_job(folder, stories)
     names = {"policies": ("dpo", "sft"), "baseline": "sft", "reward": "reward", "prompts": "split/all"}
     small = {"count": 12, "max_new_tokens": 12, "temperature": HEAT, "labeller": "vader", "batch_size": 8}
-    job.config.stages.evaluate = base.stage("evaluate", **(names | small | settings))
     inputs = {"policies": [job.inputs["init"], job.inputs["sft"]], "reward": job.inputs["reward"],
-              "prompts": dataclasses.replace(job.inputs["prompts"], part="all")}  # fmt: skip
-    target = job.workdir / "evaluate"
-    target.mkdir(exist_ok=True)
-    return dataclasses.replace(job, name="evaluate", settings=job.config.stages.evaluate, folder=target, inputs=inputs)
+              "prompts": part(job.inputs["prompts"], "all")}  # fmt: skip
+    # What the policies were trained as, for their frontier.
+    for name, kind in (("dpo", "dpo"), ("sft", "sft")):
+        job = beside(job, name, kind)
+    job = beside(job, "evaluate", "evaluate", inputs=inputs, **(names | small | settings))
+    job.folder.mkdir(exist_ok=True)
+    return job
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +42,8 @@ def ran(tmp_path_factory, stories):
     job = evaluation(tmp_path_factory.mktemp("evaluate"), stories)
     with jax.set_mesh(job.mesh):
         summary = evaluate.run(job)
-    lines = [json.loads(line) for line in (job.folder / evaluate.REPLIES).read_text().splitlines()]
-    return job, summary, json.loads((job.folder / evaluate.REPORT).read_text()), lines
+    lines = [json.loads(line) for line in (job.folder / artifacts.REPLIES_FILE).read_text().splitlines()]
+    return job, summary, json.loads((job.folder / artifacts.REPORT).read_text()), lines
 
 
 def test_files_hold_every_reply_and_its_scores(ran):
@@ -75,8 +77,9 @@ def test_kl_is_that_of_transformers(ran, stories, tmp_path):
             hf.export_weights(tmp_path / artifact.name, model, weights, str(stories))
             found[artifact.name] = AutoModelForCausalLM.from_pretrained(tmp_path / artifact.name)
             if artifact.name == "dpo":
-                how = rollouts.sampling_config(job, job.settings, 1)
-                drawn = rollouts.sample_all(job, model, weights, prompts, how, 4, job.seed)
+                how = candidates.of_settings(job, 1)
+                sample = evaluate.programs(job)["sample"]
+                drawn = candidates.sample_all(job, sample, weights, prompts, how, 4)
     assert [texts[0] for texts in drawn.texts(tokenizer)] == [line["replies"]["dpo"]["text"] for line in lines]
     differences = []
     for row, (reply,) in enumerate(drawn.tokens):
@@ -110,13 +113,12 @@ def test_frontier_is_of_every_policy_and_along_ppo(ran, tmp_path):
     assert report["frontier"]["dpo"] == [{"kl": means["dpo"]["kl"], "score": means["dpo"]["reward"]}]
     row = {"step": 2, "eval/kl_sft": 1.5, "eval/kl": 0.5, "eval/score": 0.25}
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "score": 0.1}) + "\n" + json.dumps(row) + "\n")
-    job.config.stages.mpo = base.stage("ppo", sft="sft")
-    artifact = jobs.Artifact("mpo", "ppo", epath.Path(tmp_path))
-    along = dataclasses.replace(job, inputs=job.inputs | {"policies": [artifact]})
+    artifact = Artifact("mpo", POLICY, epath.Path(tmp_path))
+    along = replaced(job, {"stages.mpo.sft": "sft"}, inputs=job.inputs | {"policies": [artifact]})
     found = evaluate.frontier(along, {"mpo": {"kl": 2.0, "reward": 0.5}})
     assert found == {"mpo": [{"step": 2, "kl": 1.5, "score": 0.25}, {"kl": 2.0, "score": 0.5}]}
-    job.config.stages.mpo.labeller = "vader"  # another score
-    assert evaluate.frontier(along, {"mpo": {"kl": 2.0, "reward": 0.5}}) == {"mpo": [{"kl": 2.0, "score": 0.5}]}
+    other = replaced(along, {"stages.mpo.labeller": "vader"})  # another score
+    assert evaluate.frontier(other, {"mpo": {"kl": 2.0, "reward": 0.5}}) == {"mpo": [{"kl": 2.0, "score": 0.5}]}
     assert evaluate.frontier(along, {"mpo": {"reward": 0.5}}) == {}
 
 
@@ -131,22 +133,21 @@ def test_killed_after_one_policy_samples_the_rest_alone(ran, tmp_path, monkeypat
     """As after kill -9: the replies of one policy lie there, nothing else does."""
     job = ran[0]
     target = tmp_path / "evaluate"
-    (target / evaluate.SAMPLED).mkdir(parents=True)
-    shutil.copy(job.folder / evaluate.SAMPLED / "dpo.npz", target / evaluate.SAMPLED)
-    sampled, whole = [], rollouts.sample_all
+    (target / artifacts.SAMPLED).mkdir(parents=True)
+    shutil.copy(job.folder / artifacts.SAMPLED / "dpo.npz", target / artifacts.SAMPLED)
+    sampled, whole = [], candidates.sample_all
 
     def counted(*args):
         sampled.append(1)
         return whole(*args)
 
-    monkeypatch.setattr(rollouts, "sample_all", counted)
+    monkeypatch.setattr(candidates, "sample_all", counted)
     with jax.set_mesh(job.mesh):
         evaluate.run(dataclasses.replace(job, folder=epath.Path(target)))
     assert len(sampled) == 1
-    for name in (evaluate.REPLIES, evaluate.REPORT):
+    for name in (artifacts.REPLIES_FILE, artifacts.REPORT):
         assert (target / name).read_text() == (job.folder / name).read_text()
 
 
-def test_baseline_that_is_no_policy(tmp_path, stories):
-    with pytest.raises(InputError, match=r"stages\.evaluate\.baseline: 'mpo' is none of dpo, sft"):
-        evaluate.run(evaluation(tmp_path, stories, baseline="mpo"))
+def test_baseline_that_is_no_policy(ran):
+    refused(ran[0], {"baseline": "mpo"}, r"stages\.evaluate\.baseline: 'mpo' is none of dpo, sft")

@@ -10,8 +10,8 @@ import pytest
 
 from mpo_jax.models import decoder, lora
 from mpo_jax.models.config import LoraConfig, ModelConfig
-from mpo_jax.stages import experience
-from mpo_jax.stages.experience import Rules
+from mpo_jax.stages.ppo import experience
+from mpo_jax.stages.ppo.settings import Rules
 from mpo_jax.types import Batch, Rollout
 
 FULL = ModelConfig("llama", 100, 1, 16, 4, 2, 4, 32, 64)
@@ -78,7 +78,7 @@ def first_update(model: ModelConfig, rules: Rules):
 
     @jax.jit
     def run(params, frozen, rollout, scores):
-        made, metrics = experience.make(model, rules, params, frozen, rollout, scores, jnp.float32(0.5))
+        made, metrics = experience.make(model, rules, None, params, frozen, rollout, scores, jnp.float32(0.5))
         _, _, sums = loss(params, frozen, made, jax.random.key(0))
         return made, metrics, {name: total / weight for name, (total, weight) in sums.items()}
 

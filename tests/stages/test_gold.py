@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from mpo_jax import metrics
+from mpo_jax import artifacts, metrics
 from mpo_jax.evaluation import labellers, validation
-from mpo_jax.stages import ppo
+from mpo_jax.stages.ppo import stage as ppo
 from tests.stages.ppo_job import make_job
 
 
@@ -19,7 +19,7 @@ def test_gold_score_is_the_labeller_s_of_the_kept_replies(tmp_path, stories):
     with jax.set_mesh(job.mesh):
         ppo.run(job)
     rows = [row for row in metrics.read(job.folder) if "eval/gold_score" in row]
-    kept = [json.loads(line) for line in (job.folder / ppo.SAMPLES).read_text().splitlines()]
+    kept = [json.loads(line) for line in (job.folder / artifacts.TRAINING_SAMPLES).read_text().splitlines()]
     assert len(rows) == len(kept) >= 1
     for row, table in zip(rows, kept, strict=True):
         assert len(table["replies"]) == 8

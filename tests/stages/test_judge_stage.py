@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import base
-from mpo_jax import graph, sharding
+from mpo_jax import artifacts, graph, recipes, sharding
+from mpo_jax.artifacts import POLICY, REPLIES
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
-from mpo_jax.evaluation import judge as judge_table
-from mpo_jax.stages import judge
+from mpo_jax.stages import judge, kinds
 from mpo_jax.stages.job import Artifact, Job
 from tests.evaluation import made
 from tests.tools.judge_server import JudgeServer
@@ -22,28 +21,33 @@ SHORT = "{{ prompt }}\nA: {{ first }}\nB: {{ second }}\n"
 
 def make_job(folder, stories, lines, **settings) -> Job:
     made.run_folder(folder, lines)
-    config = base.get_config()
-    config.model.path = str(stories)
-    config.stages.update({"evaluate": base.stage("evaluate"), "judge": base.stage("judge", bootstrap=200, **settings)})
+    config = recipes.config()
+    config.model.path, config.data.path = str(stories), "unread"
+    config.stages.evaluate, config.stages.judge = (
+        recipes.stage("evaluate"),
+        recipes.stage("judge", bootstrap=200, **settings),
+    )
+    run = kinds.read(config.to_dict())
     workdir = epath.Path(folder)
     inputs = {
-        "evaluate": Artifact("evaluate", "evaluate", workdir / "evaluate-0123456789ab"),
-        "local": Artifact("base", "base", epath.Path(stories)),
+        "evaluate": Artifact("evaluate", REPLIES, workdir / "evaluate-0123456789ab"),
+        "local": Artifact("base", POLICY, epath.Path(stories)),
     }
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     (workdir / "judge").mkdir(exist_ok=True)
-    return Job("judge", config.stages.judge, config, workdir / "judge", workdir, inputs, mesh)
+    return Job("judge", run.stages["judge"], run, workdir / "judge", workdir, inputs, mesh)
 
 
 def run(job: Job):
     with jax.set_mesh(job.mesh):
+        judge.check(job)
         summary = judge.run(job)
-    assert json.loads((job.folder / judge_table.TABLE).read_text()) == json.loads(json.dumps(summary))
+    assert json.loads((job.folder / artifacts.JUDGE_TABLE).read_text()) == json.loads(json.dumps(summary))
     return summary
 
 
 def verdicts(job: Job):
-    return [json.loads(line) for line in (job.folder / judge.VERDICTS).read_text().splitlines()]
+    return [json.loads(line) for line in (job.folder / artifacts.VERDICTS_FILE).read_text().splitlines()]
 
 
 def test_endpoint(tmp_path, stories, capsys):
@@ -65,8 +69,8 @@ def test_scores(tmp_path, stories):
     assert found["by"] == "the reward model" and not found["habits"]["asked"]
     with pytest.raises(InputError, match="hold no gold scores"):
         run(make_job(tmp_path, stories, made.rows(12), judge="gold"))
-    with pytest.raises(InputError, match=r"stages\.judge\.judge: 'human'; expected one of"):
-        run(make_job(tmp_path, stories, made.rows(12), judge="human"))
+    with pytest.raises(InputError, match=r"stages\.judge\.judge: 'human'; expected one of endpoint, local, reward"):
+        make_job(tmp_path, stories, made.rows(12), judge="human")
 
 
 def test_local_policy_s_verdicts_are_its_own_probabilities(tmp_path, stories):
@@ -101,7 +105,7 @@ def test_local_policy_s_verdicts_are_its_own_probabilities(tmp_path, stories):
 
 def test_prompt_file_counts_by_its_text(tmp_path, stories):
     """Another place is the same judge; another text is another."""
-    config = base.get_config()
+    config = recipes.config()
     config.model.path = config.data.path = str(stories)
     own = tmp_path / "own.jinja"
     own.write_text(SHORT)
@@ -109,10 +113,10 @@ def test_prompt_file_counts_by_its_text(tmp_path, stories):
 
     def key(**settings):
         config.stages = {
-            "evaluate": base.stage("evaluate", policies=("base",), reward="", prompts=""),
-            "judge": base.stage("judge", **settings),
+            "evaluate": recipes.stage("evaluate", policies=("base",), baseline="base", reward="", prompts=""),
+            "judge": recipes.stage("judge", **settings),
         }
-        return graph.resolve(config, epath.Path(tmp_path))["judge"].key
+        return graph.resolve(kinds.read(config.to_dict()), epath.Path(tmp_path))["judge"].key
 
     first = key(prompt_file=str(own))
     assert key(prompt_file=str(tmp_path / "copy.jinja")) == first

@@ -7,29 +7,31 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from mpo_jax import metrics, sharding
+from mpo_jax import settings as declared
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.loader import Loader
 from mpo_jax.data.tokenizer import Conventions
 from mpo_jax.errors import InputError
 from mpo_jax.models import decoder
 from mpo_jax.models.config import ModelConfig
-from mpo_jax.stages import loop, reward, sft
+from mpo_jax.run import Run
+from mpo_jax.stages import kinds, loop, reward, sft
+from mpo_jax.stages import programs as shapes
+from mpo_jax.stages.job import Job
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIG = ModelConfig("llama", 100, 2, 16, 4, 2, 4, 32, 64)
 SETTINGS = {
-    "batch_size": 8, "microbatch": 0, "epochs": 1.0, "steps": 12, "learning_rate": 1e-2, "schedule": "cosine",
-    "warmup": 0.1, "end_fraction": 0.1, "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8,
-    "clip_norm": 1.0, "moments": "float32", "eval_every": 5, "eval_batches": 3, "save_every": 3, "keep": 2,
-    "log_every": 1, "wandb": False, "select": "last",
+    "batch_size": 8, "epochs": 1.0, "steps": 12, "learning_rate": 1e-2, "warmup": 0.1, "weight_decay": 0.01,
+    "eval_every": 5, "eval_batches": 3, "save_every": 3,
 }  # fmt: skip
 
 
@@ -56,8 +58,16 @@ def start():
     return jax.device_get(jax.jit(lambda: decoder.init(CONFIG, jax.random.key(0), head=True))())
 
 
-def training(mesh, loss=None, train_rows=None, **settings) -> loop.Training:
-    settings = SimpleNamespace(**(SETTINGS | settings))
+def make_job(mesh, **settings) -> Job:
+    """A stage of this module's small decoder, which needs no folder: it is handed its weights and rows."""
+    stage = kinds.KINDS["reward"].settings(kind="reward", **(SETTINGS | settings))
+    nowhere = epath.Path(".")
+    return Job("small", stage, Run(stages={"small": stage}), nowhere, nowhere, {}, mesh)
+
+
+def training(mesh, loss=None, train_rows=None, **settings) -> tuple[loop.Trainer, int]:
+    """The trainer, and its steps."""
+    job = make_job(mesh, **settings)
     config = CONFIG.for_mesh(mesh)
     extra = config.padded_vocab - CONFIG.padded_vocab
 
@@ -66,20 +76,17 @@ def training(mesh, loss=None, train_rows=None, **settings) -> loop.Training:
         return np.pad(leaf, ((0, extra if whole else 0),) + ((0, 0),) * (leaf.ndim - 1))
 
     weights = sharding.map_weights(pad, start())
+    params = jax.device_put(weights, sharding.tree_shardings(weights, mesh))
 
     def rows(encoded, max_buckets=2, shuffle=True):
-        return Loader(encoded, settings.batch_size, mesh=mesh, max_buckets=max_buckets, shuffle=shuffle)
+        return Loader(encoded, job.settings.batch_size, mesh=mesh, max_buckets=max_buckets, shuffle=shuffle)
 
-    return loop.supervised(
-        loss or reward.make_loss(config),
-        jax.device_put(weights, sharding.tree_shardings(weights, mesh)),
-        {"base": {}},
-        rows(random_rows()) if train_rows is None else rows(train_rows, max_buckets=1),
-        rows(random_rows(20, seed=1), shuffle=False) if train_rows is None else None,
-        settings,
-        jax.random.key(3),
-        mesh,
-    )
+    loader = rows(random_rows()) if train_rows is None else rows(train_rows, max_buckets=1)
+    heldout = rows(random_rows(20, seed=1), shuffle=False) if train_rows is None else loader
+    steps = loop.total_steps(job, loader)
+    like = shapes.batch(job, job.settings.batch_size, 32, 16)
+    found = loop.programs(job, config, loss or reward.make_loss(config), params, like, steps)
+    return loop.supervised(job, found, params, {"base": {}}, loader, heldout, steps), steps
 
 
 def one_device():
@@ -89,7 +96,7 @@ def one_device():
 def train(folder, mesh=None, **settings):
     mesh = one_device() if mesh is None else mesh
     with jax.set_mesh(mesh):
-        return loop.train(training(mesh, **settings), folder, mesh)
+        return loop.train(*training(mesh, **settings), folder, mesh)
 
 
 def equal(left, right) -> bool:
@@ -123,7 +130,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, tmp_path, monke
             raise KeyboardInterrupt
         return stopped(self, step)
 
-    training_steps = training(one_device()).loader.steps_per_epoch
+    training_steps = training(one_device())[0].loader.steps_per_epoch
     monkeypatch.setattr(loop.Loader, "batch", stop_at_eight)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path)
@@ -154,7 +161,7 @@ def test_loss_curve_is_that_of_one_device(tmp_path, uninterrupted, shape):
 def test_state_moves_to_another_mesh(tmp_path, uninterrupted):
     """orbax #332: saved on eight devices, continued on one; the vocabulary was padded otherwise there."""
     eight = sharding.make_mesh(2, 2, 2)
-    whole = training(eight)
+    whole, _ = training(eight)
     with jax.set_mesh(eight):
         state = loop.init_state(whole.optimizer, whole.params, whole.key, eight)
         checkpoints = loop.Checkpoints(tmp_path / "checkpoints")
@@ -168,9 +175,10 @@ def test_state_moves_to_another_mesh(tmp_path, uninterrupted):
 def test_memorises_64_pairs(tmp_path):
     """A broken loss cannot."""
     mesh = one_device()
-    whole = training(mesh, train_rows=random_rows(64), steps=150, learning_rate=3e-3, save_every=1000, weight_decay=0.0)
+    settings = {"steps": 150, "learning_rate": 3e-3, "save_every": 1000, "eval_every": 150, "weight_decay": 0.0}
+    whole, steps = training(mesh, train_rows=random_rows(64), **settings)
     with jax.set_mesh(mesh):
-        params, _ = loop.train(whole, tmp_path, mesh)
+        params, _ = loop.train(whole, steps, tmp_path, mesh)
         judge = loop.evaluation_step(reward.make_loss(CONFIG))
         found = loop.evaluate(judge, params, whole.frozen, whole.loader, 1000)
     assert found["accuracy"] >= 0.99
@@ -178,10 +186,10 @@ def test_memorises_64_pairs(tmp_path):
 
 def test_sft_lowers_the_loss(tmp_path):
     mesh = one_device()
-    whole = training(mesh, loss=sft.make_loss(CONFIG), train_rows=random_rows(32, replies=1), steps=20)
+    whole, steps = training(mesh, loss=sft.make_loss(CONFIG), train_rows=random_rows(32, replies=1), steps=20)
     with jax.set_mesh(mesh):
-        loop.train(whole, tmp_path, mesh)
-    losses = [line["loss"] for line in metrics.read(tmp_path)]
+        loop.train(whole, steps, tmp_path, mesh)
+    losses = [line["loss"] for line in metrics.read(tmp_path) if "loss" in line]
     assert losses[0] == pytest.approx(np.log(100), abs=0.1)
     assert losses[-1] < losses[0] - 0.3
 
@@ -193,9 +201,9 @@ def test_non_finite_loss_stops_and_names_the_rows(tmp_path):
         total, weight, sums = reward.make_loss(CONFIG)(params, frozen, batch, key)
         return jnp.where((batch.id == 1007).any(), jnp.nan, total), weight, sums
 
-    whole = training(mesh, loss=poisoned, save_every=1)
+    whole, steps = training(mesh, loss=poisoned, save_every=1)
     with jax.set_mesh(mesh), pytest.raises(loop.NonFinite, match=r"loss is nan; batch ids \[.*1007.*\]"):
-        loop.train(whole, tmp_path, mesh)
+        loop.train(whole, steps, tmp_path, mesh)
     found = loop.Checkpoints(tmp_path / "checkpoints")
     step = found.latest_step()
     if step is not None:
@@ -210,12 +218,22 @@ def test_non_finite_loss_stops_and_names_the_rows(tmp_path):
         ({"microbatch": 3}, "microbatch: 3 rows do not divide batch_size 8"),
         ({"schedule": "cosin"}, "schedule: 'cosin'"),
         ({"moments": "int8"}, "moments: 'int8'"),
-        ({"steps": 0, "epochs": 0.0}, "no step to take"),
+        ({"epochs": 0.0}, "epochs: 0.0; expected above 0"),
     ],
 )
-def test_bad_settings(tmp_path, settings, words):
+def test_bad_settings(settings, words):
     with pytest.raises(InputError, match=words):
-        train(tmp_path, **settings)
+        declared.parse(kinds.KINDS["reward"].settings, SETTINGS | settings)
+
+
+def test_epochs_that_make_no_step():
+    with pytest.raises(InputError, match=r"stages\.small\.epochs: 0.01; no step to take"):
+        training(one_device(), steps=0, epochs=0.01)
+
+
+def test_microbatches_that_the_mesh_does_not_divide():
+    with pytest.raises(InputError, match=r"stages\.small\.microbatch: 2 rows are not divided by mesh"):
+        loop.check(make_job(sharding.make_mesh(4, 1, 1, devices=jax.devices()[:4]), microbatch=2))
 
 
 def run_script(folder) -> subprocess.Popen:

@@ -1,18 +1,18 @@
 """The pairs stage: a policy's own replies to the data's prompts, labelled by VADER with Bradley-Terry noise."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 
 from mpo_jax import metrics
+from mpo_jax.artifacts import SAMPLES
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import labellers
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import pairs
 from mpo_jax.stages.job import Artifact
+from tests.stages.ppo_job import beside, refused, replaced
 from tests.stages.split_job import make_job, run_split
 
 
@@ -66,11 +66,11 @@ def test_choices_are_bradley_terrys():
     assert labellers.first_wins(left, np.array([0.0, 1.0, 0.0]), 0.0, np.arange(3), 0).tolist() == [True, False, True]
 
 
-def test_a_split_reads_the_pairs_and_scores_them(ran, shared):
+def test_a_split_reads_the_pairs_and_scores_them(ran):
     job, summary = ran
-    made = make_job(job.workdir, shared, inputs=job.inputs | {"pairs": Artifact("pairs", "pairs", job.folder)})
-    made.config.stages.reward.pairs = made.settings.pairs = "pairs"
-    whole = run_split(made)
+    inputs = job.inputs | {"pairs": Artifact("pairs", SAMPLES, job.folder)}
+    made = beside(job, "split", "split", inputs=inputs, pairs="pairs", batch_size=8, quantile=0.5)
+    whole = run_split(replaced(made, {"stages.reward.pairs": "pairs"}))
     assert len(jobs.read_rows(whole.folder / "pairs")) == summary["pairs"]["policy"]
     assert len(jobs.read_rows(whole.folder / "heldout")) == summary["pairs"]["eval"]
 
@@ -78,17 +78,20 @@ def test_a_split_reads_the_pairs_and_scores_them(ran, shared):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": 1}, r"stages\.pairs\.samples: 1; a pair needs 2 or more"),
+        ({"samples": 1}, r"stages\.pairs\.samples: 1; expected 2 or more"),
         ({"labeller": "reward"}, "labeller: 'reward'; expected one of vader"),
-        ({"temperature": 0.0}, "temperature: 0 is greedy"),
-        ({"max_new_tokens": 600}, "context of 512"),
     ],
 )
 def test_bad_settings(ran, changes, message):
-    job = ran[0]
-    settings = job.settings.copy_and_resolve_references()
-    settings.update(changes)
+    refused(ran[0], changes, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"temperature": 0.0}, "temperature: 0 is greedy"), ({"max_new_tokens": 600}, "context of 512")],
+)
+def test_what_the_model_cannot_sample(ran, changes, message):
     before = metrics.compiles()
-    with pytest.raises(InputError, match=message) as caught, jax.set_mesh(job.mesh):
-        pairs.run(dataclasses.replace(job, settings=settings))
+    with pytest.raises(InputError, match=message) as caught, jax.set_mesh(ran[0].mesh):
+        pairs.STAGE.check(replaced(ran[0], changes))
     assert "\n" not in str(caught.value) and metrics.compiles() == before

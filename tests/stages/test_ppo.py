@@ -10,13 +10,15 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from configs import base
-from mpo_jax import checkpoint, metrics
+from mpo_jax import artifacts, checkpoint, metrics, recipes
+from mpo_jax.artifacts import POLICY, REWARD
 from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.errors import InputError
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import loop, ppo
+from mpo_jax.stages import loop
 from mpo_jax.stages.job import Artifact
+from mpo_jax.stages.ppo import stage as ppo
+from mpo_jax.stages.ppo import update
 from tests.stages import ppo_job
 
 LOGGED = {
@@ -46,6 +48,10 @@ def state_of(job, step=None):
 def equal(left, right) -> bool:
     assert jax.tree.structure(left) == jax.tree.structure(right)
     return all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), left, right)))
+
+
+def kept_samples(job) -> str:
+    return (job.folder / artifacts.TRAINING_SAMPLES).read_text()
 
 
 def steps_of(job):
@@ -99,10 +105,10 @@ def test_adaptive_coefficient(ran):
 def test_leaves_policy_critic_and_samples(ran):
     job, summary = ran
     model = jobs.model(job)
-    for name, head in ((jobs.WEIGHTS, False), (ppo.VALUE, True)):
+    for name, head in ((artifacts.WEIGHTS, False), (artifacts.VALUE, True)):
         found = checkpoint.restore_weights(job.folder / name, jobs.abstract_weights(model, job.mesh, head=head))
-        assert equal(found, state_of(job)[1]["params"]["policy" if name == jobs.WEIGHTS else "value"])
-    rows = [json.loads(line) for line in (job.folder / ppo.SAMPLES).read_text().splitlines()]
+        assert equal(found, state_of(job)[1]["params"]["policy" if name == artifacts.WEIGHTS else "value"])
+    rows = [json.loads(line) for line in kept_samples(job).splitlines()]
     assert [row["step"] for row in rows] == [2, 3]
     assert all(len(row["replies"]) == 2 and row["replies"][0].keys() == {"prompt", "reply", "score"} for row in rows)
     assert rows[0]["replies"][0]["prompt"] == rows[1]["replies"][0]["prompt"]
@@ -115,7 +121,7 @@ def copied(job, folder, last_step):
     for step in (folder / "checkpoints" / "last").iterdir():
         if step.name.isdigit() and int(step.name) > last_step:
             shutil.rmtree(step)
-    for name in (jobs.WEIGHTS, ppo.VALUE):
+    for name in (artifacts.WEIGHTS, artifacts.VALUE):
         shutil.rmtree(folder / name)
     return ppo_job.replaced(job, folder=epath.Path(folder))
 
@@ -127,7 +133,7 @@ def test_resumed_equals_uninterrupted(ran, tmp_path):
     again = run(resumed)
     assert equal(state_of(resumed), state_of(job))
     assert again["best"] == summary["best"]
-    assert (resumed.folder / ppo.SAMPLES).read_text() == (job.folder / ppo.SAMPLES).read_text()
+    assert kept_samples(resumed) == kept_samples(job)
 
     def timeless(job):
         return [{k: v for k, v in line.items() if "second" not in k} for line in metrics.read(job.folder)]
@@ -142,11 +148,11 @@ def test_reward_that_becomes_nan(ran, tmp_path):
     broken = copied(job, tmp_path / "mpo", last_step=2)
     model = jobs.model(job)
     head = checkpoint.restore_weights(
-        job.inputs["reward"].folder / jobs.WEIGHTS, jobs.abstract_weights(model, job.mesh, head=True)
+        job.inputs["reward"].folder / artifacts.WEIGHTS, jobs.abstract_weights(model, job.mesh, head=True)
     )
     head |= {"head": jax.tree.map(lambda x: x * np.nan, head["head"])}
-    checkpoint.save_weights(epath.Path(tmp_path) / "reward" / jobs.WEIGHTS, head)
-    inputs = dict(job.inputs) | {"reward": Artifact("reward", "reward", epath.Path(tmp_path) / "reward")}
+    checkpoint.save_weights(epath.Path(tmp_path) / "reward" / artifacts.WEIGHTS, head)
+    inputs = dict(job.inputs) | {"reward": Artifact("reward", REWARD, epath.Path(tmp_path) / "reward")}
     with pytest.raises(loop.NonFinite, match=r"step 3: score is nan; batch ids \[\d"):
         run(ppo_job.replaced(broken, inputs=inputs))
     step, state = state_of(broken)
@@ -169,46 +175,32 @@ def test_reward_that_becomes_nan(ran, tmp_path):
         ({"critic": "none"}, "critic: 'none'"),
         ({"temperature": 0.0}, "temperature: 0.0"),
         ({"labeller": "human"}, "labeller: 'human'"),
-        ({"steps": 0, "epochs": 0.0}, "no step to take"),
+        ({"epochs": 0.0}, "epochs: 0.0"),
         ({"select": "worst"}, "select: 'worst'"),
+        ({"reward": ""}, r"stages\.mpo\.reward: empty, but labeller needs it"),
+        ({"reward": "", "labeller": "vader", "normalise_scores": True}, "reward: empty, but normalise_scores needs it"),
     ],
 )
-def test_bad_settings(ran, tmp_path, settings, words):
-    changed = base.stage("ppo", **(ppo_job.SMALL | settings))
-    with pytest.raises(InputError, match=words):
-        run(ppo_job.replaced(ran[0], settings=changed, folder=epath.Path(tmp_path)))
+def test_bad_settings(ran, settings, words):
+    ppo_job.refused(ran[0], settings, words)
 
 
 @pytest.mark.parametrize("name", ["top_k", "top_p", "min_new_tokens"])
-def test_no_truncated_sampling(ran, tmp_path, name):
+def test_no_truncated_sampling(ran, name):
     """trl #235 #351: they make the KL that of another distribution. There is no such key; one put there is an error."""
-    with pytest.raises(ValueError, match=f"no key '{name}'"):
-        base.stage("ppo", **{name: 5})
-    changed = base.stage("ppo", **ppo_job.SMALL)
-    changed[name] = 5
-    with pytest.raises(InputError, match=f"{name}: a ppo stage samples from the full softmax"):
-        run(ppo_job.replaced(ran[0], settings=changed, folder=epath.Path(tmp_path)))
+    with pytest.raises(InputError, match=f"no key '{name}'"):
+        recipes.stage("ppo", **{name: 5})
+    ppo_job.refused(ran[0], {name: 5}, f"{name}: no such setting")
     assert ppo.sampling_config(ran[0]).top_k is None
 
 
-def test_inputs_that_are_missing_or_do_not_fit(ran, tmp_path, stories):
+def test_a_reference_of_another_vocabulary(ran, tmp_path):
+    """Its ids mean other tokens."""
     job, _ = ran
-    without = {role: artifact for role, artifact in job.inputs.items() if role != "reward"}
-    with pytest.raises(InputError, match=r"stages\.mpo\.reward: empty"):
-        run(ppo_job.replaced(job, inputs=without, folder=epath.Path(tmp_path)))
-    normalised = base.stage("ppo", **(ppo_job.SMALL | {"labeller": "vader", "normalise_scores": True}))
-    with pytest.raises(InputError, match="normalise_scores: needs a reward stage"):
-        run(ppo_job.replaced(job, inputs=without, settings=normalised, folder=epath.Path(tmp_path)))
-    # Another vocabulary: its ids mean other tokens.
-    other = tmp_path / "other_model"
-    other.mkdir()
-    settings = json.loads((stories / "config.json").read_text()) | {"vocab_size": 600}
-    (other / "config.json").write_text(json.dumps(settings))
-    shutil.copytree(job.inputs["reference"].folder, tmp_path / "reference")
-    (tmp_path / "reference" / "config.json").write_text(json.dumps({"model": {"path": str(other)}}))
-    inputs = dict(job.inputs) | {"reference": Artifact("dpo", "dpo", epath.Path(tmp_path) / "reference")}
+    other = Artifact("dpo", POLICY, epath.Path(tmp_path))
+    artifacts.write_manifest(other.folder, {"vocabulary": 600})
     with pytest.raises(InputError, match=r"stages\.mpo\.reference: 'dpo' has a vocabulary of 600 tokens"):
-        run(ppo_job.replaced(job, inputs=inputs, folder=epath.Path(tmp_path)))
+        ppo.STAGE.check(ppo_job.replaced(job, inputs=dict(job.inputs) | {"reference": other}))
 
 
 def test_empty_hard_set(tmp_path, stories):
@@ -217,7 +209,7 @@ def test_empty_hard_set(tmp_path, stories):
 
 
 def test_warns_of_a_negative_kl(capsys):
-    watch = ppo.make_watch("mpo")
+    watch = update.make_watch("mpo")
     watch(1, {"kl": -0.2, "kl_error": 0.1})
     assert not capsys.readouterr().out, "noise"
     watch(2, {"kl": -0.5, "kl_error": 0.1})

@@ -16,14 +16,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from configs import base
-from mpo_jax import metrics, sharding
+from mpo_jax import artifacts, metrics, settings, sharding
 from mpo_jax.errors import InputError
-from mpo_jax.graph import ROLES
-from mpo_jax.stages import job as jobs
-from mpo_jax.stages import ppo
+from mpo_jax.stages.ppo import stage as ppo
 from tests.stages import ppo_job
-from tests.stages.test_ppo import equal, run, state_of, steps_of
+from tests.stages.test_ppo import equal, kept_samples, run, state_of, steps_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -58,7 +55,7 @@ def test_first_step_of_every_variant(inputs, stories, algorithm, labeller, criti
     assert first["ratio_deviation"] > 1e-4
     assert second["kl_k3"] > 1e-6
     assert first["kl_sft"] > 1e-2
-    assert (job.folder / ppo.VALUE).exists() == (algorithm == "ppo")
+    assert (job.folder / artifacts.VALUE).exists() == (algorithm == "ppo")
     assert summary["compiles_after_warmup"] == 0
 
 
@@ -111,9 +108,9 @@ def left_by(job):
     except InputError as error:
         return str(error)
     lines = [{k: v for k, v in line.items() if "second" not in k} for line in metrics.read(job.folder)]
-    left = ocp.PyTreeCheckpointer().restore(job.folder / jobs.WEIGHTS), state_of(job)[1]["params"]
+    left = ocp.PyTreeCheckpointer().restore(job.folder / artifacts.WEIGHTS), state_of(job)[1]["params"]
     params = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(left)]
-    return lines, params, (job.folder / ppo.SAMPLES).read_text(), json.dumps(summary, default=str)
+    return lines, params, kept_samples(job), json.dumps(summary, default=str)
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +128,8 @@ def baseline(tmp_path_factory, stories):
 
 
 def test_every_key_has_another_value():
-    ours = set(base.KINDS["ppo"]) - set(base.OPERATIONAL) - set(ROLES["ppo"])
-    assert ours == set(FLIPS)
+    """Of all that enters the stage's hash."""
+    assert set(settings.content(ppo.Settings())) - {"kind"} == set(FLIPS)
 
 
 @pytest.mark.slow
@@ -142,19 +139,21 @@ def test_every_key_is_read(baseline, key):
     flip = FLIPS[key]
     value, context = flip if isinstance(flip, tuple) else (flip, {})
     start = START | context
-    assert start.get(key, base.KINDS["ppo"][key]) != value
+    assert start.get(key, ppo.Settings.model_fields[key].default) != value
     assert baseline(**(start | {key: value})) != baseline(**start)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("role", ROLES["ppo"])
+@pytest.mark.parametrize("role", ppo.STAGE.roles)
 def test_every_input_is_read(tmp_path, stories, role):
     job = ppo_job.make_job(tmp_path, stories, **START)
     before = left_by(job)
+    with jax.set_mesh(job.mesh):
+        reward = ppo_job.reward_model(job, "other", seed=4)
     other = {
         "init": job.inputs["sft"],
         "reference": job.inputs["sft"],
-        "reward": None,
+        "reward": reward,
         "prompts": ppo_job.part(job.inputs["prompts"], "easy"),
         "sft": None,
     }
@@ -215,5 +214,5 @@ def test_killed_five_times_equals_uninterrupted(tmp_path, stories):
     assert step == KILLED["steps"]
     assert equal(state_of(right)[1], state)
     assert {"step", "params", "opt_state", "key", "extra"} <= state.keys()
-    assert (right.folder / ppo.SAMPLES).read_text() == (left.folder / ppo.SAMPLES).read_text()
+    assert kept_samples(right) == kept_samples(left)
     assert [line["step"] for line in steps_of(right)] == list(range(1, KILLED["steps"] + 1))

@@ -7,19 +7,23 @@ import re
 import shutil
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
-from configs import base
-from mpo_jax import sharding
+from mpo_jax import artifacts, graph, metrics, recipes, sharding
+from mpo_jax import settings as declared
+from mpo_jax.artifacts import REWARD
 from mpo_jax.data import division, encode
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import labellers
 from mpo_jax.ops import masks
+from mpo_jax.run import as_json
+from mpo_jax.stages import buckets, kinds, reward, rows, split
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import reward, split
 from mpo_jax.types import BUCKETS, GapTable
+from tests.stages import ppo_job
 from tests.stages.ppo_job import part
 from tests.stages.split_job import make_job, reward_model, run_split, write_comparisons
 
@@ -43,49 +47,49 @@ def sampled(tmp_path_factory, job, shared):
 
 
 def table_of(artifact) -> GapTable:
-    return split.load_table(artifact.folder / split.TABLE)
+    return artifacts.read_gaps(artifact.folder)
 
 
 def made_table(*gaps: float) -> GapTable:
     gap = np.array(gaps, np.float32)
     ids = np.arange(len(gap), dtype=np.int32)
-    return GapTable(ids, ids, gap, np.zeros_like(gap), gap, split.buckets(gap, 1.0))
+    return GapTable(ids, ids, gap, np.zeros_like(gap), gap, buckets.buckets(gap, 1.0))
 
 
 def test_buckets_by_hand():
     names = [BUCKETS[index] for index in made_table(1.5, 1.0, 0.99, 0.0, -0.99, -1.0, -3.0).bucket]
     assert names == ["easy", "easy", "hard", "hard", "hard", "flipped", "flipped"]
     gap = np.array([-4.0, 1.0, 2.0, 3.0])
-    assert split.gap_threshold(gap, 1.5) == 1.5
-    assert split.gap_threshold(gap, 1.5, quantile=0.5) == 2.5
+    assert buckets.gap_threshold(gap, 1.5) == 1.5
+    assert buckets.gap_threshold(gap, 1.5, quantile=0.5) == 2.5
 
 
 def test_buckets_partition_the_ids(job, whole):
     table = table_of(whole)
-    every = split.pairs(whole)
+    every = buckets.pairs(whole)
     assert len(every) == len(table.id) == len(set(table.id.tolist())) > 20
     np.testing.assert_array_equal(table.gap, table.score_chosen - table.score_rejected)
     np.testing.assert_array_equal(table.id, every.id)
     np.testing.assert_array_equal(table.prompt_id, every.prompt_id)
-    parts = [set(split.pairs(part(whole, name)).id.tolist()) for name in ("easy", "hard")]  # flipped are hard here
+    parts = [set(buckets.pairs(part(whole, name)).id.tolist()) for name in ("easy", "hard")]  # flipped are hard here
     assert parts[0] | parts[1] == set(table.id.tolist()) and not parts[0] & parts[1]
-    assert set(split.pairs(part(whole, "flipped")).id.tolist()) < parts[1]
-    threshold = json.loads((job.folder / split.REPORT).read_text())["threshold"]
+    assert set(buckets.pairs(part(whole, "flipped")).id.tolist()) < parts[1]
+    threshold = json.loads((job.folder / artifacts.REPORT).read_text())["threshold"]
     assert np.median(np.abs(table.gap)) == pytest.approx(threshold)  # quantile 0.5
-    np.testing.assert_array_equal(split.buckets(table.gap, threshold), table.bucket)
+    np.testing.assert_array_equal(buckets.buckets(table.gap, threshold), table.bucket)
 
 
 def test_held_out_pairs_are_of_the_eval_share(job, whole):
     model, tokenizer = jobs.model(job), load_tokenizer(job.config.model.path)
     expected = jobs.share_pairs(job, model, tokenizer, "eval")
-    heldout = split.heldout(whole)
+    heldout = buckets.heldout(whole)
     assert encode.rows_fingerprint(heldout) == encode.rows_fingerprint(expected)
-    assert not set(heldout.prompt_id.tolist()) & set(split.pairs(whole).prompt_id.tolist())
+    assert not set(heldout.prompt_id.tolist()) & set(buckets.pairs(whole).prompt_id.tolist())
 
 
 def test_scores_and_buckets_for_any_batch_size_and_device_count(job, whole, shared, tmp_path):
     table = table_of(whole)
-    threshold = json.loads((job.folder / split.REPORT).read_text())["threshold"]
+    threshold = json.loads((job.folder / artifacts.REPORT).read_text())["threshold"]
     eight = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     for mesh, settings in ((None, {"score_batch": 3}), (eight, {"score_batch": 16})):
         settings |= {"quantile": 0.0, "threshold": threshold, "inputs": job.inputs}
@@ -99,13 +103,13 @@ def test_scores_and_buckets_for_any_batch_size_and_device_count(job, whole, shar
 
 def test_no_prompt_of_a_part_appears_twice(sampled):
     hard = part(sampled, "hard")
-    repeated, prompts = split.pairs(hard), split.prompts(hard)
+    repeated, prompts = buckets.pairs(hard), buckets.prompts(hard)
     assert len(set(repeated.prompt_id.tolist())) < len(repeated)  # several pairs of one prompt
     assert len(set(prompts.prompt_id.tolist())) == len(prompts) and prompts.replies == 0
     assert set(prompts.prompt_id.tolist()) == set(repeated.prompt_id.tolist())
     texts = {tuple(prompts.row(row)[0].tolist()) for row in range(len(prompts))}
     assert len(texts) == len(prompts)
-    heldout = split.heldout_prompts(hard, 5)
+    heldout = buckets.heldout_prompts(hard, 5)
     assert len(heldout) == len(set(heldout.prompt_id.tolist())) == 5
 
 
@@ -113,22 +117,22 @@ def test_flipped_pairs_go_where_the_settings_say(whole, tmp_path):
     table = table_of(whole)
     ids = {name: set(table.id[table.bucket == index].tolist()) for index, name in enumerate(BUCKETS)}
     assert all(ids.values())
-    rows = {}
-    for routed in split.FLIPPED:
+    divided = {}
+    for routed in ("hard", "drop", "swap"):
         folder = tmp_path / routed
         shutil.copytree(whole.folder, folder)
-        config = json.loads((folder / "config.json").read_text())
+        config = artifacts.read_json(folder / artifacts.CONFIG)
         config["stages"]["split"]["flipped"] = routed
-        (folder / "config.json").write_text(json.dumps(config))
+        artifacts.write_json(folder / artifacts.CONFIG, config)
         moved = dataclasses.replace(whole, folder=whole.folder.parent.__class__(folder))
-        rows[routed] = {name: split.pairs(part(moved, name)) for name in ("easy", "hard", "flipped")}
-    found = {routed: {name: set(each.id.tolist()) for name, each in parts.items()} for routed, parts in rows.items()}
+        divided[routed] = {name: buckets.pairs(part(moved, name)) for name in ("easy", "hard", "flipped")}
+    found = {routed: {name: set(each.id.tolist()) for name, each in parts.items()} for routed, parts in divided.items()}
     assert found["hard"] == ids | {"hard": ids["hard"] | ids["flipped"]}
     assert found["drop"] == ids
     assert found["swap"] == ids | {"easy": ids["easy"] | ids["flipped"]}
-    labelled = split.pairs(whole)
+    labelled = buckets.pairs(whole)
     place = {int(number): row for row, number in enumerate(labelled.id)}
-    swapped = rows["swap"]["easy"]
+    swapped = divided["swap"]["easy"]
     for row, number in enumerate(swapped.id.tolist()):
         prompt, chosen, rejected = labelled.row(place[number])
         expected = (prompt, rejected, chosen) if number in ids["flipped"] else (prompt, chosen, rejected)
@@ -137,8 +141,8 @@ def test_flipped_pairs_go_where_the_settings_say(whole, tmp_path):
 
 
 def test_report_is_complete(job, whole):
-    table, encoded = table_of(whole), split.pairs(whole)
-    report = json.loads((job.folder / split.REPORT).read_text())
+    table, encoded = table_of(whole), buckets.pairs(whole)
+    report = json.loads((job.folder / artifacts.REPORT).read_text())
     assert report["counts"] == {name: int((table.bucket == i).sum()) for i, name in enumerate(BUCKETS)}
     assert report["agreement"] == pytest.approx(np.mean(table.gap > 0))
     deciles = report["agreement_by_gap_decile"]
@@ -153,7 +157,7 @@ def test_report_is_complete(job, whole):
     longer = np.mean((lens[:, 1] > lens[:, 2]) + 0.5 * (lens[:, 1] == lens[:, 2]))
     assert told["chosen_longer"] == pytest.approx(longer)
     assert {path.name for path in job.folder.glob("*.png")} == {"gaps.png", "easy_share.png", "agreement.png"}
-    samples = json.loads((job.folder / split.SAMPLES).read_text())
+    samples = json.loads((job.folder / artifacts.SAMPLE_PAIRS).read_text())
     for index, name in enumerate(BUCKETS):
         count = min(5, report["counts"][name])
         assert [row["id"] for row in samples[name]] == table.id[table.bucket == index][:count].tolist()
@@ -164,10 +168,10 @@ def test_agreement_by_confidence_of_tldr_comparisons(job, shared, tmp_path):
     data = write_comparisons(tmp_path / "comparisons.jsonl", shared)
     job = make_job(tmp_path / "run", shared, data=data, limit=0, inputs=job.inputs)
     whole = run_split(job)
-    table, confidence = table_of(whole), np.asarray(split.pairs(whole).confidence)
-    rows = json.loads((job.folder / split.REPORT).read_text())["scores"]["by_confidence"]
-    assert [row["confidence"] for row in rows] == np.unique(confidence).tolist() and len(rows) > 5
-    for row in rows:
+    table, confidence = table_of(whole), np.asarray(buckets.pairs(whole).confidence)
+    lines = json.loads((job.folder / artifacts.REPORT).read_text())["scores"]["by_confidence"]
+    assert [line["confidence"] for line in lines] == np.unique(confidence).tolist() and len(lines) > 5
+    for row in lines:
         here = table.gap[confidence == row["confidence"]]
         assert (row["pairs"], row["accuracy"]) == (len(here), pytest.approx(np.mean(here > 0)))
     assert (job.folder / "confidence.png").read_bytes().startswith(b"\x89PNG")
@@ -181,27 +185,26 @@ def test_agreement_by_confidence_of_tldr_comparisons(job, shared, tmp_path):
 def test_an_empty_bucket_is_an_error_that_suggests_a_threshold_that_works(gaps, flipped):
     table = made_table(*gaps)
     with pytest.raises(InputError, match=r"stages\.halves\.threshold: at 1 no pair is (easy|hard)") as caught:
-        split.check_buckets("halves", table, 1.0, flipped)
+        buckets.check_buckets("halves", table, 1.0, flipped)
     text = str(caught.value)
     suggested = re.search(r"--config\.stages\.halves\.threshold=(\S+) --config\.stages\.halves\.quantile=0", text)
     if suggested is None:
         assert "no threshold parts them" in text and gaps == (3.0, -4.0)
         return
     threshold = float(suggested[1])
-    split.check_buckets(
-        "halves", dataclasses.replace(table, bucket=split.buckets(table.gap, threshold)), threshold, flipped
+    buckets.check_buckets(
+        "halves", dataclasses.replace(table, bucket=buckets.buckets(table.gap, threshold)), threshold, flipped
     )
 
 
 def test_the_stage_refuses_an_empty_bucket(job, whole, tmp_path):
-    settings = job.settings.copy_and_resolve_references()
-    settings.update({"threshold": 1e6, "quantile": 0.0})
+    high = ppo_job.replaced(job, {"threshold": 1e6, "quantile": 0.0}, folder=job.workdir / "empty")
     with pytest.raises(InputError, match=r"no pair is easy; .* try --config\.stages\.split\.threshold="):
-        run_split(dataclasses.replace(job, settings=settings, folder=job.workdir / "empty"))
+        run_split(high)
 
 
 def test_every_two_sampled_replies_by_reward(sampled):
-    table, encoded = table_of(sampled), split.pairs(sampled)
+    table, encoded = table_of(sampled), buckets.pairs(sampled)
     assert (table.gap >= 0).all()  # the reward model labels
     found = {}
     for row in range(len(encoded)):
@@ -219,10 +222,10 @@ def test_best_against_worst_and_the_labeller(job, sampled, shared, tmp_path):
     tokenizer = load_tokenizer(str(shared / "models/stories260K"))
 
     def texts(artifact):
-        replies, rows = {}, split.pairs(artifact)
-        for row in range(len(rows)):
-            pair = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in rows.row(row)[1:]]
-            replies.setdefault(int(rows.prompt_id[row]), []).append(pair)
+        replies, encoded = {}, buckets.pairs(artifact)
+        for row in range(len(encoded)):
+            pair = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in encoded.row(row)[1:]]
+            replies.setdefault(int(encoded.prompt_id[row]), []).append(pair)
         return replies
 
     every, pairs = texts(sampled), texts(found)
@@ -248,98 +251,105 @@ def test_both_sources_in_one_table(job, whole, shared, tmp_path):
 
 
 def test_cross_fitted_pairs_are_scored_by_the_model_that_never_saw_them(job, whole):
-    config = job.config.copy_and_resolve_references()
-    base.crossfit(config.stages, "reward", "split", folds=3)
-    assert config.stages.split.reward == ("reward_fold_0", "reward_fold_1", "reward_fold_2")
+    stages = ml_collections.ConfigDict(as_json(job.config)["stages"])
+    recipes.crossfit(stages, "reward", "split", folds=3)
+    assert stages.split.reward == ("reward_fold_0", "reward_fold_1", "reward_fold_2")
+    run = kinds.read(as_json(job.config) | {"stages": stages.to_dict()}, from_json=True)
     with jax.set_mesh(job.mesh):
         models = [reward_model(job, f"reward_fold_{fold}", seed=10 + fold) for fold in range(3)]
-    config.stages.split.quantile = 0.5
     crossed = dataclasses.replace(
-        job, config=config, settings=config.stages.split, folder=job.workdir / "crossed",
+        job, config=run, settings=run.stages["split"], folder=job.workdir / "crossed",
         inputs=job.inputs | {"reward": models},
     )  # fmt: skip
-    crossed.folder.mkdir()
-    (crossed.folder / "config.json").write_text(json.dumps(config.to_dict(), default=list))
+    split.STAGE.check(crossed)
+    artifacts.write_json(crossed.folder / artifacts.CONFIG, as_json(run))
     found = table_of(run_split(crossed))
     model, tokenizer = jobs.model(job), load_tokenizer(job.config.model.path)
     encoded = jobs.share_pairs(crossed, model, tokenizer, "sft_reward")
     fold_of = division.folds(encoded.prompt_id, 3)
     assert set(fold_of.tolist()) == {0, 1, 2} and len(found.id) == len(encoded)
     with jax.set_mesh(job.mesh):
+        score = split.programs(crossed)["score"]
         for fold, artifact in enumerate(models):
             seen = reward.without_fold(encoded, 3, fold)
             here = fold_of == fold
             assert not set(seen.prompt_id.tolist()) & set(found.prompt_id[here].tolist())
             assert len(seen) + here.sum() == len(encoded)
             weights = jobs.load_weights(job, artifact, model)
-            scores = reward.score_rows(crossed, model, weights, encoded)
+            scores = rows.compute(crossed, score, weights, encoded, 8)
             np.testing.assert_allclose(found.score_chosen[here], scores[here, 0], atol=1e-5)
             np.testing.assert_allclose(found.score_rejected[here], scores[here, 1], atol=1e-5)
 
 
-def refused(job, message, **changes) -> None:
-    """The stage, with other settings, ends in one line before anything is compiled."""
-    settings = job.settings.copy_and_resolve_references()
-    fields = {key: changes.pop(key) for key in ("inputs", "config") if key in changes}
-    settings.update(changes)
-    with pytest.raises(InputError, match=message) as caught, no_compiles():
-        run_split(dataclasses.replace(job, settings=settings, **fields))
-    assert "\n" not in str(caught.value)
-
-
-class no_compiles:
-    """Fails where a program is compiled within."""
-
-    def __enter__(self):
-        from mpo_jax import metrics
-
-        self.before = metrics.compiles()
-
-    def __exit__(self, *raised):
-        from mpo_jax import metrics
-
-        assert metrics.compiles() == self.before
+def refused(job, message, settings=None, **fields) -> None:
+    """The stage's check of its job, with other settings and inputs, ends in one line before anything is compiled."""
+    before = metrics.compiles()
+    with pytest.raises(InputError, match=message) as caught:
+        split.STAGE.check(ppo_job.replaced(job, settings, **fields))
+    assert "\n" not in str(caught.value) and metrics.compiles() == before
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pair_source": "sampled", "samples": 1}, r"stages\.split\.samples: 1; a pair needs 2 or more"),
-        ({"pair_source": "both", "temperature": 0.0}, "temperature: 0 is greedy, so n = 3"),
-        ({"pair_source": "sampled", "max_new_tokens": 500}, "32 prompt tokens and 500 .* context of 512"),
-        ({"pair_source": "sampled", "max_new_tokens": 20}, r"32 .* two replies of 20 make 72, .*max_prompt=24"),
-        ({"pair_source": "sampled", "labeller": "human"}, "labeller: 'human'; expected one of vader, reward"),
+        ({"pair_source": "sampled", "samples": 1}, r"stages\.split\.samples: 1; expected 2 or more"),
+        ({"pair_source": "sampled", "labeller": "human"}, "labeller: 'human'; expected one of reward, vader"),
         ({"pair_source": "sampled", "pairing": "some"}, "pairing: 'some'; expected one of best_worst, all"),
         ({"pair_source": "sampled", "label_temperature": -1.0}, "label_temperature: -1.0"),
+        ({"pair_source": "sampled", "policy": ""}, r"stages\.split\.policy: empty"),
         ({"pair_source": "mixed"}, "pair_source: 'mixed'; expected one of dataset, sampled, both"),
         ({"flipped": "keep"}, "flipped: 'keep'; expected one of hard, drop, swap"),
         ({"quantile": 1.0}, "quantile: 1.0; expected"),
-        ({"quantile": 0.0, "threshold": 0.0}, "threshold: 0.0; expected above 0"),
+        ({"quantile": 0.0, "threshold": 0.0}, "threshold: 0; expected above 0"),
+    ],
+)
+def test_bad_settings(job, changes, message):
+    ppo_job.refused(job, changes, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pair_source": "both", "temperature": 0.0}, "temperature: 0 is greedy, so n = 3"),
+        ({"pair_source": "sampled", "max_new_tokens": 500}, "32 prompt tokens and 500 .* context of 512"),
+        ({"pair_source": "sampled", "max_new_tokens": 20}, r"32 .* two replies of 20 make 72, .*max_prompt=24"),
         ({"share": "sft_reward"}, "'reward' is trained on the share 'sft_reward' itself"),
     ],
-)  # fmt: skip
-def test_bad_settings(job, changes, message):
-    refused(job, message, **changes)
+)
+def test_settings_that_the_model_or_the_graph_forbids(job, changes, message):
+    refused(job, message, changes)
 
 
-def test_bad_inputs(job, tmp_path, monkeypatch):
-    headless = dataclasses.replace(job.inputs["policy"], name="reward", kind="reward")
-    refused(job, "sft/weights: head/.* is expected, but not in the checkpoint", inputs={"reward": headless})
-    refused(job, r"stages\.split\.reward: empty", inputs={})
-    refused(job, r"stages\.split\.policy: empty", inputs={"reward": job.inputs["reward"]}, pair_source="sampled")
+def test_bad_inputs(job, monkeypatch):
     two = [job.inputs["reward"], job.inputs["reward"]]
     refused(job, "reward, reward; expected the 2 models of cross-fitting", inputs={"reward": two})
-    config = job.config.copy_and_resolve_references()
-    config.data.max_length = 1024
-    refused(job, "data.max_length: 1024 is above the model's context of 512", config=config)
     monkeypatch.setattr(jobs, "stop_ids", lambda job: (2, 600))
-    refused(job, r"stop_ids: \[600\] outside the vocabulary; expected ids below 512", pair_source="sampled")
+    refused(job, r"stop_ids: \[600\] outside the vocabulary; expected ids below 512", {"pair_source": "sampled"})
+
+
+def test_a_reward_model_without_a_head(job):
+    headless = dataclasses.replace(job.inputs["policy"], name="reward", produces=REWARD)
+    with pytest.raises(InputError, match=r"sft/weights: head/.* is expected, but not in the checkpoint"):
+        run_split(dataclasses.replace(job, inputs={"reward": headless}))
+
+
+def test_rows_beyond_the_models_context(job):
+    with pytest.raises(InputError, match=r"data\.max_length: 1024 is above the model's context of 512"):
+        jobs.check(ppo_job.replaced(job, {"data.max_length": 1024}))
+
+
+def test_a_split_without_a_reward_model(job):
+    """There is no job of it: its graph is refused."""
+    changes = {"stages.reward.init": "base", "stages.split.policy": "base", "stages.split.reward": ""}
+    run = declared.replaced(job.config, changes)
+    with pytest.raises(InputError, match=r"stages\.split\.reward: empty"):
+        graph.connections(run)
 
 
 def test_segments_of_a_swapped_pair_stay_in_order(whole):
     """What DPO reads as chosen is the first response segment."""
     assert masks.FIRST_RESPONSE_SEGMENT == 2
-    encoded = split.pairs(whole)
+    encoded = buckets.pairs(whole)
     turned = encode.take(encoded, np.arange(2), np.array([True, False]))
     np.testing.assert_array_equal(turned.row(0)[1], encoded.row(0)[2])
     np.testing.assert_array_equal(turned.row(1)[1], encoded.row(1)[1])

@@ -5,28 +5,27 @@ Reward minus beta * KL(policy || reference) is greatest at reference * exp(rewar
 """
 
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpo_jax import optim, sampling, sharding
+from mpo_jax import optim, sampling
 from mpo_jax.models import decoder
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.sampling import SamplingConfig
-from mpo_jax.stages import experience, loop, ppo
+from mpo_jax.stages import loop
+from mpo_jax.stages.ppo import experience
+from mpo_jax.stages.ppo.settings import Settings
+from mpo_jax.stages.ppo.update import make_update
 from mpo_jax.types import Batch, Rollout
 
 MODEL = ModelConfig("llama", 2, 1, 8, 1, 1, 8, 16, 8)
 REPLIES = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], np.int32)
 SCORES = np.array([0.0, 0.3, 0.7, -0.2], np.float32)
 BETA, ROWS = 0.5, 128
-SETTINGS = SimpleNamespace(
-    batch_size=ROWS, minibatches=1, microbatch=0, inner_epochs=2, clip=0.2, value_clip=0.0, entropy=0.0,
-    critic_warmup=0, target_kl=0.0, kl_target=0.0, kl_gain=0.0,
-)  # fmt: skip
+SETTINGS = {"inner_epochs": 2, "value_clip": 0.0, "gamma": 1.0, "whiten": False}
 
 
 def prompts(rows: int) -> Batch:
@@ -52,7 +51,7 @@ def every_reply() -> Rollout:
 
 def distribution(weights) -> jax.Array:
     """f32 [4]: the exact probability of each reply."""
-    seen = experience.judge(MODEL, {"policy": weights}, {}, every_reply(), experience.Rules())
+    seen = experience.judge(MODEL, {"policy": weights}, {}, every_reply(), Settings())
     return jnp.exp(seen.logps.sum(axis=2))[0]
 
 
@@ -69,14 +68,13 @@ def training(algorithm: str, updates: int, target_kl: float = 0.0):
     starts."""
     samples = 4 if algorithm == "rloo" else 1
     rows = ROWS // samples
-    settings = SimpleNamespace(**(vars(SETTINGS) | {"batch_size": rows, "target_kl": target_kl}))
-    rules = experience.Rules(algorithm=algorithm, gamma=1.0, whiten=False)
+    settings = Settings(algorithm=algorithm, samples=samples, batch_size=rows, **SETTINGS)
+    settings = settings.model_copy(update={"target_kl": target_kl})  # below 0 too, which no run may have
     how = SamplingConfig(max_new_tokens=2, n=samples)
     names = ("policy", "value") if algorithm == "ppo" else ("policy",)
     rate = optim.schedule("linear", 1e-2, 0, updates * settings.inner_epochs, 0.1)
     optimizer = optim.by_label({name: optim.make_optimizer(rate, clip_norm=1.0) for name in names})
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    update = ppo.make_update(settings, MODEL, rules, optimizer, mesh)
+    update = make_update(settings, MODEL, optimizer)
     table = jnp.asarray(SCORES)
 
     @jax.jit
@@ -98,7 +96,7 @@ def training(algorithm: str, updates: int, target_kl: float = 0.0):
             scores = table[2 * drawn[:, :, 0] + drawn[:, :, 1]]
             frozen = {"base": {}, "reference": reference}
             made, metrics = experience.make(
-                MODEL, rules, state.params, frozen, rollout, scores, state.extra["kl_coefficient"]
+                MODEL, settings, None, state.params, frozen, rollout, scores, state.extra["kl_coefficient"]
             )
             state, _ = update(state, frozen, made, metrics["kl"])
             return state, distribution(state.params["policy"])

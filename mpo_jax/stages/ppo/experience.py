@@ -13,29 +13,11 @@ from mpo_jax import scoring
 from mpo_jax.models import decoder
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.models.flash import Slots
-from mpo_jax.ops import losses, masks, policy, returns, statistics
+from mpo_jax.ops import losses, masks, policy, returns
+from mpo_jax.ops import statistics as moments
+from mpo_jax.ops.returns import ESTIMATORS
+from mpo_jax.stages.ppo.settings import Rules
 from mpo_jax.types import Experience, PyTree, Rollout
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """How rollouts become rewards and advantages; hashable, so that a jitted function may close over it.
-
-    temperature: that of sampling. algorithm: ppo | rloo. kl_term: k1 (inside the reward) | k2 (a term of the loss).
-    mean, std: the reward model's, to normalise scores by; None: raw. score_clip: None: none.
-    """
-
-    temperature: float = 1.0
-    algorithm: str = "ppo"
-    gamma: float = 1.0
-    lam: float = 0.95
-    whiten: bool = True
-    kl_term: str = "k1"
-    missing_eos_penalty: float = 0.0
-    mean: float | None = None
-    std: float | None = None
-    score_clip: float | None = None
-    shared_critic: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +53,7 @@ def judge(
     out = scoring.logps_of_hidden(model, weights, hidden, batch, rules.temperature, entropy)
     values = None
     if "value" in params:
-        if rules.shared_critic:
+        if rules.critic == "shared":
             values = scoring.values_of_hidden(params["value"], hidden, batch)
         else:
             values = scoring.response_values(model, base | params["value"], batch, slots)
@@ -100,6 +82,7 @@ def score(model: ModelConfig, frozen: PyTree, rollout: Rollout) -> jax.Array:
 def make(
     model: ModelConfig,
     rules: Rules,
+    statistics: tuple[float, float] | None,
     params: PyTree,
     frozen: PyTree,
     rollout: Rollout,
@@ -108,6 +91,7 @@ def make(
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """The experience of a rollout and its metrics, f32 scalars.
 
+    statistics: mean and standard deviation by which scores are normalised; None: they stay raw.
     frozen: {"base", "reference", "reward"?, "sft"?}. given: scores f32 [B,N] from a labeller instead of the reward
     model, or None. coefficient: f32 [], of the KL penalty inside the reward (k1).
     """
@@ -116,22 +100,18 @@ def make(
     reference = reference_logps(model, frozen["base"] | frozen["reference"], rollout, rules.temperature)
     raw = score(model, frozen, rollout) if given is None else given
     scores = raw
-    if rules.mean is not None and rules.std is not None:
-        scores = returns.normalise(raw, rules.mean, rules.std, rules.score_clip)
-    elif rules.score_clip is not None:
+    if statistics is not None:
+        scores = returns.normalise(raw, *statistics, rules.score_clip or None)
+    elif rules.score_clip:
         scores = jnp.clip(raw, -rules.score_clip, rules.score_clip)
     inside = coefficient if rules.kl_term == "k1" else jnp.float32(0)
     rewards = returns.kl_rewards(
         scores, seen.logps, reference, mask, rollout.finished, inside, rules.missing_eos_penalty
     )
-    if rules.algorithm == "rloo":
-        whole = policy.leave_one_out(jnp.sum(rewards, axis=2), rollout.batch.weight)
-        advantages = jnp.where(mask, whole[:, :, None], jnp.float32(0))
-        targets = values = jnp.zeros_like(rewards)
-    else:
-        assert seen.values is not None
-        values = seen.values
-        advantages, targets = returns.gae(rewards, values, mask, rules.gamma, rules.lam)
+    values = jnp.zeros_like(rewards) if seen.values is None else seen.values
+    advantages, targets = ESTIMATORS[rules.algorithm].advantages(
+        rewards, values, mask, rollout.batch.weight, rules.gamma, rules.lam
+    )
     metrics = _metrics(rollout, seen, reference, raw, advantages, targets) | {"kl_coefficient": coefficient}
     if "sft" in frozen:
         sft = reference_logps(model, frozen["base"] | frozen["sft"], rollout, rules.temperature)
@@ -153,7 +133,7 @@ def measure(
     real = jnp.any(seen.mask, axis=2)
     count = losses.count(real)
     lens = jnp.sum(seen.mask.astype(jnp.float32), axis=2)
-    repeated = statistics.repeated_ngram_share(_response_tokens(rollout), seen.mask)
+    repeated = moments.repeated_ngram_share(_response_tokens(rollout), seen.mask)
     kept = {
         "score": raw,
         "response_len": lens,
@@ -175,12 +155,12 @@ def _metrics(rollout: Rollout, seen: Judged, reference, raw, advantages, targets
     mask = seen.mask
     real = jnp.any(mask, axis=2)
     lens = jnp.sum(mask.astype(jnp.float32), axis=2)
-    _, kl_variance = statistics.moments(jnp.sum(jnp.where(mask, seen.logps - reference, jnp.float32(0)), axis=2), real)
-    score_mean, score_variance = statistics.moments(raw, real)
-    advantage_mean, advantage_variance = statistics.moments(advantages, mask)
+    _, kl_variance = moments.moments(jnp.sum(jnp.where(mask, seen.logps - reference, jnp.float32(0)), axis=2), real)
+    score_mean, score_variance = moments.moments(raw, real)
+    advantage_mean, advantage_variance = moments.moments(advantages, mask)
     tokens = _response_tokens(rollout)
-    found = {name: _mean(pair) for name, pair in policy.kl_metrics(seen.logps, reference, mask).items()}
-    found |= {
+    metrics = {name: _mean(pair) for name, pair in policy.kl_metrics(seen.logps, reference, mask).items()}
+    metrics |= {
         "kl_error": jnp.sqrt(kl_variance / jnp.maximum(losses.count(real), 1)),
         "score": score_mean,
         "score_std": jnp.sqrt(score_variance),
@@ -188,16 +168,16 @@ def _metrics(rollout: Rollout, seen: Judged, reference, raw, advantages, targets
         "advantage_std": jnp.sqrt(advantage_variance),
         "response_len": masks.masked_mean(lens, real),
         "finished": masks.masked_mean(rollout.finished.astype(jnp.float32), real),
-        "score_length_correlation": statistics.correlation(raw, lens, real),
-        "repetition": masks.masked_mean(statistics.repeated_ngram_share(tokens, mask), real),
+        "score_length_correlation": moments.correlation(raw, lens, real),
+        "repetition": masks.masked_mean(moments.repeated_ngram_share(tokens, mask), real),
         "sampler_scorer_difference": jnp.max(jnp.where(mask, jnp.abs(rollout.logps - seen.logps), jnp.float32(0))),
         "response_tokens": jnp.sum(lens),
     }
     if seen.entropy is not None:
-        found["entropy"] = masks.masked_mean(seen.entropy, mask)
+        metrics["entropy"] = masks.masked_mean(seen.entropy, mask)
     if seen.values is not None:
-        found["explained_variance"] = returns.explained_variance(seen.values, targets, mask)
-    return found
+        metrics["explained_variance"] = returns.explained_variance(seen.values, targets, mask)
+    return metrics
 
 
 def _response_tokens(rollout: Rollout) -> jax.Array:
@@ -219,7 +199,7 @@ def make_loss(model: ModelConfig, rules: Rules, clip: float, value_clip: float |
         rollout = experience.rollout
         seen = judge(model, params, frozen["base"], rollout, rules, entropy=entropy != 0)
         mask = seen.mask
-        found = policy.ppo(seen.logps, experience.old_logps, experience.advantages, mask, clip)
+        policy_loss = policy.ppo(seen.logps, experience.old_logps, experience.advantages, mask, clip)
         terms: list = []
         if seen.entropy is not None:
             terms.append((entropy, policy.entropy_bonus(seen.entropy, mask)))
@@ -227,6 +207,6 @@ def make_loss(model: ModelConfig, rules: Rules, clip: float, value_clip: float |
             terms.append((frozen["kl_coefficient"], policy.kl_k2(seen.logps, experience.ref_logps, mask)))
         if seen.values is not None:
             terms.append((1.0, policy.value(seen.values, experience.values, experience.returns, mask, value_clip)))
-        return losses.add(found, *terms)
+        return losses.add(policy_loss, *terms)
 
     return loss

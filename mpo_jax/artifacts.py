@@ -1,0 +1,236 @@
+"""Every file that a run leaves: its name, its writer, its reader.
+
+What is written is whole or not there (another name, fsync, rename); what is read and can't be is an InputError that
+names the file. All paths go through epath, so that gs:// works. Arrays of weights are `checkpoint`'s.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from mpo_jax.errors import InputError
+from mpo_jax.types import GapTable
+
+POLICY, REWARD, SAMPLES, PAIRS, REPLIES, VERDICTS = "policy", "reward", "samples", "pairs", "report", "verdicts"
+"""What stages leave, and what their roles ask for."""
+PARTS = {PAIRS: ("easy", "hard", "flipped", "all")}
+"""Products of which a role takes a part, as in "split/easy"."""
+BASE = "base"
+"""The name by which stages call the model that the run begins with; it is a policy."""
+
+
+# Names: of a run's folder ---------------------------------------------------------------------------------------------
+
+STAGES_FILE = "stages.json"  # name -> folder of every stage
+REPORT_PAGE = "report.html"
+COMPILED = "compiled"  # programs, for the next start
+CACHE = "cache"  # encoded rows, reference log-probs
+SET_ASIDE = "set_aside"  # what an earlier making left under the same key
+JUDGE_CACHE = "judge.sqlite"  # answers paid for
+ANNOTATIONS = "annotations.sqlite"  # people's judgements
+
+# Names: of every stage's folder
+CONFIG = "config.json"  # the whole run's settings
+INPUTS = "inputs.json"  # written first: which making of each input the stage works from
+MANIFEST = "manifest.json"  # written last: the stage is finished
+
+# Names: of a training's folder
+METRICS = "metrics.jsonl"
+EVENTS = "events"  # TensorBoard's
+CHECKPOINTS = "checkpoints"
+WEIGHTS = "weights"  # final weights
+VALUE = "value"  # the critic's
+STATISTICS = "scores.json"  # mean and standard deviation of a reward model's scores
+TRAINING_SAMPLES = "samples.jsonl"  # a line for each evaluation while a policy samples
+
+# Names: of what other stages leave
+GAPS, PAIR_ROWS, HELDOUT = "gaps.npz", "pairs", "heldout"
+REPORT, SAMPLE_PAIRS = "report.json", "samples.json"
+REPLIES_FILE, SAMPLED = "replies.jsonl", "sampled"
+JUDGE_TABLE, VERDICTS_FILE = "judge.json", "verdicts.jsonl"
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def write_bytes(path: epath.PathLike, content: bytes) -> None:
+    """A file, on disk when this returns, whole or not there: written under another name, then renamed."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    if is_remote(path):
+        temporary.write_bytes(content)
+        temporary.replace(path)
+        return
+    with open(temporary, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name itself
+    finally:
+        os.close(folder)
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """See `write_bytes`. Half a surrogate pair, which a model may sample, is written as its escape."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """A JSON file, see `write_bytes`.
+
+    Scalars of NumPy and JAX become numbers, paths text; a number that is not finite is written as text, for JSON has
+    none. Raises TypeError for what JSON can't hold.
+    """
+    write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_lines(path: epath.PathLike, rows: Iterable[Any]) -> None:
+    """A JSON Lines file, see `write_json`."""
+    write_text(path, "".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def write_arrays(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """An .npz file of named arrays, see `write_bytes`."""
+    held = io.BytesIO()
+    np.savez(held, **arrays)  # type: ignore[arg-type]
+    write_bytes(path, held.getvalue())
+
+
+def write_array(path: epath.PathLike, array: np.ndarray) -> None:
+    """An .npy file of one array, see `write_bytes`."""
+    held = io.BytesIO()
+    np.save(held, array)
+    write_bytes(path, held.getvalue())
+
+
+def write_gaps(folder: epath.PathLike, table: GapTable) -> None:
+    """The scored pairs of a split."""
+    arrays = {field.name: getattr(table, field.name) for field in dataclasses.fields(table)}
+    write_arrays(epath.Path(folder) / GAPS, arrays)
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON holds it: see `write_json`."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic) or (isinstance(value, jax.Array | np.ndarray) and value.ndim == 0):
+        value = value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: epath.PathLike, default: Any = None) -> Any:
+    """A JSON file's value; `default`, where one is given and there is no file. InputError for what is not JSON."""
+    path = epath.Path(path)
+    if not path.exists():
+        if default is not None:
+            return default
+        raise InputError(f"{path}: not found")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); delete its folder to run the stage again") from error
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a JSON Lines text: split at line feeds alone, for U+2028 and its like are text within a string."""
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def read_lines(path: epath.PathLike) -> list[Any]:
+    """The values of a JSON Lines file. InputError, naming the line, for one that is missing or not JSON."""
+    path = epath.Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: not found")
+    rows = []
+    for number, line in enumerate(lines_of(path.read_text()), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+    return rows
+
+
+def read_arrays(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """The named arrays of an .npz file. InputError for one that is missing or damaged."""
+    arrays = _numpy(path)
+    return {name: arrays[name] for name in arrays.files}
+
+
+def read_array(path: epath.PathLike) -> np.ndarray:
+    """The array of an .npy file. InputError for one that is missing or damaged."""
+    return _numpy(path)
+
+
+def read_gaps(folder: epath.PathLike) -> GapTable:
+    """The scored pairs of a split."""
+    arrays = read_arrays(epath.Path(folder) / GAPS)
+    wanted = [field.name for field in dataclasses.fields(GapTable)]
+    if sorted(arrays) != sorted(wanted):
+        raise InputError(f"{epath.Path(folder) / GAPS}: holds {', '.join(arrays)}; expected {', '.join(wanted)}")
+    return GapTable(**arrays)
+
+
+def _numpy(path: epath.PathLike) -> Any:
+    path = epath.Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: not found")
+    try:
+        return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path}: damaged ({error}); delete its folder to run the stage again") from error
+
+
+# Stages ---------------------------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: epath.PathLike, manifest: Mapping[str, Any]) -> None:
+    """Marks a stage's folder as finished; written last."""
+    write_json(epath.Path(folder) / MANIFEST, dict(manifest))
+
+
+def read_manifest(folder: epath.PathLike) -> dict[str, Any] | None:
+    """The manifest of a finished stage; None for an unfinished one. InputError if it is not a JSON object."""
+    path = epath.Path(folder) / MANIFEST
+    manifest = read_json(path, default=False)
+    if manifest is False:
+        return None
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path}: holds a {type(manifest).__name__}; expected an object")
+    return manifest
+
+
+def stage_folders(workdir: epath.PathLike) -> dict[str, epath.Path]:
+    """Name -> folder of a run's stages, as its STAGES_FILE lists them; {} where the folder is no run's."""
+    file = epath.Path(workdir) / STAGES_FILE
+    return {name: file.parent / folder for name, folder in read_json(file, default={}).items()}
+
+
+def finished_stages(workdir: epath.PathLike) -> dict[str, tuple[epath.Path, dict[str, Any]]]:
+    """Name -> folder and manifest of a run's finished stages, in the order of its STAGES_FILE."""
+    stages = ((name, folder, read_manifest(folder)) for name, folder in stage_folders(workdir).items())
+    return {name: (folder, manifest) for name, folder, manifest in stages if manifest is not None}
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path lies in an object store (gs://), where nothing can be memory-mapped or appended to."""
+    return "://" in os.fspath(path)

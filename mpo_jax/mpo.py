@@ -1,0 +1,54 @@
+"""The console command `mpo`: a command's name and its flags enter; that command runs.
+
+    mpo run --config=quickstart --workdir=runs/quickstart
+
+`mpo COMMAND --help` lists the flags and settings of a command. `python -m mpo_jax.main` is `mpo run`.
+"""
+
+import difflib
+import importlib
+import sys
+
+from mpo_jax import allocator
+
+COMMANDS = {
+    "run": ("mpo_jax.main", "run the stages of a config that are not done"),
+    "plan": ("mpo_jax.plan", "what every stage needs on a slice or a GPU, before anything is paid for"),
+    "show": ("mpo_jax.show", "one record of a data set with every token marked; the reference of all settings"),
+    "sample": ("mpo_jax.sample", "replies of a model or of a finished stage"),
+    "export": ("mpo_jax.export", "a finished stage as a Hugging Face folder, with a model card"),
+    "annotate": ("mpo_jax.annotate", "a page on which people judge replies"),
+    "report": ("mpo_jax.render", "write a run's report again"),
+    "runs": ("mpo_jax.runs", "list runs, their stages and main figures, and what differs between two"),
+}
+"""Name -> module, whose `run` is called, and a line of help."""
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("", "help", "--help", "-h"):
+        print(_help())
+        sys.exit(0 if name else 1)
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"mpo_jax {version('mpo_jax')}")
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(COMMANDS)}"
+        sys.exit(f"error: mpo: no command {name!r}; {hint}")
+    if name == "run":
+        allocator.restart()
+    sys.argv = [f"mpo {name}", *sys.argv[2:]]
+    importlib.import_module(COMMANDS[name][0]).run()
+
+
+def _help() -> str:
+    lines = ["usage: mpo COMMAND [--flag=value ...]", ""]
+    lines += [f"  {name:9} {line}" for name, (_, line) in COMMANDS.items()]
+    return "\n".join([*lines, "", "`mpo COMMAND --help` lists a command's flags and settings."])
+
+
+if __name__ == "__main__":
+    main()

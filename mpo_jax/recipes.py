@@ -1,0 +1,206 @@
+"""What configs are composed of: stages of a kind, the runs of the paper, sweeps, cross-fitting, small settings.
+
+`stage(kind, **settings)` gives a stage of the graph with every key its kind has, so that any of them can be overridden
+on the command line: `--config.stages.dpo.beta=0.2`. What each key means, `mpo show --settings` tells.
+"""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from mpo_jax import settings
+from mpo_jax.errors import InputError
+from mpo_jax.run import Run
+from mpo_jax.stages import kinds
+
+MODELS = {
+    "tiny": str(Path(__file__).resolve().parent / "assets" / "tiny_stories"),  # comes with the package
+    "pythia-1b": "EleutherAI/pythia-1b",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+}
+"""Names that a config takes after its colon: the base model, as a folder or hub id."""
+
+
+def config() -> ml_collections.ConfigDict:
+    """The settings that stand outside the stages, all with their defaults; a config adds stages and changes others."""
+    return ml_collections.ConfigDict(_values(Run()))
+
+
+def stage(kind: str, **given: Any) -> ml_collections.ConfigDict:
+    """A stage of `kind` with every key it has; InputError, suggesting the nearest, for a key or kind it has not."""
+    if kind not in kinds.KINDS:
+        raise InputError(f"config: unknown kind of stage {kind!r}{settings.nearest(kind, kinds.KINDS)}")
+    section = kinds.KINDS[kind].settings
+    for key in given:
+        if key not in section.model_fields:
+            raise InputError(
+                f"config: a stage of kind {kind!r} has no key {key!r}{settings.nearest(key, section.model_fields)}"
+            )
+    return ml_collections.ConfigDict(_values(section()) | {"kind": kind} | given)
+
+
+def _values(section: settings.Section) -> dict[str, Any]:
+    """A section's values, nested, with tuples as they are."""
+    found = {name: getattr(section, name) for name in type(section).model_fields}
+    return {name: _values(value) if isinstance(value, settings.Section) else value for name, value in found.items()}
+
+
+def variants(text: str, *known: str) -> tuple[set[str], str]:
+    """The words after a config's colon (`debug,pythia-1b`): those of `known`, and the base model's name or ""."""
+    words = [word for word in text.split(",") if word]
+    allowed = [*known, *MODELS]
+    for word in words:
+        if word not in allowed:
+            near = difflib.get_close_matches(word, allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; expected some of {', '.join(allowed)}"
+            raise InputError(f"config: no variant {word!r}{hint}")
+    models = [word for word in words if word in MODELS]
+    if len(models) > 1:
+        raise InputError(f"config: two models, {' and '.join(models)}; expected one")
+    return {word for word in words if word in known}, "".join(models)
+
+
+def crossfit(stages, reward: str, split: str, folds: int) -> None:
+    """Scores the pairs that a reward model learns from, where data is short: `folds` further reward stages, each blind
+    to its part of the prompts, score that part for `split`. In place; `reward` stays, trained on all, for PPO."""
+    names = tuple(f"{reward}_fold_{fold}" for fold in range(folds))
+    for fold, name in enumerate(names):
+        stages[name] = ml_collections.ConfigDict(stages[reward].to_dict() | {"folds": folds, "fold": fold})
+    share = stages[reward].share
+    stages[split] = ml_collections.ConfigDict(stages[split].to_dict() | {"reward": names, "share": share})
+
+
+def sweep(stages, name: str, key: str, values: Iterable[Any]) -> None:
+    """Expands stage `name` over `values` of `key`, in place: `split` becomes `split_threshold_1`, `split_threshold_2`.
+
+    Stages that rest on it are expanded with it; all others are shared. A stage that takes several inputs in one role
+    (an evaluation's policies) stays one and takes them all. InputError for an unknown stage or key.
+    """
+    values = list(values)
+    if name not in stages:
+        raise InputError(f"sweep: no stage {name!r}; expected one of {', '.join(stages)}")
+    if key not in stages[name]:
+        raise InputError(f"sweep: stage {name!r} has no key {key!r}")
+
+    # Where the buckets' edge moves, all pairs together stay the same, unless pairs beyond the edge are changed.
+    edge_alone = key in ("threshold", "quantile") and stages[name].flipped == "hard"
+
+    def roles(stage) -> Iterable[str]:
+        return kinds.KINDS[stage.kind].roles
+
+    def sources(stage) -> list[str]:
+        given = [stage[role] for role in roles(stage) if isinstance(stage.get(role), str)]
+        return [source for source in given if not (edge_alone and source == f"{name}/all")]
+
+    expanded, grown = {name}, True
+    while grown:
+        found = {
+            other
+            for other, stage in stages.items()
+            if any(source.partition("/")[0] in expanded for source in sources(stage))
+            and not any(isinstance(stage.get(role), tuple | list) for role in roles(stage))
+        }
+        grown = not found <= expanded
+        expanded |= found
+    tags = [
+        f"{key}_{value:g}".replace(".", "_") if isinstance(value, int | float) else f"{key}_{value}" for value in values
+    ]
+
+    def renamed(source: str, tag: str) -> str:
+        stem, slash, part = source.partition("/")
+        return f"{stem}_{tag}{slash}{part}" if stem in expanded else source
+
+    for other in list(stages):
+        stage = stages[other]
+        if other in expanded:
+            for tag, value in zip(tags, values, strict=True):
+                copy = stage.copy_and_resolve_references()
+                for role in roles(stage):
+                    if isinstance(copy.get(role), str):
+                        copy[role] = renamed(copy[role], tag)
+                if other == name:
+                    copy[key] = value
+                stages[f"{other}_{tag}"] = copy
+            del stages[other]
+            continue
+        for role in roles(stage):
+            given = stage.get(role)
+            if isinstance(given, tuple | list):
+                stage[role] = tuple(dict.fromkeys(renamed(source, tag) for source in given for tag in tags))
+            elif isinstance(given, str):
+                stage[role] = renamed(given, tags[0])
+
+
+LARGE_DPO = {"batch_size": 64, "microbatch": 32, "learning_rate": 5e-7, "beta": 0.1}  # Rafailov et al. 2023
+LARGE_PPO = {
+    "sft": "sft",
+    "batch_size": 64,
+    "microbatch": 32,
+    "max_new_tokens": 128,
+    "learning_rate": 1e-6,  # ours
+    "value_learning_rate": 5e-6,  # ours
+    "kl_coefficient": 0.05,  # Stiennon et al. 2020, for summaries
+    "normalise_scores": True,
+    "missing_eos_penalty": 1.0,  # ours
+}
+"""Hyperparameters of runs at 7B; the paper publishes none but its thresholds."""
+
+
+def large_run(name: str, model: str) -> ml_collections.ConfigDict:
+    """The settings that runs on pods share: prompts of 512 tokens, replies of 128, batches of 64."""
+    made = config()
+    made.name = name
+    made.model.path = MODELS[model]
+    made.model.remat = "full"
+    made.mesh.tensor = 4
+    made.data.max_prompt = 512
+    made.data.max_response = 128
+    made.data.max_length = 512 + 2 * 128
+    made.data.multiple = 128
+    made.data.max_buckets = 4
+    return made
+
+
+def mpo_stages(pair_source: str) -> dict[str, ml_collections.ConfigDict]:
+    """MPO as in the paper, beside its baselines: DPO on all pairs, and PPO from SFT held by the SFT policy."""
+    return {
+        "sft": stage("sft", batch_size=64, microbatch=32),
+        "reward": stage("reward", batch_size=64, microbatch=32),
+        "split": stage("split", pair_source=pair_source, threshold=1.0, max_new_tokens=128, batch_size=64),
+        "dpo": stage("dpo", **LARGE_DPO),
+        "mpo": stage("ppo", **LARGE_PPO),
+        "dpo_full": stage("dpo", **(LARGE_DPO | {"pairs": "split/all"})),
+        "ppo_sft": stage("ppo", **(LARGE_PPO | {"init": "sft", "reference": "sft", "prompts": "split/all"})),
+        "evaluate": stage(
+            "evaluate",
+            policies=("sft", "dpo", "mpo", "dpo_full", "ppo_sft"),
+            max_new_tokens=128,
+            count=512,
+            batch_size=64,
+        ),
+    }
+
+
+def shrink(made: ml_collections.ConfigDict) -> None:
+    """Minutes on one device: some thousand rows of whatever splits the data has, divided by prompt, short rows, small
+    batches, few steps, and a split in two halves."""
+    made.model.remat = "none"
+    made.mesh.tensor = 1
+    made.data.update({"split": "all", "eval_split": "", "limit": 3000})
+    made.data.update({"max_prompt": 160, "max_response": 64, "max_length": 288, "multiple": 8, "max_buckets": 2})
+    for each in made.stages.values():
+        small: dict[str, Any] = {"batch_size": 16, "microbatch": 0, "max_new_tokens": 48, "count": 64}
+        small |= {"eval_every": 40, "eval_batches": 8, "save_every": 20}
+        if each.kind in ("sft", "reward", "dpo"):
+            small |= {"learning_rate": 2e-4}
+        if each.kind == "ppo":
+            small |= {"steps": 20, "learning_rate": 5e-5, "value_learning_rate": 5e-4, "eval_every": 10}
+            small |= {"eval_prompts": 32, "save_every": 10}
+        if each.kind == "split":
+            small |= {"quantile": 0.5}
+        each.update({key: value for key, value in small.items() if key in each})

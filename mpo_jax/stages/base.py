@@ -1,0 +1,102 @@
+"""What a kind of stage declares of itself enters; the graph, the pipeline, the plan, the report and the command lines
+read it from here.
+
+A kind is one `Stage`, in a file of its own. Nothing outside that file names the kind.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import annotated_types
+import pydantic
+
+from mpo_jax import settings
+from mpo_jax.evaluation.sections import Shown
+from mpo_jax.optim import Optimizer
+from mpo_jax.run import Remat, StageSettings
+from mpo_jax.settings import Amount, Count, Role, Whole, setting
+from mpo_jax.stages.job import Job
+from mpo_jax.stages.programs import Programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A kind of stage.
+
+    settings: what it can be set to, its roles among that. produces: what its artifact is.
+    run: does the work of a job, leaves the artifact's files in the job's folder, returns the summary for the manifest.
+    programs: every jitted function that `run` calls, with the shapes it is called with.
+    check: raises InputError for a job that can't be meant; nothing is loaded, compiled or written.
+    rows: (job, pairs of the data, share of them that is easy) -> rows read in an epoch, for the plan's estimates.
+    shown: what the report makes of it. mapped: whether its artifact is memory-mapped or a database, so that it can't
+    lie in an object store.
+    """
+
+    kind: str
+    settings: type[StageSettings]
+    produces: str
+    run: Callable[[Job], dict[str, Any]]
+    programs: Callable[[Job], Programs]
+    check: Callable[[Job], None]
+    rows: Callable[[Job, int, float], float]
+    shown: Shown = Shown()  # noqa: RUF009, it is frozen
+    mapped: bool = False
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """Setting -> what must be named there."""
+        return settings.roles(self.settings)
+
+
+class Training(StageSettings, Optimizer):
+    """What every training has."""
+
+    batch_size: Count = setting(16, "rows of a step, over all devices", unit="rows")
+    microbatch: Whole = setting(
+        0, "rows computed at a time (gradient accumulation); 0: all of them", unit="rows", operational=True
+    )
+    remat: Literal["", Remat] = setting("", "of this stage, see model.remat; empty: the model's", operational=True)
+    epochs: Annotated[float, annotated_types.Interval(gt=0, le=10_000)] = setting(1.0, "passes over the rows")
+    steps: Whole = setting(0, "optimizer steps; 0: as many as `epochs` gives", unit="steps")
+    eval_every: Whole = setting(0, "how often held-out rows are evaluated; 0: a tenth of the run", unit="steps")
+    eval_batches: Count = setting(32, "of the held-out share, at most", unit="batches")
+    save_every: Whole = setting(
+        0, "how often a checkpoint is saved; 0: a tenth of the run", unit="steps", operational=True
+    )
+    keep: Count = setting(2, "checkpoints kept", operational=True)
+    log_every: Count = setting(1, "how often metrics are written", unit="steps", operational=True)
+    select: Literal["last", "best"] = setting("last", "which weights the stage leaves: the last, or the best evaluated")
+    wandb: bool = setting(False, "also log to Weights & Biases, where it is installed", operational=True)
+
+    @property
+    def update_rows(self) -> int:
+        """Rows of one update of the weights."""
+        return self.batch_size
+
+    @pydantic.model_validator(mode="after")
+    def _microbatches(self):
+        if self.microbatch and self.update_rows % self.microbatch:
+            name = "batch_size" if self.update_rows == self.batch_size else "the minibatch of"
+            raise settings.wrong("microbatch", f"{self.microbatch} rows do not divide {name} {self.update_rows}")
+        return self
+
+
+class Sampling(StageSettings):
+    """What every stage that samples replies has."""
+
+    temperature: Amount = setting(1.0, "of the softmax that tokens are drawn from; 0: greedy")
+    top_k: Whole = setting(0, "draw from the most probable tokens alone; 0: from the whole vocabulary", unit="tokens")
+    top_p: settings.Share = setting(0.0, "draw from the fewest tokens with this probability; 0: no truncation")
+    min_new_tokens: Whole = setting(0, "no stop token is drawn before so many", unit="tokens")
+    max_new_tokens: Count = setting(64, "longest reply, its stop token included", unit="tokens")
+
+    @pydantic.model_validator(mode="after")
+    def _draws(self):
+        if 0 < self.temperature < 1e-3:
+            raise settings.wrong("temperature", f"{self.temperature}; expected 0 (greedy) or a number from 0.001 up")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise settings.wrong(
+                "min_new_tokens", f"{self.min_new_tokens}; expected at most max_new_tokens {self.max_new_tokens}"
+            )
+        return self

@@ -1,0 +1,121 @@
+"""Scored pairs enter; easy, hard and flipped ones leave, by the gap of each; and a split's artifact, part by part.
+
+A pair's gap is its chosen score minus its rejected one, in reward units (Gou & Nguyen 2024, arXiv 2403.19443).
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from mpo_jax import artifacts
+from mpo_jax.data import encode
+from mpo_jax.data.encode import Encoded
+from mpo_jax.errors import InputError
+from mpo_jax.stages import job as jobs
+from mpo_jax.stages.job import Artifact, Job
+from mpo_jax.types import BUCKETS, GapTable
+
+
+def gap_threshold(gap: np.ndarray, threshold: float, quantile: float = 0.0) -> float:
+    """The threshold itself, or the `quantile` of the gaps' sizes: that share of the pairs lies beneath it."""
+    return float(np.quantile(np.abs(gap), quantile)) if quantile else float(threshold)
+
+
+def buckets(gap: np.ndarray, threshold: float) -> np.ndarray:
+    """i8 [pairs], an index into BUCKETS. easy: gap >= threshold; flipped: gap <= -threshold; hard: between."""
+    bucket = np.full(len(gap), BUCKETS.index("hard"), np.int8)
+    bucket[gap >= threshold] = BUCKETS.index("easy")
+    bucket[gap <= -threshold] = BUCKETS.index("flipped")
+    return bucket
+
+
+def members(table: GapTable, part: str, flipped: str) -> tuple[np.ndarray, np.ndarray]:
+    """Row indices of a part, by where flipped pairs go, and which of them are turned around."""
+    names = [part] + (["flipped"] if (part, flipped) in (("hard", "hard"), ("easy", "swap")) else [])
+    rows = np.flatnonzero(np.isin(table.bucket, [BUCKETS.index(name) for name in names]))
+    turned = table.bucket[rows] == BUCKETS.index("flipped")
+    return rows, turned & (part == "easy")
+
+
+def check_buckets(name: str, table: GapTable, threshold: float, flipped: str) -> None:
+    """InputError, suggesting a threshold, if no pair is easy or none is hard. name: the stage's."""
+    for part in ("easy", "hard"):
+        if len(members(table, part, flipped)[0]):
+            continue
+        gap = np.asarray(table.gap, np.float64)
+        better = suggestion(table, flipped)
+        raise InputError(
+            f"stages.{name}.threshold: at {threshold:.4g} no pair is {part}; gaps run from {gap.min():.4g} to "
+            f"{gap.max():.4g}, "
+            + (
+                "and no threshold parts them: the reward model agrees with no label, or scores all pairs alike"
+                if better is None
+                else f"so try --config.stages.{name}.threshold={better} --config.stages.{name}.quantile=0"
+            )
+        )
+
+
+def suggestion(table: GapTable, flipped: str) -> float | None:
+    """A threshold at which some pairs are easy and some hard, near the median size of the gaps; None where there is
+    none."""
+    sizes = np.sort(np.append(np.abs(table.gap), max(np.max(table.gap), 0)))
+    tried = np.unique(sizes[np.linspace(0, len(sizes) - 1, 101).astype(int)])
+    # Whatever parts the pairs at all, the largest gap does: rounded up it would not.
+    for size in sorted([*tried, np.max(table.gap)], key=lambda size: abs(size - np.median(sizes))):
+        for rounded in (float(f"{size:.4g}"), float(f"{size:.9g}")):
+            tried_table = dataclasses.replace(table, bucket=buckets(table.gap, rounded))
+            if rounded > 0 and all(len(members(tried_table, part, flipped)[0]) for part in ("easy", "hard")):
+                return rounded
+    return None
+
+
+# A split's artifact ---------------------------------------------------------------------------------------------------
+
+
+def pairs(artifact: Artifact) -> Encoded:
+    """The pairs of a split artifact's part: "easy", "hard", "flipped", or "all" as the data labels them.
+
+    Flipped pairs stand where the split's settings put them: among the hard, nowhere, or turned around among the easy.
+    """
+    encoded = jobs.read_rows(artifact.folder / artifacts.PAIR_ROWS)
+    if artifact.part == "all":
+        return encoded
+    table = artifacts.read_gaps(artifact.folder)
+    rows, swapped = members(table, artifact.part, _flipped(artifact))
+    if not len(rows):
+        raise InputError(f"{artifact.name}/{artifact.part} is empty; change the split's threshold")
+    return encode.take(encoded, rows, swapped)
+
+
+def prompts(artifact: Artifact) -> Encoded:
+    """The prompts of a part, each once by its prompt id."""
+    encoded = pairs(artifact)
+    return encode.take(encoded, encode.first_of_prompt(encoded), replies=0)
+
+
+def heldout(artifact: Artifact) -> Encoded:
+    """Pairs of the eval share, made as the split's own."""
+    return jobs.read_rows(artifact.folder / artifacts.HELDOUT)
+
+
+def heldout_prompts(artifact: Artifact, count: int) -> Encoded:
+    """The prompts of the first `count` held-out pairs, each once."""
+    encoded = heldout(artifact)
+    return encode.take(encoded, encode.first_of_prompt(encoded)[:count], replies=0)
+
+
+def _flipped(artifact: Artifact) -> str:
+    """Where the split that left an artifact put its flipped pairs."""
+    return artifacts.read_json(artifact.folder / artifacts.CONFIG)["stages"][artifact.name]["flipped"]
+
+
+def rows_of(role: str) -> Callable[[Job, int, float], float]:
+    """The rows that a stage reads whose `role` names a part of a split, for the plan: see `base.Stage.rows`."""
+
+    def rows(job: Job, pairs: int, easy: float) -> float:
+        artifact = job.inputs[role]
+        part = {"easy": easy, "hard": 1 - easy}.get(artifact.part, 1.0)
+        return pairs * dict(job.config.data.shares)[job.config.stages[artifact.name].share] * part
+
+    return rows

@@ -1,0 +1,246 @@
+"""A policy's weights and encoded prompts enter; sampled replies leave, and pairs of them: sampled, labelled, paired.
+
+The jitted sampler with the settings of a stage; what pairs, the split, PPO and the evaluation have in common.
+"""
+
+import dataclasses
+import functools
+from typing import Annotated, Literal
+
+import annotated_types
+import jax
+import numpy as np
+
+from mpo_jax import sampling, sharding
+from mpo_jax.data import encode
+from mpo_jax.data.encode import Encoded
+from mpo_jax.data.plan import FILLER
+from mpo_jax.errors import InputError
+from mpo_jax.evaluation import labellers
+from mpo_jax.evaluation.labellers import LABELLERS
+from mpo_jax.models.config import ModelConfig
+from mpo_jax.sampling import SamplingConfig
+from mpo_jax.settings import Amount, OneOf, setting
+from mpo_jax.stages import job as jobs
+from mpo_jax.stages import programs as shapes
+from mpo_jax.stages.base import Sampling
+from mpo_jax.stages.job import Job
+from mpo_jax.stages.programs import Program
+from mpo_jax.types import PyTree
+
+
+class Pairing(Sampling):
+    """How a policy's own replies become preference pairs."""
+
+    labeller: Annotated[str, OneOf(LABELLERS)] = setting("vader", "who says which reply is better")
+    label_temperature: Amount = setting(
+        0.1, "of the Bradley-Terry noise of labels; 0: none", unit="the labeller's units"
+    )
+    samples: Annotated[int, annotated_types.Interval(ge=2, le=4096)] = setting(4, "replies to a prompt", unit="replies")
+    pairing: Literal["best_worst", "all"] = setting(
+        "best_worst", "which replies are paired: the best with the worst, or every two"
+    )
+
+    @property
+    def samples_pairs(self) -> bool:
+        """Whether the pairs that the stage leaves are sampled, rather than the data's own."""
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Pairs, chosen first, with their scores f32 [pairs,2]."""
+
+    encoded: Encoded
+    scores: np.ndarray
+
+
+def sampling_config(
+    job: Job,
+    n: int,
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    min_new_tokens: int = 0,
+) -> SamplingConfig:
+    """How a stage samples, with the base model's own stop ids. InputError for what the model can't do with prompts as
+    long as the data's limits allow."""
+    try:
+        how = SamplingConfig(
+            temperature=temperature,
+            top_k=top_k or None,
+            top_p=top_p if 0 < top_p < 1 else None,
+            min_new_tokens=min_new_tokens,
+            max_new_tokens=max_new_tokens,
+            n=n,
+            stop_ids=jobs.stop_ids(job),
+        )
+        how.check(jobs.model(job), jobs.prompt_limit(job))
+    except InputError as error:
+        raise InputError(f"stages.{job.name}.{error}") from None
+    return how
+
+
+def of_settings(job: Job[Sampling], n: int) -> SamplingConfig:
+    """How a stage samples by its settings."""
+    settings = job.settings
+    return sampling_config(
+        job,
+        n,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_new_tokens=settings.min_new_tokens,
+    )
+
+
+def check_pairs(job: Job[Pairing]) -> None:
+    """InputError where no pairs can be sampled; nothing is loaded."""
+    settings = job.settings
+    of_settings(job, settings.samples)
+    prompt, reply, longest = jobs.prompt_limit(job), settings.max_new_tokens, job.config.data.max_length
+    if prompt + 2 * reply > longest:
+        hint = f", or set data.max_prompt={longest - 2 * reply}" if longest > 2 * reply else ""
+        raise job.error(
+            "max_new_tokens",
+            f"prompts of {prompt} tokens and two replies of {reply} make {prompt + 2 * reply}, above data.max_length "
+            f"{longest}; lower it{hint}",
+        )
+
+
+# Sampling -------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4)
+def sampler(model: ModelConfig, settings: SamplingConfig, mesh, everywhere: bool = False):
+    """Jitted `(weights, prompts, seed, round) -> Rollout`; with `everywhere`, the result is on every device whole.
+
+    The same function for the same arguments, so that several policies are sampled with one compiled program."""
+    where = sharding.replicated(mesh) if everywhere else sharding.batch_sharding(mesh)
+
+    def sample(weights, prompts, seed, round_):
+        return sampling.sample(model, settings, weights, prompts, seed, round_)
+
+    return jax.jit(sample, out_shardings=where)
+
+
+def program(
+    job: Job, model: ModelConfig, weights: PyTree, how: SamplingConfig, batch_size: int, held: PyTree = ()
+) -> Program:
+    """`sampler` on prompts as long as the data allows, its result everywhere. weights: shapes."""
+    prompts = shapes.batch(job, batch_size, shapes.prompt_length(job), 0)
+    draw = sampler(model, how, job.mesh, everywhere=True)
+    arguments = (weights, prompts, shapes.scalar(job), shapes.scalar(job))
+    return Program(draw, arguments, shapes.decode(model, how, prompts), held, per="batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Replies:
+    """Sampled replies on the host. rows: i64 [prompts], indices into the encoded prompts. tokens: a list of N arrays
+    for each. logps: f32 [prompts,N], summed. finished: bool [prompts,N]."""
+
+    rows: np.ndarray
+    tokens: list[list[np.ndarray]]
+    logps: np.ndarray
+    finished: np.ndarray
+
+    def texts(self, tokenizer) -> list[list[str]]:
+        """As text, without special tokens."""
+        return [[tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in each] for each in self.tokens]
+
+
+def sample_all(
+    job: Job, program: Program, weights, encoded: Encoded, settings: SamplingConfig, batch_size: int
+) -> Replies:
+    """N replies to each row's prompt, in the rows' own order; equal on every process. program: see `program`."""
+    if not len(encoded):
+        raise InputError(f"stages.{job.name}: no prompt to sample replies to")
+    loader = prompt_loader(job, encoded, batch_size, shuffle=False)
+    tokens: list[list[np.ndarray]] = [[] for _ in range(len(encoded))]
+    logps = np.zeros((len(encoded), settings.n), np.float32)
+    finished = np.zeros((len(encoded), settings.n), bool)
+    with loader.batches(0, loader.steps_per_epoch) as stream:
+        for number, batch in enumerate(stream):
+            _, rows = loader.rows(number)
+            rollout = jax.device_get(program.function(weights, batch, job.seed, 0))
+            replies = reply_tokens(rollout, settings)
+            for place, row in enumerate(rows):
+                if row != FILLER:
+                    tokens[row] = replies[place]
+                    logps[row] = rollout.logps[place].sum(axis=-1)
+                    finished[row] = rollout.finished[place]
+    return Replies(np.arange(len(encoded)), tokens, logps, finished)
+
+
+def prompt_loader(job: Job, encoded: Encoded, batch_size: int, **options):
+    """Batches of left-padded prompts."""
+    return jobs.loader(job, encoded, batch_size, form="slots", **options)
+
+
+def reply_tokens(rollout, settings: SamplingConfig) -> list[list[np.ndarray]]:
+    """The real tokens of each reply of a rollout on the host: a list of N arrays for each row."""
+    rows = rollout.batch.tokens.shape[0]
+    shape = (rows, settings.n, settings.max_new_tokens)
+    start = rollout.batch.tokens.shape[1] - settings.n * settings.max_new_tokens
+    tokens = np.asarray(rollout.batch.tokens)[:, start:].reshape(shape)
+    real = np.asarray(rollout.batch.segments)[:, start:].reshape(shape) > 0
+    return [[tokens[row, n][real[row, n]] for n in range(settings.n)] for row in range(rows)]
+
+
+# Pairs ----------------------------------------------------------------------------------------------------------------
+
+
+def with_replies(prompts: Encoded, replies: list[list[np.ndarray]]) -> Encoded:
+    """Prompts with their sampled replies, rows of n."""
+    pieces = [piece for row, each in enumerate(replies) for piece in (prompts.row(row)[0], *each)]
+    return encode.assemble(
+        pieces, len(replies[0]), prompts.conventions, prompts.key, id=prompts.id, prompt_id=prompts.prompt_id
+    )
+
+
+def label(labeller: str, replies: Replies, tokenizer) -> np.ndarray:
+    """A labeller's scores of sampled replies, f32 [prompts,N]."""
+    texts = [text for row in replies.texts(tokenizer) for text in row]
+    return labellers.score(labeller, texts).reshape(len(replies.tokens), -1)
+
+
+def pair_up(
+    candidates: Encoded, scores: np.ndarray, gold: np.ndarray, pairing: str, temperature: float, seed: int
+) -> Scored:
+    """Pairs of each row's replies. best_worst: by `gold`; all: every two. Equal replies make no pair.
+
+    scores, gold: f32 [rows,N]. temperature: of the Bradley-Terry noise with which `gold` says who wins; 0: none.
+    """
+    pieces: list[np.ndarray] = []
+    pair_scores: list[np.ndarray] = []
+    prompt_ids: list[int] = []
+    for row in range(len(candidates)):
+        prompt, *answers = candidates.row(row)
+        order = np.argsort(-gold[row], kind="stable")
+        if pairing == "best_worst":
+            choices = [(int(order[0]), int(order[-1]))]
+        else:
+            choices = [(a, b) for a in range(len(answers)) for b in range(a + 1, len(answers))]
+        for a, b in choices:
+            if np.array_equal(answers[a], answers[b]):
+                continue
+            number = np.array([len(pair_scores)])
+            if not labellers.first_wins(gold[row, [a]], gold[row, [b]], temperature, number, seed)[0]:
+                a, b = b, a
+            pieces += [prompt, answers[a], answers[b]]
+            pair_scores.append(scores[row, [a, b]])
+            prompt_ids.append(candidates.prompt_id[row])
+    if not pair_scores:
+        raise InputError("no two sampled replies to a prompt differ; raise temperature or samples")
+    encoded = encode.assemble(
+        pieces,
+        2,
+        candidates.conventions,
+        candidates.key,
+        id=np.arange(len(pair_scores)),
+        prompt_id=np.array(prompt_ids),
+    )
+    return Scored(encoded, np.array(pair_scores, np.float32))

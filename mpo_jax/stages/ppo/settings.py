@@ -1,0 +1,90 @@
+"""What a ppo stage can be set to."""
+
+from typing import Annotated, Literal
+
+import annotated_types
+import pydantic
+
+from mpo_jax import settings as declared
+from mpo_jax.artifacts import PAIRS, POLICY, REWARD
+from mpo_jax.evaluation.labellers import LABELLERS
+from mpo_jax.ops.returns import ESTIMATORS
+from mpo_jax.optim import Rate
+from mpo_jax.settings import Amount, Count, OneOf, Section, Share, Whole, changed, role, setting
+from mpo_jax.stages.base import Training
+
+Scorer = Annotated[str, OneOf(LABELLERS, more=("reward",))]
+Gold = Annotated[str, OneOf(LABELLERS, more=("",))]
+
+
+class Rules(Section):
+    """How rollouts become rewards and advantages."""
+
+    temperature: Annotated[float, annotated_types.Interval(ge=1e-3, le=1e3)] = setting(
+        1.0, "of the full softmax that replies are drawn from, and of all log-probs"
+    )
+    algorithm: Annotated[str, OneOf(ESTIMATORS)] = setting(
+        "ppo", "how rewards become advantages: generalised advantage estimates with a critic, or RLOO without one"
+    )
+    gamma: Share = setting(1.0, "discount of later rewards")
+    lam: Share = setting(0.95, "of the generalised advantage estimate; Schulman et al. 2016, eq. 16")
+    whiten: bool = setting(True, "bring advantages to mean 0, variance 1")
+    kl_term: Literal["k1", "k2"] = setting("k1", "where the KL penalty stands: k1 inside the reward, k2 in the loss")
+    missing_eos_penalty: Amount = setting(0.0, "taken off the score of a reply without a stop token")
+    score_clip: Amount = setting(0.0, "bound of a score's size, after normalising; 0: none")
+    critic: Literal["separate", "shared"] = setting("separate", "a model of its own, or a head on the policy's trunk")
+
+
+class Settings(Training, Rules):
+    """Reinforcement learning of a policy on prompts, held by a KL term to a frozen reference."""
+
+    init: str = role(POLICY, "dpo", "the policy that training starts from")
+    reference: str = role(POLICY, "dpo", "the frozen policy of the KL term; the paper's is the DPO policy")
+    reward: str = role(REWARD, "reward", "the reward model; empty where a labeller scores", optional=True)
+    prompts: str = role(PAIRS, "split/hard", "the pairs whose prompts it samples replies to")
+    sft: str = role(POLICY, "", "a policy whose KL is logged too")
+    labeller: Scorer = setting("reward", "who scores: the reward model, or a labeller, for studies")
+    gold: Gold = setting("", "a labeller whose scores are logged at evaluations, and learned from by nobody")
+    samples: Count = setting(1, "replies to a prompt", unit="replies")
+    max_new_tokens: Count = setting(64, "longest reply, its stop token included", unit="tokens")
+    inner_epochs: Count = setting(4, "passes over each rollout")
+    minibatches: Count = setting(1, "updates in a pass")
+    clip: Amount = setting(0.2, "bound of the ratio's distance from 1; Schulman et al. 2017, eq. 7")
+    value_clip: Amount = setting(0.2, "bound of a value's change in an update; 0: none")
+    value_learning_rate: Rate = setting(0.0, "peak of the critic's schedule; 0: learning_rate")
+    critic_warmup: Whole = setting(0, "steps before the policy moves", unit="steps")
+    entropy: Amount = setting(0.0, "coefficient of the entropy bonus")
+    kl_coefficient: Amount = setting(0.05, "of the KL penalty; ours", unit="reward units a nat")
+    kl_target: Amount = setting(0.0, "for an adaptive coefficient; 0: fixed", unit="nats a response")
+    kl_gain: Amount = setting(0.1, "of the adaptive coefficient")
+    target_kl: Amount = setting(0.0, "stops the inner epochs above this k3; 0: never", unit="nats a token")
+    normalise_scores: bool = setting(False, "by the reward model's stored mean and standard deviation")
+    eval_prompts: Count = setting(64, "held-out prompts of the evaluations while training")
+    best_kl: Amount = setting(
+        0.0, "the best checkpoint may not be further from the reference; 0: any distance", unit="nats"
+    )
+    table_rows: Whole = setting(4, "replies kept as text at each evaluation")
+    learning_rate: Rate = changed(Training, "learning_rate", 1e-6, "peak of the policy's schedule; ours")
+
+    @property
+    def update_rows(self) -> int:
+        return self.batch_size // self.minibatches
+
+    @property
+    def has_critic(self) -> bool:
+        return ESTIMATORS[self.algorithm].critic
+
+    @pydantic.model_validator(mode="after")
+    def _meant(self):
+        fewest = ESTIMATORS[self.algorithm].samples
+        if self.samples < fewest:
+            raise declared.wrong(
+                "samples",
+                f"{self.samples} with {self.algorithm}, whose baseline is the other samples; expected {fewest} or more",
+            )
+        if self.batch_size % self.minibatches:
+            raise declared.wrong("minibatches", f"{self.minibatches} do not divide batch_size {self.batch_size}")
+        if not self.reward and (self.labeller == "reward" or self.normalise_scores):
+            need = "labeller" if self.labeller == "reward" else "normalise_scores"
+            raise declared.wrong("reward", f"empty, but {need} needs it; name a reward stage")
+        return self

@@ -1,0 +1,169 @@
+"""A rollout's experience and the training's state enter; the updated state leaves: optimizer, steps and minibatches."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mpo_jax import optim, sharding
+from mpo_jax.models.config import ModelConfig
+from mpo_jax.ops import returns
+from mpo_jax.stages import job as jobs
+from mpo_jax.stages import loop
+from mpo_jax.stages.job import Job
+from mpo_jax.stages.ppo import experience as experiences
+from mpo_jax.stages.ppo.settings import Rules, Settings
+from mpo_jax.stages.ppo.stopwatch import Stopwatch
+from mpo_jax.stages.programs import Programs
+from mpo_jax.types import Experience, PyTree, TrainState
+
+
+def make_optimizer(settings: Settings, steps: int):
+    """One optimizer for the policy, one for the critic, whose learning rate is its own; and the policy's rate.
+
+    Every rollout is used for inner_epochs x minibatches updates; the schedules run over all of them.
+    """
+    inner = settings.inner_epochs * settings.minibatches
+    own: dict[str, optim.Optimizer] = {"policy": settings}
+    if settings.has_critic:
+        rate = settings.value_learning_rate or settings.learning_rate
+        own["value"] = settings.model_copy(update={"learning_rate": rate})
+    chains, rates = {}, {}
+    for name, each in own.items():
+        chains[name], rates[name] = optim.of_settings(each, steps * inner)
+    return optim.by_label(chains), lambda step: rates["policy"](step * inner)
+
+
+def first_extra(settings: Settings) -> dict[str, np.float32]:
+    """The state's scalars before the first step."""
+    return {"kl_coefficient": np.float32(settings.kl_coefficient)}
+
+
+def scoring_step(model: ModelConfig, rules: Rules, statistics: tuple[float, float] | None, mesh):
+    """Jitted `experience.make`: rows lie over the mesh as the rollout's, metrics are everywhere."""
+    where = (sharding.batch_sharding(mesh), sharding.replicated(mesh))
+
+    def experience(params, frozen, rollout, given, coefficient):
+        return experiences.make(model, rules, statistics, params, frozen, rollout, given, coefficient)
+
+    return jax.jit(experience, out_shardings=where)
+
+
+def update_step(settings: Settings, model: ModelConfig, optimizer, state: TrainState, mesh):
+    """Jitted `make_update`. state: the training's `loop.abstract_state`."""
+    return loop.jit_step(make_update(settings, model, optimizer), state, mesh)
+
+
+def make_step(job: Job[Settings], compiled: Programs, gold) -> loop.Step:
+    """Rollout, scoring and update, each jitted once for a bucket of prompts. compiled: the stage's programs.
+
+    The rollout sees the policy of the step before and nothing newer. Only a labeller on the host waits for the device.
+    """
+    draw, prepare, update = (compiled[name].function for name in ("rollout", "experience", "update"))
+    watch = Stopwatch()
+
+    def step(state: TrainState, frozen: PyTree, prompts):
+        watch.begin()
+        rollout = draw(frozen["base"] | state.params["policy"], prompts, job.seed, state.step)
+        seconds = {"seconds_rollout": watch.lap(rollout.logps)}
+        given = None if gold is None else gold(rollout)
+        experience, metrics = prepare(state.params, frozen, rollout, given, state.extra["kl_coefficient"])
+        seconds["seconds_scoring"] = watch.lap(experience.advantages)
+        state, more = update(state, frozen, experience, metrics["kl"])
+        seconds["seconds_update"] = watch.lap(more["loss"])
+        return state, more | metrics | seconds | {"tokens_per_second": watch.rate(metrics["response_tokens"])}
+
+    return step
+
+
+def make_watch(name: str):
+    """`(step, values)`: warns, once, of a mean KL below 0 by more than its noise: k1 of a policy's own samples is not.
+
+    Then the replies were not drawn from the distribution that the scorer sees.
+    """
+    warned = False
+
+    def watch(step: int, values: dict[str, float]) -> None:
+        nonlocal warned
+        if warned or values["kl"] >= -3 * values["kl_error"] - 1e-3:
+            return
+        warned = True
+        if jobs.is_first():
+            print(
+                f"warning: stages.{name}: at step {step} the mean KL to the reference is {values['kl']:.4f} nats, "
+                f"below 0 by over 3 standard errors of {values['kl_error']:.4f}; compare sampler_scorer_difference",
+                flush=True,
+            )
+
+    return watch
+
+
+def make_update(settings: Settings, model: ModelConfig, optimizer):
+    """`(state, frozen, experience, kl) -> (state, metrics)`: inner epochs of shuffled minibatches in one program."""
+    rows = settings.update_rows
+    part = settings.microbatch or rows
+    loss = experiences.make_loss(model, settings, settings.clip, settings.value_clip or None, settings.entropy)
+
+    def update(state: TrainState, frozen: PyTree, experience: Experience, kl: jax.Array):
+        warm = (state.step >= settings.critic_warmup).astype(jnp.float32)
+        frozen = {"base": frozen["base"], "kl_coefficient": state.extra["kl_coefficient"]}
+        order = _minibatch_rows(jax.random.fold_in(state.key, state.step), settings)
+
+        def one(carry, index_and_rows):
+            index, chosen = index_and_rows
+            params, opt_state, stopped = carry
+            minibatch = take_rows(experience, chosen)
+
+            def go(params, opt_state):
+                key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), index)
+                grads, total, weight, sums = loop.accumulate(loss, params, frozen, minibatch, key, rows // part)
+                weight = jnp.maximum(weight, 1e-8)
+                grads = jax.tree.map(lambda g: g / weight, grads)
+                updates, opt_state = optimizer.update(grads, opt_state, params)
+                # Not the gradients: a critic on the policy's trunk would move it, and the moments may warm up.
+                updates |= {"policy": jax.tree.map(lambda u: warm * u, updates["policy"])}
+                out = loop.means(sums) | {"loss": total / weight, "grad_norm": optax.tree.norm(grads)}
+                return optax.apply_updates(params, updates), opt_state, out
+
+            if not settings.target_kl:  # nothing stops: a branch would copy the state
+                params, opt_state, out = go(params, opt_state)
+                return (params, opt_state, stopped), out | {"updates": jnp.float32(1)}
+            shapes = jax.eval_shape(go, params, opt_state)[2]
+            skipped = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            params, opt_state, out = jax.lax.cond(
+                stopped, lambda params, opt_state: (params, opt_state, skipped), go, params, opt_state
+            )
+            out["updates"] = 1 - stopped.astype(jnp.float32)
+            stopped = stopped | (out["approx_kl_k3"] > settings.target_kl)
+            return (params, opt_state, stopped), out
+
+        begin = (state.params, state.opt_state, jnp.zeros((), bool))
+        (params, opt_state, _), out = jax.lax.scan(one, begin, (jnp.arange(len(order)), order))
+        extra = dict(state.extra)
+        if settings.kl_target:
+            extra["kl_coefficient"] = returns.adapt_kl_coefficient(
+                extra["kl_coefficient"], kl, settings.kl_target, settings.kl_gain
+            )
+        done = jnp.sum(out["updates"])
+        metrics = {name: jnp.sum(values) / done for name, values in out.items() if name != "updates"}
+        metrics |= {"updates": done, "ratio_deviation_first": out["ratio_deviation"][0]}
+        state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, extra=extra)
+        return state, metrics
+
+    return update
+
+
+def _minibatch_rows(key: jax.Array, settings: Settings) -> jax.Array:
+    """i32 [inner_epochs * minibatches, rows]: each epoch deals every row out once, in an order of its own."""
+    orders = [
+        jax.random.permutation(jax.random.fold_in(key, epoch), settings.batch_size)
+        for epoch in range(settings.inner_epochs)
+    ]
+    return jnp.stack(orders).reshape(settings.inner_epochs * settings.minibatches, -1)
+
+
+def take_rows(experience: Experience, rows: jax.Array) -> Experience:
+    """Some rows of every array, spread over the mesh again."""
+    return jax.tree.map(lambda x: sharding.constrain(x[rows], "batch", *(None,) * (x.ndim - 1)), experience)

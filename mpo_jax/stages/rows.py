@@ -1,0 +1,77 @@
+"""A model and encoded rows enter; a number for each reply of every row leaves: the reward model's score, or the
+log-probability under a policy.
+
+What the reward stage, the split, DPO's reference, the evaluation and the judge have in common.
+"""
+
+import functools
+
+import jax
+import numpy as np
+
+from mpo_jax import scoring, sharding
+from mpo_jax.data.encode import Encoded
+from mpo_jax.data.loader import Loader
+from mpo_jax.data.plan import FILLER
+from mpo_jax.models.config import ModelConfig
+from mpo_jax.stages import job as jobs
+from mpo_jax.stages import programs as shapes
+from mpo_jax.stages.job import Job
+from mpo_jax.stages.programs import Program
+from mpo_jax.types import Batch, PyTree
+
+
+@functools.lru_cache(maxsize=4)
+def scoring_step(model: ModelConfig, replies: int, mesh):
+    """Jitted `(weights, batch) -> f32 [B,replies]`, on every device: the scores of a batch's replies.
+
+    The same function for the same arguments, so that several models score with one compiled program."""
+
+    def score(weights, batch):
+        return scoring.response_scores(model, weights, batch, replies)
+
+    return jax.jit(score, out_shardings=sharding.replicated(mesh))
+
+
+@functools.lru_cache(maxsize=4)
+def logps_step(model: ModelConfig, replies: int, mesh, temperature: float = 1.0):
+    """Jitted `(weights, batch) -> f32 [B,replies]`, on every device: the summed log-probs of a batch's replies at a
+    temperature (at 1 where sampling is greedy). The same function for the same arguments."""
+    heat = temperature or 1.0
+
+    def logps(weights, batch):
+        return scoring.response_logps(model, weights, batch, heat).seq_logps(replies)
+
+    return jax.jit(logps, out_shardings=sharding.replicated(mesh))
+
+
+def scoring_program(job: Job, model: ModelConfig, weights: PyTree, rows: Batch, replies: int) -> Program:
+    """`scoring_step` on rows like these. weights: shapes."""
+    step = scoring_step(model, replies, job.mesh)
+    return Program(step, (weights, rows), shapes.forward(model, rows), per="batch")
+
+
+def logps_program(
+    job: Job, model: ModelConfig, weights: PyTree, rows: Batch, replies: int, temperature: float = 1.0
+) -> Program:
+    """`logps_step` on rows like these. weights: shapes."""
+    step = logps_step(model, replies, job.mesh, temperature)
+    return Program(step, (weights, rows), shapes.forward(model, rows), per="batch")
+
+
+def compute(job: Job, program: Program, weights: PyTree, encoded: Encoded, batch_size: int) -> np.ndarray:
+    """The program's numbers of all rows, f32 [rows,N], in the rows' own order; equal on every process."""
+    # Rows of many samples may be longer than those of the data; no position in them is.
+    loader = jobs.loader(job, encoded, batch_size, shuffle=False, max_length=None)
+    return collect(program.function, weights, loader, encoded.replies)
+
+
+def collect(step, weights: PyTree, loader: Loader, columns: int) -> np.ndarray:
+    """`step(weights, batch)` f32 [B,columns], replicated, over one epoch: f32 [rows,columns] in the rows' own order."""
+    numbers = np.full((len(loader.encoded), columns), np.nan, np.float32)
+    with loader.batches(0, loader.steps_per_epoch) as stream:
+        for number, batch in enumerate(stream):
+            _, rows = loader.rows(number)
+            real = rows != FILLER
+            numbers[rows[real]] = np.asarray(step(weights, batch))[real]
+    return numbers

@@ -1,0 +1,156 @@
+"""A small run of every kind of stage enters; what it compiled is held against the programs that a plan is made from."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mpo_jax.artifacts import POLICY
+from mpo_jax.stages import candidates, kinds, rows
+from mpo_jax.stages.job import Artifact, Job
+from tests.evaluation import made
+from tests.stages import ppo_job, split_job, test_judge_stage
+from tests.stages.ppo_job import part
+
+TRAINING = {"batch_size": 8, "steps": 1, "eval_batches": 1}
+UNPLANNED = {
+    "init_fn": "the optimizer's first state, once, before the first step; the state itself is an argument of every step"
+}
+"""Jitted functions of stages that no plan lists, and why."""
+
+
+def on_data(kind: str, **settings):
+    """A stage that reads the data and begins with the base model."""
+
+    def job(folder, shared) -> Job:
+        base = {"init": Artifact("base", POLICY, shared / "models/stories260K")}
+        return split_job.make_job(folder, shared, kind, inputs=base, **(TRAINING | settings))
+
+    return job
+
+
+def sampling(kind: str, **settings):
+    """A stage that samples replies to the data's prompts."""
+    return lambda folder, shared: split_job.make_job(folder, shared, kind, limit=30, **settings)
+
+
+def ppo(**settings):
+    """One step, on rows of one length."""
+    small = {"steps": 1, "inner_epochs": 1, "minibatches": 1, "eval_batches": 1}
+
+    def job(folder, shared) -> Job:
+        job = ppo_job.make_job(folder, shared / "models/stories260K", **(small | settings))
+        return ppo_job.replaced(job, {"data.max_buckets": 1, "data.multiple": 16})
+
+    return job
+
+
+def on_split(kind: str, roles: dict[str, str], **settings):
+    """A stage on the artifacts of `ppo_job`. roles: role -> the name of one of those."""
+
+    def job(folder, shared) -> Job:
+        job = ppo()(folder, shared)
+        inputs = {role: job.inputs[name] for role, name in roles.items()}
+        inputs |= {role: part(artifact, "all") for role, artifact in inputs.items() if artifact.part}
+        if "policies" in inputs:
+            inputs["policies"] = [inputs["policies"]]
+            job = ppo_job.beside(job, "dpo", "dpo")  # what that policy was trained as
+        return ppo_job.beside(job, kind, kind, "made", inputs, **settings)
+
+    return job
+
+
+def local_judge(folder, shared) -> Job:
+    settings = {"judge": "local", "local": "base"}
+    return test_judge_stage.make_job(folder, shared / "models/stories260K", made.rows(2), **settings)
+
+
+CASES: dict[str, Callable[..., Job]] = {
+    "sft": on_data("sft", learning_rate=1e-3),
+    "reward": on_data("reward", margin=False),
+    "pairs": sampling("pairs"),
+    "split": sampling("split", pair_source="both"),
+    "dpo": on_split("dpo", {"init": "init", "reference": "sft", "pairs": "prompts"}, pairs="split/all", **TRAINING),
+    "ppo": ppo(),
+    "ppo, two samples by a labeller": ppo(samples=2, algorithm="rloo", labeller="vader", gold="vader"),
+    "evaluate": on_split(
+        "evaluate", {"policies": "init", "reward": "reward", "prompts": "prompts"},
+        policies=("dpo",), baseline="dpo", count=4, max_new_tokens=8, batch_size=4,
+    ),
+    "judge": local_judge,
+}  # fmt: skip
+
+
+class Called:
+    """What a stage's run called, and what it jitted: filled while it runs."""
+
+    def __init__(self, monkeypatch, job: Job):
+        self.programs: dict[str, list] = {}
+        self.jitted: list = []
+        self.planned: set[int] = set()
+        module, jit = sys.modules[kinds.of(job.settings).run.__module__], jax.jit
+        listed = module.programs
+
+        def programs(*args):
+            found = listed(*args)
+            self.planned |= {id(program.function) for program in found.values()}
+            return {name: self._recorded(name, program) for name, program in found.items()}
+
+        def recorded_jit(function, *args, **options):
+            made = jit(function, *args, **options)
+            if sys._getframe(1).f_globals["__name__"].startswith("mpo_jax.stages"):
+                self.jitted.append((function.__name__, made))
+            return made
+
+        for cached in (candidates.sampler, rows.scoring_step, rows.logps_step):  # what earlier tests have made
+            cached.cache_clear()
+        monkeypatch.setattr(module, "programs", programs)
+        monkeypatch.setattr(jax, "jit", recorded_jit)
+
+    def _recorded(self, name, program):
+        calls = self.programs.setdefault(name, [])
+
+        def call(*args):
+            calls.append((signature(args), signature(program.arguments)))
+            return program.function(*args)
+
+        return dataclasses.replace(program, function=call)
+
+    def unplanned(self) -> set[str]:
+        return {name for name, made in self.jitted if id(made) not in self.planned and made._cache_size()}
+
+
+def signature(args) -> list[tuple]:
+    """Place, type and number of axes of every array: lengths differ from bucket to bucket."""
+    leaves = jax.tree_util.tree_leaves_with_path(args)
+    return [(jax.tree_util.keystr(path), *_kind(leaf)) for path, leaf in leaves]
+
+
+def _kind(leaf) -> tuple:
+    leaf = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
+    return str(leaf.dtype), leaf.ndim
+
+
+def test_every_kind_is_run_here():
+    assert {name.split(",")[0] for name in CASES} == set(kinds.KINDS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_stage_compiles_what_its_plan_lists_and_nothing_else(case, tmp_path, shared, monkeypatch):
+    job = CASES[case](tmp_path, shared)
+    stage = kinds.of(job.settings)
+    with jax.set_mesh(job.mesh):
+        stage.check(job)
+        planned = stage.programs(job)
+        called = Called(monkeypatch, job)
+        job.folder.mkdir(exist_ok=True)
+        stage.run(job)
+    assert called.programs.keys() == planned.keys()
+    for name, calls in called.programs.items():
+        assert calls, f"{name} is planned, and never called"
+        for given, listed in calls:
+            assert given == listed, name
+    assert called.unplanned() <= UNPLANNED.keys()
