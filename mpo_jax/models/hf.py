@@ -19,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from mpo_jax import sharding
 from mpo_jax.errors import InputError
 from mpo_jax.models import hf_names
-from mpo_jax.models.config import ModelConfig, read_config_json
+from mpo_jax.models.config import ModelConfig
+from mpo_jax.models.config_json import read_config_json
 from mpo_jax.models.hf_files import DTYPES, INDEX, Reader, read_json, write_json, write_tensors
 from mpo_jax.models.hf_names import Entry
 from mpo_jax.types import PyTree
