@@ -26,6 +26,7 @@ from mpo_jax.models.hf_names import Entry
 from mpo_jax.types import PyTree
 
 PAD_TOKEN = "<|reward_pad|>"  # added to a tokenizer none of whose special tokens can be a reward model's padding
+_TEMPLATES = "additional_chat_templates"  # named ones, each in a file of that folder
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -42,10 +43,15 @@ _TOKENIZER_FILES = (
 def resolve(folder: epath.PathLike) -> str:
     """A local model folder as it is; a hub id downloaded to the local cache (safetensors, JSON, tokenizer files).
 
-    Raises InputError where it is neither, or the hub can't be reached and the cache doesn't hold it.
+    Raises InputError where it is neither, or the hub can't be reached and the cache doesn't hold it; and for a folder
+    among whose entries is something to wait for, such as a pipe, or a link that leads nowhere.
     """
     name = os.fspath(folder)
     if Path(name).expanduser().is_dir():
+        for path in Path(name).expanduser().iterdir():
+            if not (path.is_file() or path.is_dir()):
+                found = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "no regular file"
+                raise InputError(f"{path}: is {found}; a model folder holds files")
         return str(Path(name).expanduser())
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise InputError(f"{name}: no such folder; expected a local Hugging Face model folder or a hub id (owner/name)")
@@ -53,6 +59,7 @@ def resolve(folder: epath.PathLike) -> str:
 
     try:
         patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        snapshot_download(name, allow_patterns=[f"{_TEMPLATES}/*.jinja"])
         return snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"])
     except Exception as error:  # offline, unknown, gated: the hub's client raises a dozen kinds
         reason = " ".join(str(error).split())[:200]
@@ -63,15 +70,20 @@ def resolve(folder: epath.PathLike) -> str:
 
 def read_stop_ids(folder: epath.PathLike) -> tuple[int, ...]:
     """All ids that end a response: eos_token_id (one or several) of generation_config.json and config.json, and the
-    tokenizer's own. Raises InputError where there is none at all."""
+    tokenizer's own. Raises InputError where there is none at all, or one that is no integer."""
     folder = resolve(folder)
     found: set[int] = set()
-    settings = [read_config_json(folder)]
+    settings = {"config.json": read_config_json(folder)}
     generation = Path(folder) / "generation_config.json"
     if generation.exists():
-        settings.append(read_json(generation))
-    for ids in (setting.get("eos_token_id") for setting in settings):
-        found |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        settings[generation.name] = read_json(generation)
+    for name, setting in settings.items():
+        ids = setting.get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+            raise InputError(f"{Path(folder) / name}: eos_token_id: {setting['eos_token_id']!r}; expected an integer "
+                             "or a list of integers")  # fmt: skip
+        found |= set(ids)
     if (Path(folder) / "tokenizer_config.json").exists():
         eos = _load_tokenizer(folder).eos_token_id
         found |= set() if eos is None else {eos}
@@ -92,9 +104,10 @@ def import_weights(
     dtypes, a folder without config or with pickles alone.
     """
     path = resolve(folder)
-    architectures = read_config_json(path).get("architectures") or [""]
+    architectures = read_config_json(path).get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else ""
     reader = Reader(Path(path))
-    entries = _match(reader, config, head=architectures[0].endswith("ForSequenceClassification"))
+    entries = _match(reader, config, head=str(architecture).endswith("ForSequenceClassification"))
     weights: dict = {}
     # The largest first: what is held beside the shards so far is then smallest where the total is largest.
     for entry in sorted(entries, key=lambda entry: -math.prod(_own_shape(entry, config))):
@@ -155,7 +168,7 @@ def export_weights(
         target.mkdir(parents=True, exist_ok=True)
     _write_tensors(target, entries, config, settings["vocab_size"], weights, dtype, max_shard_bytes)
     if writes:
-        _write_tokenizer(target, source, tokenizer)
+        write_tokenizer(target, source, tokenizer)
         _write_generation(target, source)
         write_json(target / "config.json", settings)  # last: nothing loads a folder without it
     if jax.process_count() > 1:
@@ -176,18 +189,22 @@ def _reward_tokenizer(source: str):
     return tokenizer
 
 
-def _write_tokenizer(target: Path, source: str, tokenizer) -> None:
+def write_tokenizer(target: Path, source: str, tokenizer=None) -> None:
+    """Writes the tokenizer, or else copies that of the folder `source`, all its chat templates with it."""
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
         return
-    for name in _TOKENIZER_FILES:
-        if (Path(source) / name).exists():
-            shutil.copyfile(Path(source) / name, target / name)
+    templates = sorted((Path(source) / _TEMPLATES).glob("*.jinja"))
+    for path in [*(Path(source) / name for name in _TOKENIZER_FILES), *templates]:
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _write_generation(target: Path, source: str) -> None:
     path = Path(source) / "generation_config.json"
-    if path.exists():
+    if path.is_file():
         shutil.copyfile(path, target / path.name)
         return
     config, stop_ids = read_config_json(source), list(read_stop_ids(source))
@@ -364,6 +381,14 @@ def _match(reader: Reader, config: ModelConfig, head: bool) -> list[Entry]:
         if dtype not in DTYPES:
             raise InputError(f"{reader.file(tensor)}: tensor {tensor!r} has dtype {dtype}; expected one of "
                              f"{sorted(DTYPES)}")  # fmt: skip
+    if config.tied_embeddings and table.output in reader and not head:
+        embedding = next(entry.tensor for entry in entries if entry.weight == hf_names.EMBEDDING)
+        if not reader.same_rows(embedding, table.output):
+            raise InputError(
+                f"{reader.file(table.output)}: {table.output!r} differs from {embedding!r}, but config.json ties them "
+                "(tie_word_embeddings); set that to false if the model has an output matrix of its own, as "
+                "transformers would take it"
+            )
     for tensor in reader:
         if tensor not in known and tensor not in ignored:
             raise InputError(f"{reader.file(tensor)}: tensor {tensor!r} is unknown to a {config.family} model of this "

@@ -49,17 +49,19 @@ class Entry:
 @dataclasses.dataclass(frozen=True)
 class Table:
     """A family's tensors. prefix: of the trunk's names, which checkpoints of the bare trunk leave out. ignored:
-    tensors (with {} for the layer) that older checkpoints hold and that are no weights. architectures: the class of
-    the language model and of the one-score reward model in `transformers`."""
+    tensors (with {} for the layer) that older checkpoints hold and that are no weights. output: the output matrix,
+    which may also be there where it is tied, as a copy of the embedding. architectures: the class of the language model
+    and of the one-score reward model in `transformers`."""
 
     prefix: str
+    output: str
     entries: tuple[Entry, ...]
     ignored: tuple[str, ...]
     architectures: tuple[str, str]
 
 
 HEAD = Entry("score.weight", "o d", "head/kernel")
-LM_HEAD = "params/lm_head/kernel"
+LM_HEAD, EMBEDDING = "params/lm_head/kernel", "params/embed/embedding"
 
 _AXES = {
     "params/embed/embedding": "v d",
@@ -216,4 +218,4 @@ def _finish(config, name: str, lm_class: str, prefix: str, entries, ignored, lm_
         ignored = [*ignored, lm_head]  # some checkpoints hold a copy of the tied embedding
     else:
         entries = [*entries, Entry(lm_head, "v d", LM_HEAD)]
-    return Table(prefix, tuple(entries), tuple(ignored), (name + lm_class, f"{name}ForSequenceClassification"))
+    return Table(prefix, lm_head, tuple(entries), tuple(ignored), (name + lm_class, f"{name}ForSequenceClassification"))
