@@ -1,5 +1,5 @@
 """Every key of `transformers`' own config classes is changed: what we read must be the model that `transformers` makes
-of it, or the key is refused by name; and what is wrongly typed, wrapped, quantised or an adapter is told in one line."""
+of it, or the key is refused by name; and what is wrongly typed, wrapped, quantised or an adapter is told in a line."""
 
 import dataclasses
 import json
