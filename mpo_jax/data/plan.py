@@ -90,9 +90,9 @@ def batch_plan(
 
     With `shuffle`, for training: what is left of the epoch, less than a batch, is completed by other rows of the
     epoch, which are then seen twice in it; of fewer rows than a batch holds, each is repeated. The order of rows and
-    batches is drawn from Philox(seed, epoch). Without it, for scoring and evaluation: every row exactly once, in the rows' own
-    order within a bucket, and the last batch of the longest bucket filled up with FILLER. Buckets and the number of
-    batches do not depend on seed and epoch.
+    batches is drawn from Philox(seed, epoch). Without it, for scoring and evaluation: every row exactly once, in the
+    rows' own order within a bucket, and the last batch of the longest bucket filled up with FILLER. Buckets and the
+    number of batches do not depend on seed and epoch.
 
     lengths: int [rows], real tokens of each row. windows: int [rows], its response tokens, which stand side by side.
     batch_size: rows of a global batch. sample: so many batches at most, of rows that are drawn from all at random, the
@@ -112,7 +112,7 @@ def batch_plan(
         raise InputError(f"a row has {lengths.max()} tokens, more than max_length {max_length}")
     home = np.searchsorted(edges, lengths)
     buckets = _buckets(edges, home, windows, multiple)
-    used = np.arange(len(lengths)) if sample is None else _sample(len(lengths), sample * batch_size)
+    used = np.arange(len(lengths)) if sample is None else sample_rows(len(lengths), sample * batch_size)
     random = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))) if shuffle else None
     owner, rows = [], []
     left = used[:0]
@@ -131,6 +131,13 @@ def batch_plan(
     return Plan(buckets, np.concatenate(owner)[order].astype(np.int32), np.concatenate(rows)[order].astype(np.int32))
 
 
+def sample_rows(count: int, size: int) -> np.ndarray:
+    """`size` of `count` rows (or all), drawn at random, in their own order: a fair sample of data in any order. Each
+    lies within every larger one of the same rows."""
+    random = np.random.Generator(np.random.Philox(key=np.array([_SAMPLE, count], np.uint64)))
+    return np.sort(random.permutation(count)[:size])
+
+
 def _buckets(edges: list[int], home: np.ndarray, windows: np.ndarray, multiple: int) -> tuple[Bucket, ...]:
     """Each bucket's window covers the rows of all shorter ones too, which may travel in it."""
     found = []
@@ -146,12 +153,6 @@ def _completed(left: np.ndarray, used: np.ndarray, batch_size: int, random: np.r
         return np.concatenate([left, np.full(batch_size - len(left), FILLER)])
     others = random.permutation(np.setdiff1d(used, left))
     return np.resize(np.concatenate([left, others]), batch_size)  # begins again where even those are too few
-
-
-def _sample(count: int, size: int) -> np.ndarray:
-    """`size` of `count` rows (or all), drawn at random, in their own order."""
-    random = np.random.Generator(np.random.Philox(key=np.array([_SAMPLE, count], np.uint64)))
-    return np.sort(random.permutation(count)[:size])
 
 
 def padding_efficiency(plan: Plan, lengths: np.ndarray) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 from mpo_jax import metrics, scoring, sharding
 from mpo_jax.data import encode
 from mpo_jax.data.encode import Encoded
+from mpo_jax.data.plan import sample_rows
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import judge, labellers, statistics
 from mpo_jax.models.config import ModelConfig
@@ -108,11 +109,11 @@ def policies_of(job: Job) -> list[Artifact]:
 
 
 def heldout_prompts(job: Job, model: ModelConfig, tokenizer) -> Encoded:
-    """The first `count` held-out prompts of the split that the stage names, or else of the data's eval share."""
+    """A fair sample of `count` held-out prompts: of the split that the stage names, or else of the eval share."""
     if "prompts" in job.inputs:
         return split.heldout_prompts(job.inputs["prompts"], job.settings.count)
     found = jobs.share_prompts(job, model, tokenizer, "eval")
-    return encode.take(found, np.arange(len(found))[: job.settings.count])
+    return encode.take(found, sample_rows(len(found), job.settings.count))
 
 
 def logps_step(model: ModelConfig, mesh, temperature: float):

@@ -200,12 +200,12 @@ def means(sums: Metrics) -> dict[str, jax.Array]:
 
 
 def evaluate(step: Callable, params: PyTree, frozen: PyTree, loader: Loader, batches: int) -> dict[str, float]:
-    """Means of the loss and its metrics over the first `batches` batches of a loader (one epoch at most).
+    """Means of the loss and its metrics over a fair sample of a loader's rows, of `batches` batches at most.
 
     step: an `evaluation_step`, compiled once for a run.
     """
     sums: Metrics = {}
-    with loader.batches(0, min(batches, loader.steps_per_epoch)) as stream:
+    with loader.sample(batches) as stream:
         for batch in stream:
             new = step(params, frozen, batch)
             sums = new if not sums else jax.tree.map(jnp.add, sums, new)
@@ -305,6 +305,7 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
                 now = time.perf_counter()
                 out |= {
                     "learning_rate": float(training.rate(step)),
+                    "rows": loader.real_rows(step),
                     "tokens": loader.real_tokens(step),
                     "padding_efficiency": loader.real_tokens(step) / batch.tokens.size,
                     "seconds": (now - last_time) / (done - last_done),

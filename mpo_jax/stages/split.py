@@ -17,6 +17,7 @@ from etils import epath
 
 from mpo_jax.data import division, encode
 from mpo_jax.data.encode import Encoded
+from mpo_jax.data.plan import sample_rows
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import labellers, split_report
 from mpo_jax.models.config import ModelConfig
@@ -222,9 +223,10 @@ def heldout(artifact: Artifact) -> Encoded:
 
 
 def heldout_prompts(artifact: Artifact, count: int) -> Encoded:
-    """The prompts of the first `count` held-out pairs, each once."""
+    """The prompts of `count` held-out pairs, a fair sample, each once."""
     found = heldout(artifact)
-    return encode.take(found, encode.first_of_prompt(found)[:count], replies=0)
+    prompts = encode.first_of_prompt(found)
+    return encode.take(found, prompts[sample_rows(len(prompts), count)], replies=0)
 
 
 def run_settings(artifact: Artifact) -> dict[str, Any]:

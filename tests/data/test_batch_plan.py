@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpo_jax.data.encode import Limits, encode
-from mpo_jax.data.plan import FILLER, batch_plan, choose_edges, padding_efficiency
+from mpo_jax.data.plan import FILLER, batch_plan, choose_edges, padding_efficiency, sample_rows
 from mpo_jax.data.sources import load
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
@@ -181,3 +181,19 @@ def test_bad_sizes():
         batch_plan(np.array([1]), np.array([1]), 0, seed=0, epoch=0)
     with pytest.raises(InputError, match="no rows"):
         batch_plan(np.array([]), np.array([]), 1, seed=0, epoch=0)
+
+
+@given(count=st.integers(1, 60), size=st.integers(0, 70))
+@settings(max_examples=60, deadline=None)
+def test_property_sampled_rows_are_some_of_all_in_their_order_and_nested(count, size):
+    rows = sample_rows(count, size).tolist()
+    assert rows == sorted(set(rows)) and len(rows) == min(size, count) and set(rows) <= set(range(count))
+    assert set(rows) <= set(sample_rows(count, size + 1).tolist())
+
+
+def test_sampled_rows_are_no_stretch_of_the_data():
+    """Of rows that are sorted by anything, the sample's mean place is the middle, within its error."""
+    for count in (100, 577, 5000):
+        rows = sample_rows(count, 64)
+        error = count / np.sqrt(12 * 64)
+        assert abs(rows.mean() - (count - 1) / 2) < 3 * error and np.diff(rows).max() > 1

@@ -108,6 +108,7 @@ def test_summary_and_metrics(uninterrupted):
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert {"accuracy", "grad_norm", "learning_rate", "tokens", "padding_efficiency"} <= set(steps[0])
+    assert [line["rows"] for line in steps] == [SETTINGS["batch_size"]] * 12, "every step is of a full batch"
     assert [line["step"] for line in lines if "eval/loss" in line] == [5, 10, 12]
     assert summary["compiles_after_warmup"] == 0
     assert summary["compiles"] == summary["buckets"] == 2
