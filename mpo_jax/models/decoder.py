@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpo_jax.models import attention, flash
+from mpo_jax.models import attention, flash, parameters
 from mpo_jax.models.attention import LayerCache, RowContext, StepContext
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import rope
@@ -123,11 +123,7 @@ def decode_layout(config: ModelConfig, weights: PyTree) -> PyTree:
 def cast_weights(config: ModelConfig, weights: PyTree) -> PyTree:
     """The weights in the dtypes that computing gives them, for many uses of one cast."""
 
-    def cast(name: str, x: jax.Array) -> jax.Array:
-        multiplies = name.rsplit("/", 1)[-1] not in ("scale", "bias", "embedding")
-        return x.astype(config.operand_dtype if multiplies else config.activation_dtype)
-
-    return map_weights(cast, weights)
+    return map_weights(lambda name, x: x.astype(parameters.read_dtype(config, name)), weights)
 
 
 def decode_step(

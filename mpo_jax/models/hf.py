@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from mpo_jax import sharding
 from mpo_jax.errors import InputError
-from mpo_jax.models import hf_names
+from mpo_jax.models import hf_names, parameters
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.models.config_json import read_config_json
 from mpo_jax.models.hf_files import DTYPES, INDEX, Reader, read_json, write_json, write_tensors
@@ -98,7 +98,8 @@ def import_weights(
     """The weights of a checkpoint, {"params"} and, of a sequence-classification folder, {"head"} (f32).
 
     Read slice by slice: a process holds its own shards and at most one more. Without a mesh, all on one device. The
-    trunk is cast to `dtype`; rows of padding ids are zero. A reward model's folder holds no output matrix, so its
+    trunk is cast to `dtype`, but for what the forward pass reads in a wider one (`parameters.frozen_dtype`); rows of
+    padding ids are zero. A reward model's folder holds no output matrix, so its
     "params" has none.
     Raises InputError, naming the file and the tensor, for unknown, missing and duplicate tensors, wrong shapes and
     dtypes, a folder without config or with pickles alone.
@@ -117,7 +118,7 @@ def import_weights(
             if mesh is None
             else NamedSharding(mesh, sharding.weight_spec(entry.weight, shape, mesh))
         )
-        kept = jnp.dtype(np.float32 if entry is hf_names.HEAD else dtype)
+        kept = parameters.frozen_dtype(config, entry.weight, dtype)
         *parents, leaf = entry.weight.split("/")
         tree = weights
         for parent in parents:

@@ -135,7 +135,7 @@ def reference_logps(job: Job, model: ModelConfig, base, rows: Sequence[Encoded])
 
     The key: the reference itself, the rows themselves (data, template, lengths), and how they were computed.
     """
-    how = [_identity(job), model.dtype, jobs.frozen_dtype(job)]
+    how = [_identity(job), model.dtype, jobs.frozen_dtype(job), "kept as read"]
     paths = [_cached(job, [*how, encode.rows_fingerprint(encoded)]) for encoded in rows]
     if not all(path.exists() for path in paths):
         weights = base | jobs.load_weights(job, job.inputs["reference"], model, jobs.frozen_dtype(job))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -21,7 +20,7 @@ from mpo_jax.data.loader import Loader
 from mpo_jax.data.schemas import TextRecord
 from mpo_jax.errors import InputError
 from mpo_jax.models import config as model_config
-from mpo_jax.models import decoder, hf, lora
+from mpo_jax.models import decoder, hf, lora, parameters
 from mpo_jax.models.config import LoraConfig, ModelConfig
 from mpo_jax.models.presets import Preset
 from mpo_jax.types import PyTree
@@ -140,11 +139,12 @@ def abstract_weights(model: ModelConfig, mesh, head: bool = False, dtype: str = 
         return without_output(whole) if head else whole
 
     abstract = jax.eval_shape(shapes)
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=where),
+    placed = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         abstract,
         sharding.tree_shardings(abstract, mesh),
     )
+    return parameters.frozen_copy(model, placed, dtype)
 
 
 def with_head(job: Job, model: ModelConfig, weights: PyTree) -> PyTree:
