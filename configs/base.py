@@ -175,7 +175,7 @@ KINDS = {
         "entropy": 0.0,  # coefficient of the entropy bonus
         "gamma": 1.0,
         "lam": 0.95,
-        "whiten": True,  # advantages to mean 0, variance 1
+        "whiten": ml_collections.config_dict.placeholder(bool),  # advantages to mean 0, variance 1; None: ppo's alone
         "kl_term": "k1",  # k1: inside the reward | k2: a term of the loss
         "kl_coefficient": 0.05,  # ours
         "kl_target": 0.0,  # nats per response, for an adaptive coefficient; 0: fixed

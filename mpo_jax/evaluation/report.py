@@ -25,6 +25,7 @@ _COLUMNS = {
     "gold": "gold score",
     "reward": "reward model",
     "kl": "KL to the baseline, nats",
+    "log_ratio": "log-ratio to the baseline, nats (no KL: replies of a truncated distribution)",
     "tokens": "length, tokens",
     "finished": "finished",
     "repetition": "repeated 4-grams",

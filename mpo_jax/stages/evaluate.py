@@ -55,6 +55,7 @@ def run(job: Job) -> dict[str, Any]:
     base = jobs.base_weights(job, model)
     prompts = heldout_prompts(job, model, tokenizer)
     logps = logps_step(model, job.mesh, settings.temperature)
+    truncation = rollouts.sampling_config(job, settings, 1).truncation
     replied, baseline = {}, None
     for artifact in policies:
         kept = _kept(job, artifact.name, prompts, tokenizer)
@@ -68,8 +69,9 @@ def run(job: Job) -> dict[str, Any]:
     columns: dict[str, dict[str, np.ndarray]] = {name: _measured(each) for name, each in replied.items()}
     if baseline is not None:
         weights = base | jobs.load_weights(job, baseline, model, jobs.frozen_dtype(job))
+        key = "log_ratio" if truncation else "kl"
         for name, each in replied.items():
-            columns[name]["kl"] = each.logps - _rowwise(job, logps, weights, each.rows)
+            columns[name][key] = each.logps - _rowwise(job, logps, weights, each.rows)
     if "reward" in job.inputs:
         weights = base | jobs.load_weights(job, job.inputs["reward"], model, jobs.frozen_dtype(job))
         score = reward.scoring_step(model, 1, job.mesh)
@@ -82,6 +84,7 @@ def run(job: Job) -> dict[str, Any]:
     report = {
         "prompts": len(prompts),
         "baseline": settings.baseline,
+        "truncation": truncation,
         "policies": {
             name: {key: float(np.mean(values)) for key, values in columns[name].items()}
             | ({"kl_error": standard_error(columns[name]["kl"])} if "kl" in columns[name] else {})
@@ -180,11 +183,12 @@ def standard_error(values: np.ndarray) -> float:
 
 def table(report: Mapping[str, Any]) -> str:
     """The policies' means in columns, and the comparisons' sentences."""
-    keys = [key for key in ("gold", "reward", "kl", "tokens", "finished", "repetition", "distinct")
+    keys = [key for key in ("gold", "reward", "kl", "log_ratio", "tokens", "finished", "repetition", "distinct")
             if all(key in means for means in report["policies"].values())]  # fmt: skip
     wins = {(c["left"], c["by"]): c for c in report["comparisons"] if c["right"] == report["baseline"]}
     kinds = list(dict.fromkeys(c["by"] for c in report["comparisons"])) if report["baseline"] else []
-    heads = [f"KL to {report['baseline']}" if key == "kl" else key for key in keys]
+    named = {"kl": f"KL to {report['baseline']}", "log_ratio": f"log-ratio to {report['baseline']}"}
+    heads = [named.get(key, key) for key in keys]
     heads += [f"wins by {by.removeprefix('the ')}" for by in kinds]
     rows = []
     for name, means in report["policies"].items():
@@ -199,7 +203,10 @@ def table(report: Mapping[str, Any]) -> str:
         "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
         for cells in (list(zip(row, widths, strict=True)) for row in rows)
     ]
-    return "\n".join([*lines, *(c["sentence"] for c in report["comparisons"])])
+    told = []
+    if "log_ratio" in keys:
+        told = [f"no KL: replies were drawn with {report['truncation']}; the log-ratio's mean over them is none"]
+    return "\n".join([*lines, *told, *(c["sentence"] for c in report["comparisons"])])
 
 
 def repetition(ids: np.ndarray, n: int = _NGRAM) -> float:

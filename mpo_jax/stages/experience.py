@@ -21,7 +21,8 @@ from mpo_jax.types import Experience, PyTree, Rollout
 class Rules:
     """How rollouts become rewards and advantages; hashable, so that a jitted function may close over it.
 
-    temperature: that of sampling. algorithm: ppo | rloo. kl_term: k1 (inside the reward) | k2 (a term of the loss).
+    temperature: that of sampling. algorithm: ppo | rloo. whiten: whether advantages get mean 0 and variance 1; None:
+    those of ppo do, and RLOO's stay what its authors define. kl_term: k1 (inside the reward) | k2 (a term of the loss).
     mean, std: the reward model's, to normalise scores by; None: raw. score_clip: None: none.
     """
 
@@ -29,13 +30,17 @@ class Rules:
     algorithm: str = "ppo"
     gamma: float = 1.0
     lam: float = 0.95
-    whiten: bool = True
+    whiten: bool | None = None
     kl_term: str = "k1"
     missing_eos_penalty: float = 0.0
     mean: float | None = None
     std: float | None = None
     score_clip: float | None = None
     shared_critic: bool = False
+
+    @property
+    def whitens(self) -> bool:
+        return self.algorithm == "ppo" if self.whiten is None else self.whiten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +141,7 @@ def make(
     if "sft" in frozen:
         sft = reference_logps(model, frozen["base"] | frozen["sft"], rollout, rules.temperature)
         metrics["kl_sft"] = _mean(policy.kl_metrics(seen.logps, sft, mask)["kl"])
-    if rules.whiten:
+    if rules.whitens:
         advantages = returns.whiten(advantages, mask)
     experience = Experience(rollout, seen.logps, reference, values, advantages, targets, raw)
     return experience, metrics
