@@ -11,7 +11,7 @@ import ml_collections
 OPERATIONAL = (
     "mesh", "remat", "attention", "microbatch", "log_every", "save_every", "keep", "path",
     "cache", "wandb", "score_batch", "key_variable", "concurrency", "seconds", "attempts", "max_calls",
-    "max_tokens",
+    "max_tokens", "on_nonfinite",
 )  # fmt: skip
 """Keys that say how a run is computed, not what: they don't enter an artifact's hash, so a run goes on elsewhere."""
 
@@ -85,6 +85,7 @@ TRAINING = {
     "keep": 2,  # checkpoints
     "log_every": 1,  # steps
     "select": "last",  # last | best: which parameters the stage leaves
+    "on_nonfinite": "stop",  # stop | skip: what to do about a batch whose loss or gradient is not finite
     "wandb": False,  # also log to Weights & Biases, where installed
 }
 

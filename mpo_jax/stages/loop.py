@@ -26,6 +26,8 @@ from mpo_jax import optim, sharding
 from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.data.loader import Loader
 from mpo_jax.errors import InputError
+from mpo_jax.stages import nonfinite
+from mpo_jax.stages.nonfinite import NonFinite as NonFinite
 from mpo_jax.types import Batch, PyTree, TrainState
 
 PREEMPTED = 75
@@ -39,10 +41,6 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 Loss = Callable[[PyTree, PyTree, Batch, jax.Array], tuple[jax.Array, jax.Array, Metrics]]
 """(params, frozen, batch, key) -> (sum, weight, metrics)."""
-
-
-class NonFinite(RuntimeError):
-    """The loss or the gradient became NaN or infinite; the message names the step and the batch's ids."""
 
 
 Step = Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, Any]]]
@@ -106,11 +104,14 @@ def check(settings, mesh) -> None:
     make_optimizer(settings, settings.steps or 1)
     if settings.select not in SELECTIONS:
         raise InputError(f"select: {settings.select!r}; expected one of {', '.join(SELECTIONS)}")
+    if settings.on_nonfinite not in nonfinite.CHOICES:
+        raise InputError(f"on_nonfinite: {settings.on_nonfinite!r}; expected one of {', '.join(nonfinite.CHOICES)}")
 
 
 def supervised_step(loss: Loss, optimizer, settings, state: TrainState, mesh):
     """The jitted step of such a training. state: its `abstract_state`."""
-    return jit_step(train_step(loss, optimizer, _microbatches(settings, mesh)), state, mesh)
+    skip = settings.on_nonfinite == "skip"
+    return jit_step(train_step(loss, optimizer, _microbatches(settings, mesh), skip), state, mesh)
 
 
 def jit_step(step: Callable, state: TrainState, mesh):
@@ -143,11 +144,12 @@ def make_optimizer(settings, steps: int) -> tuple[optax.GradientTransformation, 
     ), rate
 
 
-def train_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches: int = 1):
+def train_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches: int = 1, skip: bool = False):
     """`(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Gradients of the loss's sum are added over microbatches and divided by the total weight once, so that accumulated
-    equals full batch under masks. metrics: f32 scalars; "grad_norm" is the norm before clipping.
+    equals full batch under masks. metrics: f32 scalars; "grad_norm" is the norm before clipping. skip: no update where
+    the loss or that norm is not finite.
     """
 
     def step(state: TrainState, frozen: PyTree, batch: Batch):
@@ -157,6 +159,9 @@ def train_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         out = means(sums) | {"loss": total / jnp.maximum(weight, 1e-8), "grad_norm": optax.tree.norm(grads)}
+        if skip:
+            ok = nonfinite.finite(out["loss"], out["grad_norm"])
+            params, opt_state = nonfinite.kept_where(ok, (params, opt_state), (state.params, state.opt_state))
         return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), out
 
     return step
@@ -267,8 +272,8 @@ def _release(params: PyTree, frozen: PyTree) -> None:
 def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[str, Any]]:
     """Trains to the end, from the last checkpoint in `folder` if there is one.
 
-    Returns the parameters and a summary: steps, final and best evaluation, padding efficiency, compiles after warm-up.
-    Exits with PREEMPTED after a SIGTERM, having saved. Raises NonFinite, with the last good checkpoint kept.
+    Returns the parameters and a summary: steps, those skipped, final and best evaluation, padding efficiency, compiles
+    after warm-up. Exits with PREEMPTED after a SIGTERM, having saved. Raises NonFinite; such a step is never saved.
     """
     settings, loader = training.settings, training.loader
     steps = total_steps(settings, loader)
@@ -285,6 +290,7 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
     save_every = settings.save_every or max(1, steps // 10)
     stop = _StopNotice()
     compiles = {"first": 0, "late": 0}
+    watch = nonfinite.Watch(loader, settings.on_nonfinite == "skip", progress.get("skipped", 0))
     # Whatever ends the loop, saves that have begun are waited for.
     with (
         checkpoints,
@@ -300,6 +306,7 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
             compiles["late" if bucket in seen else "first"] += metrics_log.compiles() - before
             seen.add(bucket)
             done = step + 1
+            watch.look(done, out)
             checkpoints.check()
             if done % settings.log_every == 0 or done == steps:
                 now = time.perf_counter()
@@ -311,11 +318,12 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
                     "seconds": (now - last_time) / (done - last_done),
                 }
                 log.write(done, out)
-                _check_finite(log.last, loader)
+                watch.check(checkpoints.latest_step(), behind=True)
                 if training.watch is not None and log.last is not None:
                     training.watch(*log.last)
                 last_time, last_done = now, done
             if training.evaluate is not None and (done % eval_every == 0 or done == steps):
+                watch.check(checkpoints.latest_step())
                 found = training.evaluate(state.params, training.frozen, done)
                 log.write_now(done, {f"eval/{name}": value for name, value in found.items()})
                 progress["evaluation"] = found
@@ -325,7 +333,8 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
             stopping = stop.at_this_step()
             if done % save_every == 0 or done == steps or stopping:
                 log.flush()
-                _check_finite(log.last, loader)
+                watch.check(checkpoints.latest_step())
+                progress["skipped"] = watch.skipped
                 checkpoints.save(done, state, progress)
             if stopping and done < steps:
                 _say(f"stopped at step {done} of {steps}; run the same command again to continue")
@@ -335,6 +344,7 @@ def train(training: Training, folder: epath.Path, mesh) -> tuple[PyTree, dict[st
         params = _best_params(folder, progress["best_step"], params)
     summary = {
         "steps": steps,
+        "skipped": progress.get("skipped", 0),
         "evaluation": progress["evaluation"],
         "best": progress["best"],
         "best_step": progress["best_step"],
@@ -372,17 +382,6 @@ def _better(found: dict[str, float], best: dict[str, float] | None, name: str) -
     sign, name = (-1, name[1:]) if name.startswith("-") else (1, name)
     value = sign * found[name]
     return math.isfinite(value) and (best is None or value < sign * best[name])
-
-
-def _check_finite(last: tuple[int, dict[str, float]] | None, loader: Loader) -> None:
-    if last is None:
-        return
-    step, values = last
-    bad = [name for name in ("score", "loss", "grad_norm") if name in values and not math.isfinite(values[name])]
-    if bad:
-        _, rows = loader.rows(step - 1)
-        ids = loader.encoded.id[rows[rows >= 0]].tolist()
-        raise NonFinite(f"step {step}: {bad[0]} is {values[bad[0]]}; batch ids {ids}; the last good checkpoint is kept")
 
 
 _asked = itertools.count()

@@ -25,7 +25,7 @@ SCORES = np.array([0.0, 0.3, 0.7, -0.2], np.float32)
 BETA, ROWS = 0.5, 128
 SETTINGS = SimpleNamespace(
     batch_size=ROWS, minibatches=1, microbatch=0, inner_epochs=2, clip=0.2, value_clip=0.0, entropy=0.0,
-    critic_warmup=0, target_kl=0.0, kl_target=0.0, kl_gain=0.0,
+    critic_warmup=0, target_kl=0.0, kl_target=0.0, kl_gain=0.0, on_nonfinite="stop",
 )  # fmt: skip
 
 
