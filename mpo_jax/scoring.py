@@ -16,6 +16,7 @@ from mpo_jax.models import decoder, flash
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import masks
 from mpo_jax.ops.product import over_rows, product
+from mpo_jax.ops.rounding import rounded
 from mpo_jax.sharding import BATCH_AXES, axis_size
 from mpo_jax.types import Batch, PyTree, record
 
@@ -186,7 +187,7 @@ def _chunked(head: _Head, matrix: jax.Array, hidden: jax.Array, targets: jax.Arr
 
 
 def _chunked_forward(head, matrix, hidden, targets):
-    narrow = matrix.astype(head.config.operand_dtype)
+    narrow = rounded(matrix, head.config.operand_dtype)
     first_id = head.first_id(matrix.shape[0])
 
     def one(hidden, targets):

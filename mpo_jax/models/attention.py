@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from mpo_jax.models import flash
 from mpo_jax.models.config import NO_WINDOW, ModelConfig
 from mpo_jax.ops import masks
+from mpo_jax.ops.rounding import rounded
 from mpo_jax.types import record
 
 _F32 = jnp.float32
@@ -129,8 +130,8 @@ def _attend_forward(scale, softcap, q, k, v, mask):
         top = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(v.dtype), v[:, :, :end], preferred_element_type=_F32)
-        outs.append((out / total).astype(q.dtype))
+        out = jnp.einsum("bkgts,bksd->bkgtd", rounded(weights, v.dtype), v[:, :, :end], preferred_element_type=_F32)
+        outs.append(rounded(out / total, q.dtype))
         normalisers.append(top + jnp.log(total))
     out = jnp.concatenate(outs, axis=3)
     return out, (q, k, v, mask, out, jnp.concatenate(normalisers, axis=3)[..., 0])

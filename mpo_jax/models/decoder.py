@@ -22,6 +22,7 @@ from mpo_jax.models.attention import LayerCache, RowContext, StepContext
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import rope
 from mpo_jax.ops.product import product, products
+from mpo_jax.ops.rounding import in_float32, rounded
 from mpo_jax.sharding import constrain, map_weights
 from mpo_jax.types import PyTree, record
 
@@ -246,11 +247,11 @@ class _Decoder(nn.Module):
     def embed(self, tokens, positions):
         config = self.config
         table = constrain(self.embed_table(), "vocab", None)  # gathered over fsdp like every other weight
-        x = table[tokens].astype(config.activation_dtype)
+        x = rounded(table[tokens], config.activation_dtype)
         if config.embed_scale is not None:
-            x *= jnp.asarray(config.embed_scale, x.dtype)
+            x = in_float32(jnp.multiply, x, jnp.asarray(config.embed_scale, x.dtype))
         if config.learned_positions:
-            x += self.position_table()[positions].astype(config.activation_dtype)
+            x = in_float32(jnp.add, x, rounded(self.position_table()[positions], config.activation_dtype))
         return constrain(x, "batch", None, None)
 
     def finish(self, x):
@@ -285,11 +286,13 @@ class _Block(nn.Module):
         attended, kept = _Attention(config, self.keep_kv, name="attn")(norm(name="attn_norm")(x), kind, context, cache)
         if config.post_norms:
             attended = norm(name="post_attn_norm")(attended)
-        branch_input = x if config.parallel_residual else x + attended
+        branch_input = x if config.parallel_residual else in_float32(jnp.add, x, attended)
         out = _Mlp(config, name="mlp")(norm(name="mlp_norm")(branch_input))
         if config.post_norms:
             out = norm(name="post_mlp_norm")(out)
-        out = x + attended + out if config.parallel_residual else branch_input + out
+        if config.parallel_residual:
+            branch_input = in_float32(jnp.add, x, attended)
+        out = in_float32(jnp.add, branch_input, out)
         return constrain(out, "batch", None, None), kept
 
 
@@ -329,8 +332,8 @@ class _Mlp(nn.Module):
         projection = functools.partial(_Projection, config, biased=config.mlp_bias)
         names = ("up", "gate") if config.gated_mlp else ("up",)
         hidden, *gate = _project(x, *(projection((config.width,), (config.mlp_width,), name=name) for name in names))
-        activation = _ACTIVATIONS[config.activation]
-        hidden = hidden * activation(gate[0]) if gate else activation(hidden)
+        activation = functools.partial(in_float32, _ACTIVATIONS[config.activation])
+        hidden = in_float32(jnp.multiply, hidden, activation(gate[0])) if gate else activation(hidden)
         hidden = constrain(hidden, "batch", None, "mlp")
         return projection((config.mlp_width,), (config.width,), name="down")(hidden)
 
@@ -365,11 +368,12 @@ class _Projection(nn.Module):
             rank = b.shape[0]
             times = functools.partial(product, dtype=config.operand_dtype)
             adapted = times(times(flat, a.reshape(-1, rank)), b.reshape(rank, -1))
-            out += adapted * jnp.asarray(config.lora.scale, out.dtype)
+            scaled = in_float32(jnp.multiply, adapted, jnp.asarray(config.lora.scale, out.dtype))
+            out = in_float32(jnp.add, out, scaled)
         out = out.reshape(flat.shape[:-1] + self.outputs)
         if self.biased:
-            bias = self.bias.astype(out.dtype)
-            out += bias.reshape((1,) * (flat.ndim - 1) + self.outputs)
+            bias = rounded(self.bias, out.dtype).reshape((1,) * (flat.ndim - 1) + self.outputs)
+            out = in_float32(jnp.add, out, bias)
         return out
 
 
@@ -400,4 +404,4 @@ class _Norm(nn.Module):
         wide *= scale + 1 if plus_one else scale
         if config.norm == "layer":
             wide += self.param("bias", nn.initializers.zeros_init(), (self.width,)).astype(jnp.float32).reshape(last)
-        return wide.astype(config.activation_dtype)
+        return rounded(wide, config.activation_dtype)

@@ -86,3 +86,14 @@ def test_a_sampler_reads_norms_as_the_scorer_does(random_model):
     cast = decoder.cast_weights(config, weights)
     assert cast["params"]["final_norm"]["scale"].dtype == jnp.float32
     assert cast["params"]["layers"]["attn"]["q"]["kernel"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("name", "rank"), [("qwen3", 3), ("gpt2", 0)])
+def test_log_probs_in_bfloat16_do_not_rest_on_which_casts_the_compiler_keeps(random_model, name, rank):
+    config, weights = trained(random_model, name, "bfloat16", rank)
+    found = []
+    for excess in (True, False):
+        options = {"xla_allow_excess_precision": excess}
+        run = jax.jit(lambda w, rows: scoring.response_logps(config, w, rows).logps, compiler_options=options)
+        found.append(np.asarray(run(weights, batch())))
+    np.testing.assert_array_equal(*found)
