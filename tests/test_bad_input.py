@@ -52,9 +52,13 @@ def cases(folder, shared) -> dict[str, tuple[list[str], list[str]]]:
             [data("bad.jsonl", b"".join([*lines[:1016], b'{"chosen": \n', *lines[1017:]])), every],
             ["bad.jsonl, line 1017", "invalid JSON"],
         ),
-        "missing column": (
-            [data("column.jsonl", lines[0] + b'{"chosen": "a"}\n')],
-            ["column.jsonl, line 2", "missing column 'rejected'"],
+        "no column has both": (
+            [data("column.jsonl", b'{"chosen": "a", "preferred": "b"}\n')],
+            ["column.jsonl, line 1", "unrecognised columns chosen, preferred", "data.columns"],
+        ),
+        "reply of the wrong kind": (
+            [data("kind.jsonl", lines[0] + b'{"chosen": 5, "rejected": "b"}\n')],
+            ["kind.jsonl, line 2", "'chosen' is 5, expected text"],
         ),
         "choice 2": ([data("choice.jsonl", json.dumps(choice).encode())], ["choice.jsonl, line 1", "'choice'", "2"]),
         "empty data": ([data("empty.jsonl", b"")], ["empty.jsonl", "is empty"]),
