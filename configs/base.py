@@ -8,6 +8,8 @@ import difflib
 
 import ml_collections
 
+from mpo_jax.data.reading import ROLES
+
 OPERATIONAL = (
     "mesh", "remat", "attention", "microbatch", "log_every", "save_every", "keep", "path",
     "cache", "wandb", "score_batch", "key_variable", "concurrency", "seconds", "attempts", "max_calls",
@@ -49,6 +51,12 @@ def get_config() -> ml_collections.ConfigDict:
             "eval_split": "",  # a split of its own for evaluation; empty: the eval share of `split`
             "shares": {"sft_reward": 0.45, "policy": 0.45, "eval": 0.1},  # of prompts, by hash; ours
             "limit": 0,  # records read; 0: all
+            "columns": dict.fromkeys(ROLES, ""),  # role → the file's name for it; empty: the role's own
+            "ignore": (),  # columns that look as if they meant something, and are to be left unread
+            "template": "auto",  # auto: conversations by the chat template | plain: HH's form | chat: all prompts
+            "template_kwargs": {},  # the template's own settings
+            "system": "turn",  # turn | user: a system text begins the first user's turn (templates without system)
+            "common_prompt": False,  # pairs without a prompt column: what both replies begin with is the prompt
             "max_length": 512,  # tokens of a row: prompt and all replies
             "max_response": 128,  # tokens of one reply, its EOS included
             "max_prompt": 0,  # tokens of a prompt, its latest kept; 0: what the replies leave

@@ -1,7 +1,7 @@
 """The text of a file of lines enters; its lines leave, split at line feeds alone.
 
-`str.splitlines` also splits at U+2028, U+2029, U+0085 and others, which JSON may hold unescaped within a string: a reply
-with one of them would break the record around it.
+`str.splitlines` also splits at U+2028, U+2029, U+0085 and others, which JSON may hold unescaped within a string: a
+reply with one of them would break the record around it.
 """
 
 

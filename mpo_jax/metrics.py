@@ -19,6 +19,7 @@ from etils import epath
 from tqdm import tqdm
 
 from mpo_jax.errors import InputError
+from mpo_jax.lines import split_lines
 
 FILE = "metrics.jsonl"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -193,7 +194,7 @@ def put(folder: epath.PathLike, name: str, step: int, row: Mapping[str, Any]) ->
 
 
 def _lines_to(path: epath.Path, step: int) -> list[str]:
-    return [line for line in path.read_text().splitlines() if (row := _parse(line)) and row["step"] <= step]
+    return [line for line in split_lines(path.read_text()) if (row := _parse(line)) and row["step"] <= step]
 
 
 def _replace(path: epath.Path, lines: list[str]) -> None:
@@ -205,7 +206,7 @@ def _replace(path: epath.Path, lines: list[str]) -> None:
 def read(folder: epath.PathLike) -> list[dict[str, float]]:
     """All complete lines of a stage's metrics, in order; none where there is no file."""
     path = epath.Path(folder) / FILE
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = split_lines(path.read_text()) if path.exists() else []
     return [row for line in lines if (row := _parse(line)) is not None]
 
 

@@ -6,16 +6,16 @@
 
 import dataclasses
 import sys
-from collections.abc import Mapping
 
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from mpo_jax.data.division import SHARES, share
 from mpo_jax.data.encode import Encoded, Limits, encode
+from mpo_jax.data.reading import Reading
+from mpo_jax.data.records import TextRecord
 from mpo_jax.data.rows import tight_rows
-from mpo_jax.data.schemas import TextRecord
+from mpo_jax.data.shares import Division, share_of
 from mpo_jax.data.sources import load
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
@@ -23,9 +23,10 @@ from mpo_jax.errors import InputError
 _MULTIPLE = 8
 
 
-def describe(record: TextRecord, encoded: Encoded, tokenizer, shares: Mapping[str, float] = SHARES) -> str:
+def describe(record: TextRecord, encoded: Encoded, tokenizer, share: str) -> str:
     """The text of a record, and its row token by token: column, position, segment, mask, id, token, marks."""
-    lines = [f"record {record.id} of split {record.split}, share {share(record.prompt, shares)}"]
+    taken = f"share {share}" if share else "in no share: its prompt is held out"
+    lines = [f"record {record.id} of split {record.split}, {taken}"]
     lines += [f"prompt_id {encoded.prompt_id[0]}, confidence {record.confidence}, margin {record.margin}"]
     for name in ("prompt", "chosen", "rejected"):
         text = getattr(record, name)
@@ -45,6 +46,8 @@ def describe(record: TextRecord, encoded: Encoded, tokenizer, shares: Mapping[st
             mark = "  <- BOS"
         elif segment and token == known.eos_id:
             mark = "  <- EOS"
+        elif segment and token == known.turn_end_id:
+            mark = "  <- end of turn"
         elif not segment:
             mark = "  <- padding"
         text = repr(tokenizer.convert_ids_to_tokens(token))
@@ -53,40 +56,45 @@ def describe(record: TextRecord, encoded: Encoded, tokenizer, shares: Mapping[st
     return "\n".join(lines)
 
 
-def settings() -> tuple[str, str, Limits, Mapping[str, float]]:
-    """Data path, tokenizer folder, limits and shares, from the flags and, beneath them, the config."""
+def settings() -> tuple[Division, str, Limits]:
+    """Data and how they are divided, tokenizer folder and limits, from the flags and, beneath them, the config."""
     path, folder = _DATA_PATH.value, _TOKENIZER.value
-    limits, shares = Limits(512, 192), SHARES
+    limits, division = Limits(512, 192), Division(path or "")
     if _CONFIG.value is not None:
         data = _CONFIG.value.data
         path, folder = path or data.path, folder or _CONFIG.value.model.path
         limits = Limits(data.max_length, data.max_response, data.max_prompt or None, data.too_long)
-        shares = {name: float(part) for name, part in data.shares.items()}
+        fractions = {name: float(part) for name, part in data.shares.items()}
+        division = Division(path, data.split, data.eval_split, fractions, reading=Reading.of(data.to_dict()))
     if not path or not folder:
         raise InputError("no data path or tokenizer: give --config, or --data_path and --tokenizer")
     if _MAX_LENGTH.value is not None:
         limits = dataclasses.replace(limits, max_length=_MAX_LENGTH.value)
     if _MAX_RESPONSE.value is not None:
         limits = dataclasses.replace(limits, max_response=_MAX_RESPONSE.value)
-    return path, folder, limits, shares
+    return division, folder, limits
 
 
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     try:
-        path, folder, limits, shares = settings()
+        division, folder, limits = settings()
         tokenizer = load_tokenizer(folder)
-        records, report = load(path, _SPLIT.value, tokenizer)
+        records, account = load(division.path, _SPLIT.value, tokenizer, reading=division.reading)
         if not 0 <= _INDEX.value < len(records):
-            raise InputError(f"--index={_INDEX.value}: expected 0 to {len(records) - 1}; {report.line()}")
+            raise InputError(f"--index={_INDEX.value}: expected 0 to {len(records) - 1}; {account.line()}")
         record = records[_INDEX.value]
         replies = (record.chosen is not None) + (record.rejected is not None)
         encoded = encode([record], tokenizer, replies, limits)
+        heldout = []
+        if division.eval_split:
+            heldout, _ = load(division.path, division.eval_split, tokenizer, reading=division.reading)
+        share = share_of(record, division, {other.first_turn for other in heldout})
     except InputError as error:
         sys.exit(f"error: {error}")
-    print(report.line())
-    print(describe(record, encoded, tokenizer, shares))
+    print(account.text())
+    print(describe(record, encoded, tokenizer, share))
 
 
 if __name__ == "__main__":

@@ -106,7 +106,8 @@ def told(tmp_path_factory, shared) -> dict[str, tuple[dict, list[str]]]:
 
 
 NAMES = (
-    "truncated gzip", "invalid JSON", "missing column", "choice 2", "empty data", "no data", "unknown split", "shares",
+    "truncated gzip", "invalid JSON", "no column has both", "reply of the wrong kind", "choice 2", "empty data",
+    "no data", "unknown split", "shares",
     "empty share", "long rows", "wrong vocabulary", "pickled weights", "unsupported model", "no config", "mistyped key",
     "unknown key", "unknown stage", "stage without input", "microbatch", "mesh", "schedule", "attention",
 )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mpo_jax"
 LAYERS = [
-    {"errors", "types"},
+    {"errors", "lines", "types"},
     {"ops"},
     {"sharding", "allocator", "processes"},
     {"optim", "metrics"},

@@ -1,7 +1,7 @@
 """Conversations as data sets write them enter: message lists, HH's dialogues, pairs of past turns; turns leave.
 
-The names that sources have for the speakers are known here, and so is HH's form, `\\n\\nHuman: …\\n\\nAssistant: …`, which
-is also how a conversation is shown to a model that has no chat template.
+The names that sources have for the speakers are known here, and so is HH's form, `\\n\\nHuman: …\\n\\nAssistant: …`,
+which is also how a conversation is shown to a model that has no chat template.
 """
 
 import json
@@ -65,7 +65,9 @@ def _text(row: Row, key: str, value: Mapping[str, Any]) -> str | None:
     if name is None:
         if value.get("tool_calls"):
             return None
-        raise InputError(f"{row.where}: key {key!r}: a message without 'content' or 'value'; its keys: {', '.join(value)}")
+        raise InputError(
+            f"{row.where}: key {key!r}: a message without 'content' or 'value'; its keys: {', '.join(value)}"
+        )
     text = value[name]
     if isinstance(text, bytes):
         return text.decode("utf-8")
@@ -96,8 +98,12 @@ def history(row: Row, key: str) -> tuple[Turn, ...]:
         return ()
     if is_list(value) and all(isinstance(pair, Mapping) for pair in value):
         return messages(row, key)
-    if not is_list(value) or any(not is_list(p) or len(p) != 2 or not all(isinstance(t, str) for t in p) for p in value):
-        raise InputError(f"{row.where}: key {key!r}: expected a list of [user, assistant] texts, found {kind_of(value)}")
+    if not is_list(value) or any(
+        not is_list(p) or len(p) != 2 or not all(isinstance(t, str) for t in p) for p in value
+    ):
+        raise InputError(
+            f"{row.where}: key {key!r}: expected a list of [user, assistant] texts, found {kind_of(value)}"
+        )
     return tuple(Turn(role, text) for pair in value for role, text in zip(("user", "assistant"), pair, strict=True))
 
 

@@ -6,29 +6,34 @@ A column that is not read and whose name tells that it should be is an error, si
 import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from mpo_jax.data.reading import ROLES, Reading
 from mpo_jax.data.row import Row, is_empty, is_list
 from mpo_jax.errors import InputError
 
-_MEANINGFUL = set(
-    "chosen rejected response responses completion completions answer answers reply replies output outputs generation "
-    "generations candidate candidates summary summaries winner loser target targets ref label labels preference preferences "
-    "preferred better best worse worst safer safe choice rank ranks ranking rating ratings score scores reward rewards margin "
-    "helpfulness harmlessness correctness coherence complexity verbosity honesty truthfulness toxicity quality vote votes "
-    "upvotes thumbs feedback critique system persona tool tools function functions history context messages conversation "
-    "conversations dialogue dialog prompt question instruction input query demonstration confidence judgment verdict".split()
-)
-_ABOUT = set(
-    "id ids model models source sources policy name names hash sha256 sha1 md5 length len tokens token type category url lang "
-    "language date time timestamp version count num number idx index origin provider author annotator license".split()
-)
+_MEANINGFUL = {
+    "chosen", "rejected", "response", "responses", "completion", "completions", "answer", "answers", "reply",
+    "replies", "output", "outputs", "generation", "generations", "candidate", "candidates", "summary", "summaries",
+    "winner", "loser", "target", "targets", "ref", "label", "labels", "preference", "preferences", "preferred",
+    "better", "best", "worse", "worst", "safer", "safe", "choice", "rank", "ranks", "ranking", "rating", "ratings",
+    "score", "scores", "reward", "rewards", "margin", "helpfulness", "harmlessness", "correctness", "coherence",
+    "complexity", "verbosity", "honesty", "truthfulness", "toxicity", "quality", "vote", "votes", "upvotes",
+    "thumbs", "feedback", "critique", "system", "persona", "tool", "tools", "function", "functions", "history",
+    "context", "messages", "conversation", "conversations", "dialogue", "dialog", "prompt", "question",
+    "instruction", "input", "query", "demonstration", "confidence", "judgment", "verdict",
+}  # fmt: skip
+_ABOUT = {
+    "id", "ids", "model", "models", "source", "sources", "policy", "name", "names", "hash", "sha256", "sha1", "md5",
+    "length", "len", "tokens", "token", "type", "category", "url", "lang", "language", "date", "time", "timestamp",
+    "version", "count", "num", "number", "idx", "index", "origin", "provider", "author", "annotator", "license",
+}  # fmt: skip
 _COUNTS = {"num", "n", "len", "number", "count"}
 
 
 def words(name: str) -> list[str]:
     """The words of a column's name, in lower case: `chosen-avgRating` has three."""
-    return re.findall(r"[a-z]+|\d+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower().replace("sha256", "sha256 "))
+    return re.findall(r"[a-z]+|\d+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
 
 
 def is_meaningful(name: str) -> bool:
@@ -134,7 +139,7 @@ def check_unread(
         names = ", ".join(map(repr, suspicious))
         raise InputError(
             f"{found.first.get(suspicious[0], place)}: column{'s' * (len(suspicious) > 1)} {names} would not be read "
-            f"(read: {', '.join(uses) or 'none'}); say what each is, data.columns={{'ROLE': {suspicious[0]!r}}} with a role "
+            f"(read: {', '.join(uses) or 'none'}); say what each is, data.columns.ROLE={suspicious[0]!r} with a role "
             f"of {', '.join(ROLES)}, or leave it out, data.ignore={tuple(suspicious)!r}"
         )
     return said
@@ -144,10 +149,11 @@ def _same(rows: Sequence[Row], name: str, used: str, uses: Mapping[str, str]) ->
     """Whether a column only repeats another one, or `messages` prompt and reply together."""
 
     def repeats(row: Row) -> bool:
-        value, other = row.values.get(name), row.values.get(used)
+        value: Any = row.values.get(name)
+        other: Any = row.values.get(used)
         if is_empty(value) or value == other:
             return True
-        head = row.values.get("prompt")
+        head: Any = row.values.get("prompt")
         return is_list(value) and is_list(other) and is_list(head) and list(value) == [*head, *other]
 
     return all(repeats(row) for row in rows)

@@ -1,7 +1,7 @@
 """Prompts enter; the share of the data each belongs to and its stable integer id leave.
 
-Both depend on what the prompt says alone, so a prompt never stands in two shares and keeps its id in every stage. Shares
-go by a conversation's first turn: a prefix of it and its continuation lie in the same one. Ids go by all of it.
+Both depend on what the prompt says alone, so a prompt never stands in two shares and keeps its id in every stage.
+Shares go by a conversation's first turn: a prefix of it and its continuation lie in the same one. Ids go by all of it.
 """
 
 import hashlib
@@ -45,8 +45,8 @@ def select(records: Iterable[TextRecord], name: str, fractions: Mapping[str, flo
         parts = ", ".join(f"{key} {part:g}" for key, part in fractions.items())
         raise InputError(
             f"share {name!r} holds no record: the data has {len(firsts)} distinct prompt{'s' * (len(firsts) != 1)} "
-            f"(conversations count by their first turn) in {len(records)} record{'s' * (len(records) != 1)}, divided into "
-            f"{parts}; bring more prompts, give {name!r} a larger part of data.shares, or name held-out data with "
+            f"(conversations count by their first turn) in {len(records)} record{'s' * (len(records) != 1)}, divided "
+            f"into {parts}; bring more prompts, give {name!r} a larger part of data.shares, or name held-out data with "
             "data.eval_split"
         )
     return [record for record in records if record.first_turn in inside]

@@ -87,9 +87,8 @@ def encode(
     a chat template wrote. Rows without a reply that is needed are left out and counted. `Account.encoded` tells the
     counts with those of reading.
 
-    Raises InputError for limits that leave no room for a prompt, where no record has a reply that is needed, and when no
-    row is left.
-    """
+    Raises InputError for limits that leave no room for a prompt, where no record has a reply that is needed, and when
+    no row is left."""
     _check(limits, replies)
     key = cache_key(records, tokenizer, replies, limits)
     folder = None if cache is None else Path(cache) / key
@@ -174,8 +173,8 @@ def _with_replies(records: Sequence[TextRecord], replies: int, counts) -> Sequen
             first = records[0]
             form = f" ({first.form})" if first.form else ""
             raise InputError(
-                f"record {first.id} of split {first.split!r}{form} has no {name!r} reply, nor has any other; it is needed "
-                f"here: expected {'pairs of replies' if name == 'rejected' else 'prompts with replies'}"
+                f"record {first.id} of split {first.split!r}{form} has no {name!r} reply, nor has any other; it is "
+                f"needed here: expected {'pairs of replies' if name == 'rejected' else 'prompts with replies'}"
             )
         if len(having) < len(records):
             counts[f"dropped: no {name!r} reply"] += len(records) - len(having)

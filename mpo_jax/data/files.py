@@ -1,7 +1,7 @@
 """A file of JSON lines, a JSON array or Parquet enters; its raw rows leave, with their places.
 
-What a file is decides its content, not its name alone: a byte order mark, gzip without its suffix and an array or a wrapper
-object around the rows are read; a Git LFS pointer, UTF-16, a pipe and the like are errors that name the cause.
+What a file is decides its content, not its name alone: a byte order mark, gzip without its suffix and an array or a
+wrapper object around the rows are read; a Git LFS pointer, UTF-16, a pipe and the like are errors that name the cause.
 """
 
 import gzip
@@ -25,7 +25,10 @@ METADATA = (
 _BOM = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
 _HEADS = (
-    (b"version https://git-lfs.github.com/spec", "a Git LFS pointer, not the data itself; fetch it with `git lfs pull`"),
+    (
+        b"version https://git-lfs.github.com/spec",
+        "a Git LFS pointer, not the data; fetch that with `git lfs pull`",
+    ),
     (b"\xff\xfe", "UTF-16; expected UTF-8 (`iconv -f UTF-16 -t UTF-8`)"),
     (b"\xfe\xff", "UTF-16; expected UTF-8 (`iconv -f UTF-16 -t UTF-8`)"),
     (b"PK\x03\x04", "a zip archive; unpack it"),
@@ -182,17 +185,15 @@ def _array(rows: list[Any], name: str) -> Iterator[Row]:
 def _wrapped(value: dict[str, Any], name: str) -> list[Any] | None:
     """The rows within an object that only holds them beside a few words about them; None where it is a row itself."""
     lists = {
-        key: inner for key, inner in value.items() if is_list(inner) and inner and all(isinstance(v, dict) for v in inner)
+        key: inner
+        for key, inner in value.items()
+        if is_list(inner) and inner and all(isinstance(v, dict) for v in inner)
     }
     if "data" in lists or (len(lists) == 1 and set(lists) <= {"rows", "examples", "records", "instances", "train"}):
         key = "data" if "data" in lists else next(iter(lists))
-        others = [other for other in value if other != key and not isinstance(value[other], str | int | float | None)]
-        if others:
-            raise InputError(
-                f"{name}: an object with rows under {key!r} and more under {', '.join(map(repr, others))}; expected the "
-                "rows alone, one file for each set"
-            )
-        return lists[key]
+        return _alone(lists, key, name)
+    if len(lists) > 1 and set(lists) <= _SETS:
+        _alone(lists, next(iter(lists)), name)
     columns = [inner for inner in value.values() if is_list(inner) or isinstance(inner, dict)]
     if len(value) > 1 and len(columns) == len(value) and not lists and all(_is_column(inner) for inner in columns):
         raise InputError(
@@ -202,10 +203,25 @@ def _wrapped(value: dict[str, Any], name: str) -> list[Any] | None:
     return None
 
 
+_SETS = {"train", "training", "validation", "valid", "dev", "val", "test", "eval", "rows", "data"}
+
+
+def _alone(lists: dict[str, list[Any]], key: str, name: str) -> list[Any]:
+    """The rows under a key; InputError where there are others beside them."""
+    others = ", ".join(repr(other) for other in lists if other != key)
+    if others:
+        raise InputError(
+            f"{name}: an object with rows under {key!r} and more under {others}; expected one file for each set"
+        )
+    return lists[key]
+
+
 def _is_column(inner) -> bool:
     values = list(inner.values()) if isinstance(inner, dict) else list(inner)
-    return len(values) > 1 and not any(isinstance(value, dict) for value in values) and (
-        not isinstance(inner, dict) or list(inner) == [str(number) for number in range(len(inner))]
+    return (
+        len(values) > 1
+        and not any(isinstance(value, dict) for value in values)
+        and (not isinstance(inner, dict) or list(inner) == [str(number) for number in range(len(inner))])
     )
 
 

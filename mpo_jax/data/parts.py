@@ -105,7 +105,7 @@ def _split_names(names: list[str]) -> dict[str, str | None]:
 
 
 def _own_split(name: str) -> str | None:
-    """Of a single file, which is named on purpose: the split that its whole name is (`test.jsonl.gz`), no word in it."""
+    """Of a single file, which is named on purpose: the split that its whole name is (`test.jsonl.gz`)."""
     stem = next(name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix))
     words = "|".join(word for known in SPLITS.values() for word in known)
     found = re.fullmatch(rf"({words})([-_.]?\d+)?", stem)

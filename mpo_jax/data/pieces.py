@@ -1,7 +1,7 @@
 """Texts of prompts and replies enter; their token ids leave, each piece for itself.
 
-A prompt and its replies are encoded apart, so no token ever stands across their boundary. Control tokens spelled out in a
-text are text; those that a chat template wrote are tokens.
+A prompt and its replies are encoded apart, so no token ever stands across their boundary. Control tokens spelled out in
+a text are text; those that a chat template wrote are tokens.
 """
 
 import re
@@ -42,7 +42,9 @@ def encode_replies(
     tokenizer writes one in front of every text."""
     end = known.reply_end(templated)
     result = []
-    for ids in _behind_header(texts, tokenizer, known, marked) if templated else _alone(texts, tokenizer, known, marked):
+    for ids in (
+        _behind_header(texts, tokenizer, known, marked) if templated else _alone(texts, tokenizer, known, marked)
+    ):
         while ids and ids[-1] in (known.eos_id, end):
             ids.pop()
         result.append([*ids, end])
@@ -123,9 +125,9 @@ def shorten(record: TextRecord, tokenizer, known: Conventions, room: int) -> tup
             return ids, "prompts cut at a turn"
     head, last, build = _last_turn(record, tokenizer)
     for starts in (_starts(last, r"(?<=[.!?\n])\s+"), _starts(last, r"\s+")):
-        ids = _first_that_fits(starts, lambda start: encode(*build(head, last[start:]))[0], room)
-        if ids is not None:
-            return ids, "prompts cut within a turn"
+        fitting = _first_that_fits(starts, lambda start: encode(*build(head, last[start:]))[0], room)
+        if fitting is not None:
+            return fitting, "prompts cut within a turn"
     return None
 
 

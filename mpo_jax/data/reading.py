@@ -33,12 +33,12 @@ ROLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """columns: role (`ROLES`) → the file's name for it, where the file has another. ignore: columns that look as if they
-    meant something and are to be left unread. template: "auto" shows conversations by the tokenizer's chat template,
-    where it has one, and prompts that are plain text as they are; "plain" shows all in HH's form; "chat" makes plain
-    prompts a user's turn too. template_kwargs: the template's own settings. system: "turn", or "user" for templates that
-    take no system turn: its text then begins the first user's. common_prompt: where pairs have no prompt column, the
-    beginning that both replies have in common is the prompt.
+    """columns: role (`ROLES`) → the file's name for it, where the file has another. ignore: columns that look as if
+    they meant something and are to be left unread. template: "auto" shows conversations by the tokenizer's chat
+    template, where it has one, and prompts that are plain text as they are; "plain" shows all in HH's form; "chat"
+    makes plain prompts a user's turn too. template_kwargs: the template's own settings. system: "turn", or "user" for
+    templates that take no system turn: its text then begins the first user's. common_prompt: where pairs have no prompt
+    column, the beginning that both replies have in common is the prompt.
 
     InputError for a value outside these."""
 
@@ -60,7 +60,17 @@ class Reading:
                 raise InputError(f"data.{key}: {value!r}; expected one of {', '.join(known)}")
         taken = _template_arguments() & set(self.template_kwargs)
         if taken:
-            raise InputError(f"data.template_kwargs: {', '.join(sorted(taken))} cannot be set here; they are not a template's own")
+            raise InputError(
+                f"data.template_kwargs: {', '.join(sorted(taken))} cannot be set here; they are not a template's own"
+            )
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "Reading":
+        """From the settings under `config.data`, where an empty name for a role means the role's own."""
+        names = {field.name for field in dataclasses.fields(cls)} & set(data)
+        given: dict[str, Any] = {name: data[name] for name in names}
+        columns = {role: name for role, name in dict(given.get("columns") or {}).items() if name}
+        return cls(**(given | {"columns": columns, "ignore": tuple(given.get("ignore") or ())}))
 
 
 def _template_arguments() -> set[str]:

@@ -1,4 +1,4 @@
-"""A raw row of a file or table, with checked access: what is asked of it is there and of its kind, or it says where not."""
+"""A raw row of a file or table, with checked access: what is asked of it is there and of its kind, or it says where."""
 
 import dataclasses
 import math
@@ -26,7 +26,9 @@ class Row:
             if value is None and optional:
                 return None
             if not isinstance(value, Mapping):
-                raise InputError(f"{self.where}: key {key!r}: expected an object around {part!r}, found {kind_of(value)}")
+                raise InputError(
+                    f"{self.where}: key {key!r}: expected an object around {part!r}, found {kind_of(value)}"
+                )
             if part not in value:
                 if optional:
                     return None

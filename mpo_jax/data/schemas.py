@@ -1,4 +1,4 @@
-"""The rows of one file enter; the form that they are of leaves, and what each of them says, shown as the model knows it.
+"""The rows of one file enter; the form that they are of leaves, and what each of them says, as the model knows it.
 
 A form is recognised by the columns of all rows. A value of the wrong kind is an InputError that names the place and the
 key; a row that teaches nothing (empty, identical, two prompts) is dropped by a named rule and counted.
@@ -36,7 +36,7 @@ def recognise(found: Survey, rows: Sequence[Row]) -> tuple[Form, Survey]:
     where = rows[0].where if rows else "no row"
     raise InputError(
         f"{where}: unrecognised columns {columns}; expected {known}; or say what each column is, "
-        f"data.columns={{'ROLE': 'NAME'}}, with roles {', '.join(ROLES)}"
+        f"data.columns.ROLE='NAME', with roles {', '.join(ROLES)}"
     )
 
 

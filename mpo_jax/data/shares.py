@@ -1,7 +1,7 @@
 """A run's data settings and the name of a share enter; the share's records leave, with the account of what was read."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from mpo_jax.data import division, sources
 from mpo_jax.data.account import Account
@@ -14,8 +14,8 @@ EVAL = "eval"
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """Where records are and how they are divided. path, split, limit, reading: see `sources.load`. eval_split: the split
-    that is held out; "" for the `eval` share of `split`. fractions: share → part."""
+    """Where records are and how they are divided. path, split, limit, reading: see `sources.load`. eval_split: the
+    split that is held out; "" for the `eval` share of `split`. fractions: share → part."""
 
     path: str
     split: str = "train"
@@ -30,8 +30,18 @@ class Division:
             return dict(self.fractions)
         kept = {name: part for name, part in self.fractions.items() if name != EVAL}
         if sum(kept.values()) <= 0:
-            raise InputError(f"data.shares {dict(self.fractions)}: nothing is left beside {EVAL!r}; expected parts above 0")
+            raise InputError(
+                f"data.shares {dict(self.fractions)}: nothing is left beside {EVAL!r}; expected parts above 0"
+            )
         return {name: part / sum(kept.values()) for name, part in kept.items()}
+
+
+def share_of(record: TextRecord, data: Division, heldout: Collection[str] = ()) -> str:
+    """The share that a run with these settings takes a record of `split` or `eval_split` for. heldout: first turns of
+    the held-out split; "" for a record that none takes, since it begins as one of those does."""
+    if data.eval_split and record.split == data.eval_split:
+        return EVAL
+    return "" if record.first_turn in heldout else division.share(record.first_turn, data.of_training())
 
 
 def read_share(data: Division, share: str, tokenizer=None) -> tuple[list[TextRecord], Account]:
@@ -49,8 +59,8 @@ def read_share(data: Division, share: str, tokenizer=None) -> tuple[list[TextRec
     kept = division.without(records, heldout)
     if not kept:
         raise InputError(
-            f"{data.path}: every prompt of split {data.split!r} is in split {data.eval_split!r} too, which is held out; "
-            "expected splits without prompts in common, or data.eval_split='' and an 'eval' share"
+            f"{data.path}: every prompt of split {data.split!r} is in split {data.eval_split!r} too, which is held "
+            "out; expected splits without prompts in common, or data.eval_split='' and an 'eval' share"
         )
     chosen = division.select(kept, share, data.of_training())
     return chosen, account.of_share(share, len(chosen), len(records) - len(kept))

@@ -1,4 +1,4 @@
-"""A file, a folder, a hub name or TFDS shards enter; text records of one split leave, with an account of all that was read.
+"""A file, a folder, a hub name or TFDS shards enter; text records of one split leave, with an account of what was read.
 
 Where a path leads is said by `parts.py`, what rows are written like by `schemas.py`.
 """
@@ -55,7 +55,7 @@ def load(
         tally.notes[f"files left out, since their names tell no split: {', '.join(left_out)}"] = len(left_out)
     seen = set(named)
     for part in found:
-        rows = []
+        rows: list[tuple[str, Row]] = []
         for row in part.rows():
             own = split_of(part, row, reading)
             seen.add(own)
@@ -94,8 +94,8 @@ class _Tally:
     def add(self, name: str, rows: Sequence[tuple[str, Row]], tokenizer, reading: Reading) -> None:
         """Reads the rows of one file, each with its split."""
         splits = [own for own, _ in rows]
-        renamed, said = rename([row for _, row in rows], reading, name)
-        form, plan = self._plan(name, renamed, said, reading)
+        renamed, ignored = rename([row for _, row in rows], reading, name)
+        form, plan = self._plan(name, renamed, ignored, reading)
         told = []
         for number, row in enumerate(renamed, self.read):
             try:

@@ -1,4 +1,4 @@
-"""A conversation and a tokenizer's chat template enter; the prompt and the replies leave as text, as the model knows them.
+"""A conversation and a tokenizer's chat template enter; prompt and replies leave as text, as the model knows them.
 
 Only the template can open a turn. Control tokens that a message spells out are set between marks before the template
 is applied, and encoded as the text they are (`transformers.utils.chat_template_utils`, whose ids these are).
@@ -79,8 +79,8 @@ def render(
     """A conversation and each of its possible last turns as (prompt, replies, marked).
 
     The prompt is the template's rendering with the generation prompt; a reply is what its rendering of the whole adds
-    to that, without the end of turn, which the encoder writes. marked: () or, where a message spells out control tokens,
-    prompt and replies with marks around those.
+    to that, without the end of turn, which the encoder writes. marked: () or, where a message spells out control
+    tokens, prompt and replies with marks around those.
 
     Drop for an empty reply. InputError, beginning with `where`, if the template rejects the messages, or leaves out the
     tools, tool calls or system text that it was given.
@@ -148,17 +148,21 @@ def _nothing_left_out(chat: Chat, prompt: str, where: str) -> None:
             name = (call.get("function") or call).get("name", "") if isinstance(call, dict) else ""
             if not name or name not in shown:
                 raise InputError(
-                    f"{where}, turn {place + 1}: the chat template leaves out tool_calls; expected a template that shows "
-                    "them, or data without such rows"
+                    f"{where}, turn {place + 1}: the chat template leaves out tool_calls; expected a template that "
+                    "shows them, or data without such rows"
                 )
         if turn.role in ("system", "tool") and turn.content.strip() not in shown:
-            remedy = "data.system='user' puts it into the first user's turn" if turn.role == "system" else "remove such rows"
-            raise InputError(f"{where}, turn {place + 1}: the chat template leaves out the {turn.role}'s turn; {remedy}")
+            remedy = (
+                "data.system='user' puts it into the first user's turn" if turn.role == "system" else "remove such rows"
+            )
+            raise InputError(
+                f"{where}, turn {place + 1}: the chat template leaves out the {turn.role}'s turn; {remedy}"
+            )
     for tool in json.loads(chat.tools) if chat.tools else []:
         name = (tool.get("function") or tool).get("name", "") if isinstance(tool, dict) else ""
         if not name or name not in shown:
             raise InputError(
-                f"{where}: column 'tools': the chat template leaves the tools out; data.ignore=('tools',) does without them"
+                f"{where}: column 'tools': the chat template leaves the tools out; data.ignore=('tools',) does without"
             )
 
 

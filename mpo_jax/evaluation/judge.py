@@ -16,6 +16,7 @@ from etils import epath
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import judge_prompts, statistics
 from mpo_jax.evaluation.judge_prompts import FIRST, SECOND, TIE, Question
+from mpo_jax.lines import split_lines
 
 Row = Mapping[str, Any]
 """A line of replies.jsonl."""
@@ -29,7 +30,7 @@ def read_replies(path: epath.Path) -> list[Row]:
     if not path.exists():
         raise InputError(f"{path}: no such file; run an evaluate stage first")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(split_lines(path.read_text()), 1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from mpo_jax import checkpoint, metrics
 from mpo_jax.evaluation import figures, human, judge, pairs, validation
+from mpo_jax.lines import split_lines
 
 NAME = "report.html"
 _SAMPLES = 8
@@ -148,7 +149,7 @@ def _split(stage: Stage) -> dict[str, Any]:
 
 def _evaluation(stage: Stage) -> dict[str, Any]:
     report = json.loads((stage.folder / "report.json").read_text())
-    rows = [json.loads(line) for line in (stage.folder / "replies.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in split_lines((stage.folder / "replies.jsonl").read_text())]
     policies = report["policies"]
     wins = {(c["left"], c["by"]): c for c in report["comparisons"] if c["right"] == report["baseline"]}
     frontier = {

@@ -16,9 +16,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mpo_jax import checkpoint, sharding
-from mpo_jax.data import division, encode, sources, tokenizer
+from mpo_jax.data import division, encode, shares, tokenizer
 from mpo_jax.data.loader import Loader
-from mpo_jax.data.schemas import TextRecord
+from mpo_jax.data.reading import Reading
+from mpo_jax.data.records import TextRecord
 from mpo_jax.errors import InputError
 from mpo_jax.models import config as model_config
 from mpo_jax.models import decoder, hf, lora
@@ -100,8 +101,11 @@ def frozen_dtype(job: Job) -> str:
 
 
 def stop_ids(job: Job) -> tuple[int, ...]:
-    """The base model's own stop ids."""
-    return hf.read_stop_ids(hf.resolve(job.config.model.path)) if job.preset is None else job.preset.stop_ids
+    """What ends a reply: the base model's own stop ids, and whatever ends a reply in training data."""
+    if job.preset is not None:
+        return job.preset.stop_ids
+    folder = str(hf.resolve(job.config.model.path))
+    return tokenizer.stop_ids(tokenizer.load_tokenizer(folder), hf.read_stop_ids(folder))
 
 
 def base_weights(job: Job, model: ModelConfig) -> PyTree:
@@ -173,19 +177,15 @@ def load_tokenizer(job: Job, model: ModelConfig):
 
 
 def records(job: Job, share: str, loaded_tokenizer=None) -> list[TextRecord]:
-    """The text records of a share: "sft_reward", "policy" or "eval"."""
+    """The text records of a share: "sft_reward", "policy" or "eval"; process 0 prints the account of what was read."""
     data = job.config.data
-    limit = data.limit or None
-    if share == "eval" and data.eval_split:
-        return sources.load(data.path, data.eval_split, loaded_tokenizer, limit)[0]
     fractions = {name: float(part) for name, part in data.shares.items()}
-    if data.eval_split:
-        fractions = {name: part for name, part in fractions.items() if name != "eval"}
-        fractions = {name: part / sum(fractions.values()) for name, part in fractions.items()}
-    read, report = sources.load(data.path, data.split, loaded_tokenizer, limit)
+    reading = Reading.of(data.to_dict())
+    division_ = shares.Division(data.path, data.split, data.eval_split, fractions, data.limit or None, reading)
+    read, account = shares.read_share(division_, share, loaded_tokenizer)
     if jax.process_index() == 0:
-        print(report.line())
-    return division.select(read, share, fractions)
+        print(account.text())
+    return read
 
 
 def encode_rows(job: Job, model: ModelConfig, rows: list[TextRecord], replies: int, loaded_tokenizer) -> encode.Encoded:

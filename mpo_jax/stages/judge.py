@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from mpo_jax.data import encode
-from mpo_jax.data.schemas import TextRecord
+from mpo_jax.data.records import TextRecord
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import judge, judge_client, judge_prompts
 from mpo_jax.evaluation.judge_cache import Cache

@@ -326,7 +326,7 @@ def test_a_row_without_a_reply_is_dropped_and_counted(tmp_path, odd):
 
 def test_null_in_every_row_is_an_error(tmp_path):
     rows = [{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": None}]
-    _fails(_jsonl(tmp_path / "a.jsonl", rows), "line 1", "unrecognised columns chosen, rejected")
+    _fails(_jsonl(tmp_path / "a.jsonl", rows), "line 1", "'rejected'", "null", "expected text")
 
 
 def test_choice_of_2(shared, tmp_path):

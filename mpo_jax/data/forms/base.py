@@ -13,10 +13,9 @@ from mpo_jax.data.row import Row
 class Said:
     """What a row says, before anything is shown in a template.
 
-    prompt: a text as it is, or turns. chosen, rejected: texts with a text, assistant turns with turns. plain: prompt and
-    replies as the source itself writes the dialogue in HH's form. tools: JSON, or "". good: of a single reply with a
-    label, whether it is a good one.
-    """
+    prompt: a text as it is, or turns. chosen, rejected: texts with a text, assistant turns with turns. plain: prompt
+    and replies as the source itself writes the dialogue in HH's form. tools: JSON, or "". good: of a single reply with
+    a label, whether it is a good one."""
 
     prompt: str | tuple[Turn, ...]
     chosen: str | Turn | None = None

@@ -83,7 +83,8 @@ def _mapped(found: Survey, rows: Sequence[Row], reading: Reading) -> Choose:
         if value.startswith("tie") or value in ("both", "neither", "equal"):
             raise Drop("tie")
         raise InputError(
-            f"{row.where}: key 'choice' is {row.values[column]!r}; expected 0 or 1, 1 or 2, 'a' or 'b', or a column's name"
+            f"{row.where}: key 'choice' is {row.values[column]!r}; expected 0 or 1, 1 or 2, 'a' or 'b', or the name of "
+            "a reply's column"
         )
 
     return by_name
@@ -107,7 +108,7 @@ def _two(
         system = found.has("system")
         head = prompts.find(found, reading) if prompt == "prompt" else Head(prompt, "", True, system, False, False)
         if head is None:
-            raise InputError(f"{found.first[choice]}: no prompt column; name it, data.columns={{'prompt': 'NAME'}}")
+            raise InputError(f"{found.first[choice]}: no prompt column; name it, data.columns.prompt='NAME'")
         rule = choose or _mapped(found, rows, reading)
         rated = scores is not None and found.has(*scores)
 
@@ -116,7 +117,7 @@ def _two(
             better, margin = rule(row, choice)
             given = [row.number(column) for column in scores] if rated and scores else []
             if given and None not in given:
-                margin = given[better] - given[1 - better]
+                margin = (given[better] or 0.0) - (given[1 - better] or 0.0)
             return Said(
                 prompts.ends_with_question(_asked(head.turns(row))),
                 sides[better],
@@ -125,8 +126,8 @@ def _two(
                 tools=head.tool_list(row),
             )
 
-        uses = head.uses() | {column: "a reply" for column in replies} | {choice: "which is chosen"}
-        uses |= {column: "margin" for column in scores} if rated and scores else {}
+        uses = head.uses() | dict.fromkeys(replies, "a reply") | {choice: "which is chosen"}
+        uses |= dict.fromkeys(scores, "margin") if rated and scores else {}
         return Plan(read, uses, frozenset(known))
 
     return Form(name, f"{prompt}/{'/'.join(replies)}/{choice}", matches, plan)
@@ -190,7 +191,8 @@ def _ranked(found: Survey, rows: Sequence[Row], reading: Reading) -> Plan:
             plan.note("replies between the best and the worst, unread", len(entries) - 2)
         worst, best = (entries[graded[at][1]] for at in (0, -1))
         prompt = prompts.ends_with_question(_asked(head.turns(row)))
-        return Said(prompt, *(Turn("assistant", entry.text(_body(entry))) for entry in (best, worst)))
+        chosen, rejected = (Turn("assistant", entry.text(_body(entry))) for entry in (best, worst))
+        return Said(prompt, chosen, rejected)
 
     plan = Plan(read, head.uses() | {column: "replies: the best chosen, the worst rejected"}, frozenset(_KNOWN_RANKED))
     return plan
@@ -237,10 +239,12 @@ FORMS = (
         "preference_strength",
         _strength,
         (
-            "preference_statement", "preference_elaboration", "three_most_similar_preferences",
+            "preference_statement",
+            "preference_elaboration",
+            "three_most_similar_preferences",
             "all_preferences_unprocessed",
         ),
-    ),  # fmt: skip
+    ),
     _two("shp", "history", ("human_ref_A", "human_ref_B"), "labels", _first_is_better, (), ("score_A", "score_B")),
     _two("alpaca_farm", "prompt", ("output_1", "output_2"), "preference", _one_or_two),
     Form(

@@ -1,6 +1,6 @@
 """Pairs without a prompt column enter: both replies hold it, as a dialogue in HH's form, or as a text in common."""
 
-import os.path
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -25,15 +25,15 @@ def _read_dialogue(row: Row) -> Said:
 
 
 def _said(prompt: str, chosen: str, rejected: str) -> Said:
-    turns = [Turn("assistant", text.strip()) for text in (chosen, rejected)]
-    return Said(hh_turns(prompt), *turns, plain=(prompt, chosen, rejected))
+    one, other = (Turn("assistant", text.strip()) for text in (chosen, rejected))
+    return Said(hh_turns(prompt), one, other, plain=(prompt, chosen, rejected))
 
 
 def _common(found: Survey, rows, reading: Reading) -> Plan:
     if not reading.common_prompt:
         raise InputError(
-            f"{found.first['chosen']}: columns 'chosen' and 'rejected' without a prompt column, and no dialogues in HH's "
-            "form; name the prompt's column, data.columns={'prompt': 'NAME'}, or take the beginning that both replies "
+            f"{found.first['chosen']}: columns 'chosen' and 'rejected' without a prompt column, and no dialogues in "
+            "HH's form; name the prompt's column, data.columns.prompt='NAME', or take the beginning that both replies "
             "have in common for it, data.common_prompt=True"
         )
 
@@ -51,7 +51,8 @@ def _common(found: Survey, rows, reading: Reading) -> Plan:
 
 def common_beginning(one: str, other: str) -> str:
     """What two texts begin with, up to the end of its last turn mark (`Assistant:`) or else of its last whole word."""
-    shared = os.path.commonprefix([one, other])
+    alike = (a == b for a, b in zip(one, other, strict=False))
+    shared = one[: sum(itertools.takewhile(bool, alike))]
     turn = max(shared.rfind(mark) for mark in ("\nAssistant:", "\nASSISTANT:", "\nA:"))
     if turn >= 0:
         return shared[: shared.index(":", turn) + 1]

@@ -6,8 +6,9 @@ A prompt is text as it is, or turns: messages, or a question with its system tex
 import dataclasses
 import json
 from collections.abc import Mapping
+from typing import Any
 
-from mpo_jax.data.chat import history, hh_turns, is_dialogue, messages
+from mpo_jax.data.chat import hh_turns, history, is_dialogue, messages
 from mpo_jax.data.columns import Survey
 from mpo_jax.data.reading import Reading
 from mpo_jax.data.records import Turn
@@ -60,12 +61,14 @@ class Head:
 
     def tool_list(self, row: Row) -> str:
         """The tools of a row as JSON, or ""."""
-        tools = row.values.get("tools") if self.tools else None
+        tools: Any = row.values.get("tools") if self.tools else None
         if isinstance(tools, str) and tools.strip():
             try:
                 tools = json.loads(tools)
             except ValueError:
-                raise InputError(f"{row.where}: key 'tools' is text that is no JSON; expected a list of tools") from None
+                raise InputError(
+                    f"{row.where}: key 'tools' is text that is no JSON; expected a list of tools"
+                ) from None
         if is_empty(tools) or (isinstance(tools, str) and not tools.strip()):
             return ""
         if not is_list(tools) or not all(isinstance(tool, Mapping) for tool in tools):

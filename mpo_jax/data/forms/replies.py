@@ -22,7 +22,7 @@ _RATINGS = {"score", "scores", "rating", "ratings", "reward", "rewards"}
 
 
 def rating_columns(found: Survey) -> tuple[str, str] | None:
-    """The columns that rate the chosen and the rejected reply: `score_chosen`, `chosen_rating`, `chosen-avg-rating`, …"""
+    """The columns that rate the chosen and the rejected reply: `score_chosen`, `chosen_rating`, `chosen-avg-rating`."""
     sides: dict[str, dict[tuple[str, ...], str]] = {"chosen": {}, "rejected": {}}
     for name in found.kinds:
         parts = words(name)
@@ -39,14 +39,14 @@ def margin_of(found: Survey):
     """(how a row's margin is read, the columns used): `margin`, or the difference of the two ratings."""
     ratings = rating_columns(found)
     if found.has("margin"):
-        uses = {"margin": "margin"} | ({name: "unread beside margin" for name in ratings} if ratings else {})
+        uses = {"margin": "margin"} | (dict.fromkeys(ratings, "unread beside margin") if ratings else {})
         return lambda row: row.number("margin"), uses
     if ratings is None:
         return lambda row: None, {}
 
     def difference(row: Row) -> float | None:
-        values = [row.number(name) for name in ratings]
-        return None if None in values else values[0] - values[1]
+        better, worse = (row.number(name) for name in ratings)
+        return None if better is None or worse is None else better - worse
 
     return difference, dict(zip(ratings, ("margin (minus the other)", "margin (taken off)"), strict=True))
 
@@ -167,7 +167,7 @@ def _prompt_is_repeated(rows: Sequence[Row], head: Head, names: tuple[str, ...])
         prompt, sides = row.values.get(head.column), [row.values.get(name) for name in names]
         if isinstance(prompt, str) and prompt.strip() and all(isinstance(side, str) for side in sides):
             whole += 1
-            repeats += all(side.startswith(prompt) and len(side) > len(prompt) for side in sides)
+            repeats += all(str(side).startswith(prompt) and len(str(side)) > len(prompt) for side in sides)
     return whole > 0 and repeats > whole / 2
 
 
@@ -279,7 +279,9 @@ FORMS = (
     Form(
         "unpaired",
         "prompt/completion/label",
-        lambda s, rows: _is_label(s) and has_head(s) and any(s.has(name) for name in DEMONSTRATIONS) and not s.has("chosen"),
+        lambda s, rows: (
+            _is_label(s) and has_head(s) and any(s.has(name) for name in DEMONSTRATIONS) and not s.has("chosen")
+        ),
         _labelled,
     ),
     Form(
@@ -300,12 +302,14 @@ FORMS = (
         lambda s, rows: any(s.holds(name, "list") for name in prompts.CONVERSATIONS) and not s.has("rejected"),
         _conversation,
     ),
-    Form("prompt", "prompt", lambda s, rows: has_head(s) and not s.has("chosen") and not s.has("rejected"), _prompt_alone),
+    Form(
+        "prompt", "prompt", lambda s, rows: has_head(s) and not s.has("chosen") and not s.has("rejected"), _prompt_alone
+    ),
 )
 
 
 def no_prompt_plan(found: Survey, uses: dict[str, str], read) -> Plan:
-    """Of pairs whose prompt stands in the replies themselves: `read` gives it, margins and confidence are added here."""
+    """Of pairs whose prompt stands in the replies themselves: `read` gives it; margins and confidence are added."""
     margin, margin_uses = margin_of(found)
     confidence = found.holds("confidence", "number", "text")
 
