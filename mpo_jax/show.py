@@ -87,7 +87,7 @@ def main(argv) -> None:
         record = records[_INDEX.value]
         replies = (record.chosen is not None) + (record.rejected is not None)
         encoded = encode([record], tokenizer, replies, limits)
-        heldout = []
+        heldout: list[TextRecord] = []
         if division.eval_split:
             heldout, _ = load(division.path, division.eval_split, tokenizer, reading=division.reading)
         share = share_of(record, division, {other.first_turn for other in heldout})

@@ -18,6 +18,7 @@ from mpo_jax.data.chat import messages
 from mpo_jax.data.columns import check_unread, rename, survey
 from mpo_jax.data.files import check_file, unreadable
 from mpo_jax.data.forms.base import Form, Plan, Said
+from mpo_jax.data.forms.prompts import ends_with_question
 from mpo_jax.data.parts import Part, canonical, parts
 from mpo_jax.data.reading import Reading
 from mpo_jax.data.records import TextRecord
@@ -187,8 +188,8 @@ def conversation(turns: Sequence[dict[str, Any]], tokenizer, reading: Reading | 
     """A chat of one's own as a prompt, shown as a data set's would be: for sampling. turns: messages with role and
     content, the last the user's."""
     reading = reading or Reading()
-    said = Said(messages(Row({"messages": list(turns)}, "the conversation"), "messages"))
     try:
+        said = Said(ends_with_question(messages(Row({"messages": list(turns)}, "the conversation"), "messages")))
         fields, _ = show(said, tokenizer, reading, "the conversation")
     except Drop as rule:
         raise InputError(f"the conversation: {rule}") from None

@@ -146,7 +146,7 @@ def _reply(row: Row, column: str) -> Turn:
         if not turns or turns[-1].role != "assistant":
             raise Drop("last turn is not the assistant's")
         return turns[-1]
-    return Turn("assistant", row.text(column))
+    return Turn("assistant", row.text(column).strip())
 
 
 # Ranked replies -------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def _ranked(found: Survey, rows: Sequence[Row], reading: Reading) -> Plan:
             plan.note("replies between the best and the worst, unread", len(entries) - 2)
         worst, best = (entries[graded[at][1]] for at in (0, -1))
         prompt = prompts.ends_with_question(_asked(head.turns(row)))
-        chosen, rejected = (Turn("assistant", entry.text(_body(entry))) for entry in (best, worst))
+        chosen, rejected = (Turn("assistant", entry.text(_body(entry)).strip()) for entry in (best, worst))
         return Said(prompt, chosen, rejected)
 
     plan = Plan(read, head.uses() | {column: "replies: the best chosen, the worst rejected"}, frozenset(_KNOWN_RANKED))

@@ -156,7 +156,8 @@ def _text(side: str | Turn) -> str:
 
 
 def _turn(side: str | Turn) -> Turn:
-    return Turn("assistant", side) if isinstance(side, str) else side
+    """A reply as a turn; the white space around a text belongs to the form in which it stood."""
+    return Turn("assistant", side.strip()) if isinstance(side, str) else side
 
 
 def _prompt_is_repeated(rows: Sequence[Row], head: Head, names: tuple[str, ...]) -> bool:
