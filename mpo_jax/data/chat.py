@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpo_jax.data.records import Turn
-from mpo_jax.data.row import Drop, Row, is_list, kind_of
+from mpo_jax.data.row import Drop, Row, is_list, is_null, kind_of
 from mpo_jax.errors import InputError
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -18,7 +18,7 @@ ROLES = {
     "user": ("user", "human", "prompter", "customer", "instruction"),
     "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "claude", "model", "bot", "ai", "chatbot", "response"),
     "system": ("system", "developer"),
-    "tool": ("tool", "function", "observation", "function_response", "ipython"),
+    "tool": ("tool", "function", "observation", "function_response", "tool_response", "ipython"),
 }
 _ROLE = {name: role for role, names in ROLES.items() for name in names}
 _CALL = "function_call"
@@ -32,8 +32,12 @@ _TEXTS = ("content", "value", "text")
 def messages(row: Row, key: str) -> tuple[Turn, ...]:
     """The turns of a column that holds a message object or a list of them. InputError (line, key) for anything else."""
     value = row.values.get(key)
-    if value is None:
+    if is_null(value):
         raise Drop(f"no {key!r} (missing or null, expected messages)")
+    if isinstance(value, Mapping) and value and all(is_list(inner) for inner in value.values()):
+        # `datasets` and TFDS turn a list of objects into an object of lists
+        value = [dict(zip(value, inner, strict=False)) for inner in zip(*value.values(), strict=False)]
+        return tuple(_message(row, f"{key}[{place}]", inner) for place, inner in enumerate(value))
     if isinstance(value, Mapping):
         return (_message(row, key, value),)
     return tuple(_message(row, f"{key}[{place}]", inner) for place, inner in enumerate(row.get(key, list)))
@@ -127,6 +131,11 @@ _MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 def is_dialogue(text) -> bool:
     """Whether a text is a prompt in HH's form: it begins with a human turn and ends where the assistant is to speak."""
     return isinstance(text, str) and bool(re.match(r"\s*Human:", text)) and bool(re.search(r"\n\nAssistant:\s*$", text))
+
+
+def is_whole_dialogue(text) -> bool:
+    """Whether a text is a dialogue in HH's form with its last reply."""
+    return isinstance(text, str) and bool(re.match(r"\s*Human:", text)) and ASSISTANT in text and not is_dialogue(text)
 
 
 def hh_turns(prompt: str) -> tuple[Turn, ...]:

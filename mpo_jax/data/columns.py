@@ -21,7 +21,10 @@ _MEANINGFUL = {
     "complexity", "verbosity", "honesty", "truthfulness", "toxicity", "quality", "vote", "votes", "upvotes",
     "thumbs", "feedback", "critique", "system", "persona", "tool", "tools", "function", "functions", "history",
     "context", "messages", "conversation", "conversations", "dialogue", "dialog", "prompt", "question",
-    "instruction", "input", "query", "demonstration", "confidence", "judgment", "verdict",
+    "instruction", "input", "query", "demonstration", "confidence", "judgment", "verdict", "desirable",
+    "undesirable", "good", "bad", "correct", "incorrect", "accepted", "acceptable", "liked", "win", "wins", "won",
+    "lost", "preamble", "instructions", "questions", "inputs", "queries", "prompts", "sys", "api", "apis", "stars",
+    "grade", "grades", "turns", "image", "images", "audio", "video",
 }  # fmt: skip
 _ABOUT = {
     "id", "ids", "model", "models", "source", "sources", "policy", "name", "names", "hash", "sha256", "sha1", "md5",

@@ -288,6 +288,16 @@ def rows_fingerprint(encoded: Encoded) -> str:
     return state.hexdigest()
 
 
+def check_margins(encoded: Encoded, key: str) -> None:
+    """InputError, beginning with the setting that asks for margins, unless every row has one."""
+    missing = int(np.isnan(encoded.margin).sum())
+    if missing:
+        raise InputError(
+            f"{key}: {missing} of {len(encoded)} pairs have no margin; expected a column 'margin', or ratings of both "
+            "replies (score_chosen and score_rejected, or data.columns), or pairs without margins and False here"
+        )
+
+
 def first_of_prompt(encoded: Encoded) -> np.ndarray:
     """The first row of every prompt id, i64, in order: prompts without repeats."""
     _, first = np.unique(encoded.prompt_id, return_index=True)

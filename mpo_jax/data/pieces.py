@@ -115,14 +115,18 @@ def shorten(record: TextRecord, tokenizer, known: Conventions, room: int) -> tup
         return encode_prompts(texts, tokenizer, known, record.templated, marked)
 
     assert record.chat is not None
-    if record.templated:
-        shown = [_show(chat, tokenizer) for chat in _later(record.chat)]
-        found = encode([text for text, _ in shown], [mark for _, mark in shown])
-    else:
-        found = encode(shorter_plain(record.prompt))
-    for ids in found:
-        if len(ids) <= room:
-            return ids, "prompts cut at a turn"
+    later = _later(record.chat) if record.templated else shorter_plain(record.prompt)
+
+    def from_turn(place: int) -> list[int]:
+        chat = later[place]
+        if isinstance(chat, str):
+            return encode([chat])[0]
+        text, mark = _show(chat, tokenizer)
+        return encode([text], [mark])[0]
+
+    at_a_turn = _first_that_fits(list(range(len(later))), from_turn, room)
+    if at_a_turn is not None:
+        return at_a_turn, "prompts cut at a turn"
     head, last, build = _last_turn(record, tokenizer)
     for starts in (_starts(last, r"(?<=[.!?\n])\s+"), _starts(last, r"\s+")):
         fitting = _first_that_fits(starts, lambda start: encode(*build(head, last[start:]))[0], room)

@@ -51,7 +51,7 @@ class Row:
 
     def text(self, key: str) -> str:
         """A text that this kind of row needs. Drop where it is missing or null; InputError for another kind."""
-        if self.values.get(key) is None:
+        if is_null(self.values.get(key)):
             raise Drop(f"no {key!r} (missing or null, expected text)")
         return self.get(key)
 
@@ -90,6 +90,11 @@ def is_list(value) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
+def is_null(value) -> bool:
+    """Whether a value is missing: null, or NaN, as pandas writes it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def is_empty(value) -> bool:
     """Whether a column says nothing in a row: null, an empty text, an empty list or object."""
-    return value is None or (isinstance(value, str | bytes | list | tuple | dict) and not value)
+    return is_null(value) or (isinstance(value, str | bytes | list | tuple | dict) and not value)

@@ -99,6 +99,7 @@ def render(
                 raise Drop("empty reply")
             whole = _apply(tokenizer, [*messages, message], _mark(tools, control), options)
             text = whole[len(prompt) :] if whole.startswith(prompt) else message["content"]
+            _calls_are_shown(reply, _unmarked(text), f"{where}, reply")
             texts.append(text.rstrip().removesuffix(known.end or tokenizer.eos_token))
     except (Drop, InputError):
         raise
@@ -144,13 +145,7 @@ def _nothing_left_out(chat: Chat, prompt: str, where: str) -> None:
     """InputError where a template shows no trace of what it was given: some take no tools, others no system text."""
     shown = _unmarked(prompt)
     for place, turn in enumerate(chat.turns):
-        for call in turn.message().get("tool_calls") or []:
-            name = (call.get("function") or call).get("name", "") if isinstance(call, dict) else ""
-            if not name or name not in shown:
-                raise InputError(
-                    f"{where}, turn {place + 1}: the chat template leaves out tool_calls; expected a template that "
-                    "shows them, or data without such rows"
-                )
+        _calls_are_shown(turn, shown, f"{where}, turn {place + 1}")
         if turn.role in ("system", "tool") and turn.content.strip() not in shown:
             remedy = (
                 "data.system='user' puts it into the first user's turn" if turn.role == "system" else "remove such rows"
@@ -163,6 +158,16 @@ def _nothing_left_out(chat: Chat, prompt: str, where: str) -> None:
         if not name or name not in shown:
             raise InputError(
                 f"{where}: column 'tools': the chat template leaves the tools out; data.ignore=('tools',) does without"
+            )
+
+
+def _calls_are_shown(turn: Turn, shown: str, where: str) -> None:
+    for call in turn.message().get("tool_calls") or []:
+        name = (call.get("function") or call).get("name", "") if isinstance(call, dict) else ""
+        if not name or name not in shown:
+            raise InputError(
+                f"{where}: the chat template leaves out tool_calls; expected a template that shows them, or data "
+                "without such rows"
             )
 
 

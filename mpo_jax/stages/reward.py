@@ -45,6 +45,8 @@ def run(job: Job) -> dict[str, Any]:
     loop.check(settings, job.mesh)
     check_fold(job)
     encoded = {share: jobs.share_pairs(job, model, tokenizer, share) for share in (settings.share, "eval")}
+    if settings.margin:
+        encode.check_margins(encoded[settings.share], f"stages.{job.name}.margin")
     if settings.folds:
         encoded[settings.share] = without_fold(encoded[settings.share], settings.folds, settings.fold)
     train, heldout = (

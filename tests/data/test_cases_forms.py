@@ -3,9 +3,11 @@
 The files lie in ../shared/cases/data; beside each kind stand variants that are not there.
 """
 
+import json
+
 import pytest
 
-from mpo_jax.data.encode import Limits, encode
+from mpo_jax.data.encode import Limits, check_margins, encode
 from mpo_jax.data.reading import Reading
 from mpo_jax.data.sources import load
 from mpo_jax.data.tokenizer import load_tokenizer
@@ -199,6 +201,32 @@ def test_tool_turns_are_never_empty_turns(cases, fails, chatml, name):
     fails(cases / f"tool_turns/{name}.jsonl", "line 1, turn 2", "tool_calls", tokenizer=chatml)
 
 
+def test_a_reply_that_is_a_tool_call(jsonl, fails, with_tools, chatml):
+    call = {"type": "function", "function": {"name": "count", "arguments": {"what": "ducks"}}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    path = jsonl([{"messages": turns}])
+    (record,), _ = load(path, tokenizer=with_tools)
+    assert record.chosen.strip() == '<call>{"name": "count", "arguments": {"what": "ducks"}}</call>'
+    fails(path, "line 1", "turn 2 holds tool_calls")
+    fails(path, "line 1, reply", "leaves out tool_calls", tokenizer=chatml)
+
+
+def test_calls_in_sharegpts_form(jsonl, fails, with_tools):
+    def rows(call):
+        turns = [("human", "q"), ("function_call", call), ("observation", "3"), ("gpt", "a")]
+        return [{"conversations": [{"from": role, "value": text} for role, text in turns]}]
+
+    (record,), _ = load(jsonl(rows('{"name": "count", "arguments": {}}')), tokenizer=with_tools)
+    assert '<call>{"name": "count", "arguments": {}}</call>' in record.prompt
+    fails(jsonl(rows("count()")), "line 1", "conversations[1]", "function_call", tokenizer=with_tools)
+
+
+def test_messages_as_an_object_of_lists(jsonl):
+    """As `datasets` and TFDS keep them."""
+    (record,), _ = load(jsonl([{"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}}]))
+    assert (record.prompt, record.chosen) == (HUMAN.format("q"), " a")
+
+
 def test_null_content_without_a_tool_call_is_an_error(jsonl, fails):
     turns = [{"role": "user", "content": None}, {"role": "assistant", "content": "a"}]
     fails(jsonl([{"messages": turns}]), "line 1", "messages[0]", "null")
@@ -363,6 +391,13 @@ def test_prompt_repeated_beside_a_system_text_and_in_demonstrations(jsonl):
     assert load(jsonl([{"prompt": "q?", "completion": "q? yes"}]))[0][0].chosen == " yes"
 
 
+@pytest.mark.parametrize("prompt", ["q", "\n\nHuman: q\n\nAssistant:", [{"role": "user", "content": "q"}]])
+def test_prompt_beside_replies_that_are_whole_dialogues(jsonl, prompt):
+    sides = {name: f"\n\nHuman: q\n\nAssistant: {name}" for name in ("chosen", "rejected")}
+    (record,), _ = load(jsonl([{"prompt": prompt} | sides]))
+    assert (record.prompt, record.chosen, record.rejected) == (HUMAN.format("q"), " chosen", " rejected")
+
+
 def test_implicit_prompt_is_read_where_asked_for_and_offered_otherwise(cases, fails):
     path = cases / "implicit_prompt/implicit.jsonl"
     fails(path, "implicit.jsonl, line 1", "'chosen'", "data.common_prompt=True", "data.columns.prompt")
@@ -414,6 +449,15 @@ def test_margins_by_any_name_of_the_ratings(jsonl, better, worse):
     assert record.margin == 2.5
 
 
+def test_margins_that_are_asked_for_and_missing_are_an_error(jsonl, models):
+    tokenizer = load_tokenizer(models / "zephyr")
+    rows = [{"prompt": "p", "score_chosen": 2, "score_rejected": n} | PAIR for n in (1, None)]
+    encoded = encode(load(jsonl(rows))[0], tokenizer, 2, Limits(64, 16))
+    with pytest.raises(InputError, match=r"stages\.reward\.margin: 1 of 2 pairs have no margin"):
+        check_margins(encoded, "stages.reward.margin")
+    check_margins(encode(load(jsonl(rows[:1]))[0], tokenizer, 2, Limits(64, 16)), "stages.reward.margin")
+
+
 def test_a_margin_that_is_no_number_is_an_error_with_its_line(jsonl, fails):
     rows = [{"prompt": "p", "margin": 1.0} | PAIR, {"prompt": "p", "margin": "much"} | PAIR]
     fails(jsonl(rows), "line 2", "'margin'", "'much'", "expected a number")
@@ -425,6 +469,14 @@ def test_odd_first_row_is_dropped_and_counted(cases):
     assert account.first_dropped == {
         "no 'rejected' (missing or null, expected text)": "missing_col_first.jsonl, line 1"
     }
+
+
+def test_nan_is_null(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "p", "chosen": "a", "rejected": NaN}\n' + json.dumps({"prompt": "p"} | PAIR)
+    )
+    records, account = load(str(tmp_path / "a.jsonl"))
+    assert len(records) == 1 and account.dropped == {"no 'rejected' (missing or null, expected text)": 1}
 
 
 @pytest.mark.parametrize("place", [0, 1, 7])
@@ -441,7 +493,7 @@ def test_a_column_that_only_some_rows_have_decides_too(jsonl, fails, place):
     "column",
     [
         "system_prompt", "functions", "context", "response_2", "reference_answer", "human_rating", "preferenceLabel",
-        "chosen_summary", "conversation_history", "is_better", "helpfulness",
+        "chosen_summary", "conversation_history", "is_better", "helpfulness", "desirable", "images",
     ],
 )  # fmt: skip
 def test_unread_columns_that_look_meaningful_are_errors(jsonl, fails, column):

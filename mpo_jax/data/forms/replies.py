@@ -5,7 +5,7 @@ Prompts and replies may be text, message objects or lists of messages, and lists
 
 from collections.abc import Mapping, Sequence
 
-from mpo_jax.data.chat import messages
+from mpo_jax.data.chat import hh_turns, is_whole_dialogue, messages, split_hh
 from mpo_jax.data.columns import Survey, words
 from mpo_jax.data.forms import prompts
 from mpo_jax.data.forms.base import Form, Plan, Said
@@ -98,6 +98,10 @@ def reply_plan(found: Survey, rows: Sequence[Row], reading: Reading, names: tupl
 def _sides(row: Row, head: Head | None, names: tuple[str, ...]) -> tuple:
     """(prompt, replies) of a row; replies that are message lists may hold the prompt, or repeat it."""
     values = [row.values.get(name) for name in names]
+    if head is not None and values and all(is_whole_dialogue(value) for value in values):
+        sides = [split_hh(str(value)) for value in values]
+        wholes = [_whole(row, head, (*hh_turns(prompt), Turn("assistant", reply.strip()))) for prompt, reply in sides]
+        return _one_prompt(wholes)
     if not any(is_list(value) or isinstance(value, Mapping) for value in values):
         texts = [row.text(name) for name in names]  # all columns, before a rule may drop the row
         return _prompt(row, head), texts
@@ -114,6 +118,11 @@ def _sides(row: Row, head: Head | None, names: tuple[str, ...]) -> tuple:
         if isinstance(given, str):
             given = prompts.dialogue(given) or ((Turn("user", given),) if given.strip() else ())
         wholes = [(*given, *side) for side in lists]
+    return _one_prompt(wholes)
+
+
+def _one_prompt(wholes: Sequence[tuple[Turn, ...]]) -> tuple:
+    """(prompt, replies) of conversations. Drop where they differ before their last turn."""
     if len({side[:-1] for side in wholes}) > 1:
         raise Drop("prompts differ")
     return wholes[0][:-1], [side[-1] for side in wholes]
@@ -300,7 +309,7 @@ FORMS = (
     Form(
         "messages",
         "messages or conversations",
-        lambda s, rows: any(s.holds(name, "list") for name in prompts.CONVERSATIONS) and not s.has("rejected"),
+        lambda s, rows: any(_structured(s, name) for name in prompts.CONVERSATIONS) and not s.has("rejected"),
         _conversation,
     ),
     Form(
