@@ -6,6 +6,7 @@ wrapper object around the rows are read; a Git LFS pointer, UTF-16, a pipe and t
 
 import gzip
 import json
+import os
 import stat
 import zlib
 from collections.abc import Iterator
@@ -43,19 +44,13 @@ _HEADS = (
 def check_file(place: epath.Path, name: str) -> None:
     """InputError for what is there but can't be read twice or ends never: a pipe, a device, a socket."""
     try:
-        mode = place.stat().mode if "://" in str(place) else _local_mode(str(place))
+        mode = place.stat().mode if "://" in str(place) else os.stat(str(place)).st_mode
     except FileNotFoundError:
         raise InputError(f"{name}: no such file or folder") from None
     except (OSError, ValueError) as error:
         raise unreadable(name, error) from error
     if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise InputError(f"{name}: a pipe or device; expected a file or folder (write what it gives to a file first)")
-
-
-def _local_mode(path: str) -> int:
-    import os
-
-    return os.stat(path).st_mode
 
 
 def unreadable(name: str, error: Exception) -> InputError:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 
 from mpo_jax.data import division, sources
 from mpo_jax.data.account import Account
+from mpo_jax.data.parts import canonical
 from mpo_jax.data.reading import Reading
 from mpo_jax.data.records import TextRecord
 from mpo_jax.errors import InputError
@@ -39,7 +40,7 @@ class Division:
 def share_of(record: TextRecord, data: Division, heldout: Collection[str] = ()) -> str:
     """The share that a run with these settings takes a record of `split` or `eval_split` for. heldout: first turns of
     the held-out split; "" for a record that none takes, since it begins as one of those does."""
-    if data.eval_split and record.split == data.eval_split:
+    if data.eval_split and record.split == canonical(data.eval_split, {record.split}):
         return EVAL
     return "" if record.first_turn in heldout else division.share(record.first_turn, data.of_training())
 

@@ -202,7 +202,8 @@ def fingerprint(path: str) -> str:
     if not path.startswith("tfds:"):
         try:
             if place.exists():
-                check_file(place, path)
+                for file in (place, *(place.rglob("*") if place.is_dir() else ())):
+                    check_file(file, str(file))
                 return fingerprint_files(place)
         except (OSError, ValueError) as error:
             raise error if isinstance(error, InputError) else unreadable(path, error) from error

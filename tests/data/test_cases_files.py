@@ -125,7 +125,7 @@ def test_pipes_and_devices_are_refused(tmp_path, fails):
     fails(pipe, "pipe.jsonl", "a pipe or device")
     fails("/dev/zero", "/dev/zero", "a pipe or device")
     fails(tmp_path, "pipe.jsonl", "a pipe or device")
-    for path in (pipe, "/dev/zero"):
+    for path in (pipe, "/dev/zero", tmp_path):
         with pytest.raises(InputError, match="a pipe or device"):
             sources.fingerprint(str(path))
 

@@ -158,6 +158,16 @@ def test_system_and_history_are_turns(cases, chatml):
     assert records[0].prompt.count("<|im_start|>user\n") == 2
 
 
+def test_a_system_column_beside_a_conversation_with_its_own(jsonl):
+    def row(column, own):
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+        return {"system": column, "messages": [{"role": "system", "content": own}, *turns] if own else turns}
+
+    records, account = load(jsonl([row("s", "s"), row("s", ""), row("", "s"), row("s", "t")]))
+    assert [record.prompt for record in records] == [f"s{HUMAN.format('q')}"] * 3
+    assert account.dropped == {"the system column and the conversation differ": 1}
+
+
 def test_tools_are_shown_or_an_error_says_how_to_ignore_them(cases, fails, chatml):
     path = cases / "system_tools_history/sharegpt.jsonl"
     for tokenizer in (None, chatml):

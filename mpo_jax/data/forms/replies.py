@@ -144,7 +144,7 @@ def _whole(row: Row, head: Head | None, side: tuple[Turn, ...]) -> tuple[Turn, .
         given = prompts.dialogue(given) or (Turn("user", given),)
     said = given[len(before) :] if given[: len(before)] == before else given
     bare = tuple(turn for turn in side if turn.role != "system")
-    lead = before if side[: len(before)] != before and not any(turn.role == "system" for turn in side) else ()
+    lead = _lead(before, side)
     spoken = tuple(turn for turn in said if turn.role != "system")
     if [_key(turn) for turn in bare[: len(spoken)]] == [_key(turn) for turn in spoken]:
         kept = said if not any(turn.role == "system" for turn in side) else side[: len(side) - len(bare)] + spoken
@@ -154,6 +154,15 @@ def _whole(row: Row, head: Head | None, side: tuple[Turn, ...]) -> tuple[Turn, .
             raise Drop("the prompt column and the conversation differ")
         return (*given, *side)
     return (*given, *side)
+
+
+def _lead(before: tuple[Turn, ...], turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """What the columns beside a conversation put before it: nothing where it has a system text itself, the same."""
+    said = [turn.content.strip() for turn in turns if turn.role == "system"]
+    given = [turn.content.strip() for turn in before if turn.role == "system"]
+    if said and given and said != given:
+        raise Drop("the system column and the conversation differ")
+    return before if turns[: len(before)] != before and not said else ()
 
 
 def _key(turn: Turn) -> tuple[str, str]:
@@ -189,7 +198,7 @@ def _pair(found: Survey, rows, reading: Reading) -> Plan:
 
 
 def _one_reply(found: Survey) -> str | None:
-    if found.holds("chosen", "text", "list", "object"):
+    if found.has("chosen"):
         return "chosen"
     name = next((name for name in DEMONSTRATIONS if found.holds(name, "text", "list", "object")), None)
     return name or ("label" if found.kinds.get("label") == {"text"} else None)
@@ -233,8 +242,7 @@ def _conversation(found: Survey, rows, reading: Reading) -> Plan:
 
     def read(row: Row) -> Said:
         turns = messages(row, column)
-        if system and not (turns and turns[0].role == "system"):
-            turns = (*head.before(row), *turns)
+        turns = (*_lead(head.before(row), turns), *turns)
         reply = turns[-1] if turns and turns[-1].role == "assistant" else None
         prompt = prompts.ends_with_question(turns[:-1] if reply else turns)
         return Said(prompt, reply, tools=head.tool_list(row))
