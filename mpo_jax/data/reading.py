@@ -18,7 +18,7 @@ ROLES = {
     "label": "whether a completion is good: true or false, 1 or 0",
     "first": "one of two replies",
     "second": "the other of two replies",
-    "choice": "which of the two is better: 0 or 1, 1 or 2, or a name",
+    "choice": "which of the two is better: 0 or 1, 1 or 2, below or above 0, or a name",
     "system": "the system text",
     "history": "past turns, as [user, assistant] pairs or messages",
     "tools": "the functions that a model may call",

@@ -97,23 +97,28 @@ class _Tally:
         splits = [own for own, _ in rows]
         renamed, ignored = rename([row for _, row in rows], reading, name)
         form, plan = self._plan(name, renamed, ignored, reading)
-        told = []
+        columns = f"{form.name}: {form.columns}"
+
+        def keep(number: int, row: Row, said: Said) -> None:
+            fields, how = show(said, tokenizer, reading, row.where)
+            self.shown[how] += 1
+            self.records.append(TextRecord(id=number, split=splits[number - self.read], form=columns, **fields))
+
+        labelled = []
         for number, row in enumerate(renamed, self.read):
             try:
-                told.append((number, row, plan.read(row)))
+                said = plan.read(row)
+                if said.good is None:
+                    keep(number, row, said)
+                else:
+                    labelled.append((number, row, said))
             except Drop as rule:
                 self._drop(str(rule), row)
-        if any(said.good is not None for _, _, said in told):
-            told = self._pair_up(told)
-        for number, row, said in told:
+        for number, row, said in self._pair_up(labelled):
             try:
-                fields, how = show(said, tokenizer, reading, row.where)
+                keep(number, row, said)
             except Drop as rule:
                 self._drop(str(rule), row)
-                continue
-            self.shown[how] += 1
-            own = splits[number - self.read]
-            self.records.append(TextRecord(id=number, split=own, form=f"{form.name}: {form.columns}", **fields))
         self.read += len(rows)
         self.notes.update(plan.notes)
         if self.shown["chat template"] and template.facts(tokenizer).clock:
@@ -202,8 +207,7 @@ def fingerprint(path: str) -> str:
     if not path.startswith("tfds:"):
         try:
             if place.exists():
-                for file in (place, *(place.rglob("*") if place.is_dir() else ())):
-                    check_file(file, str(file))
+                _check_beneath(place)
                 return fingerprint_files(place)
         except (OSError, ValueError) as error:
             raise error if isinstance(error, InputError) else unreadable(path, error) from error
@@ -212,6 +216,13 @@ def fingerprint(path: str) -> str:
         for row in part.rows():
             state.update(repr((part.split, sorted(row.values.items(), key=lambda item: item[0]))).encode() + b"\n")
     return state.hexdigest()
+
+
+def _check_beneath(place: epath.Path) -> None:
+    """InputError for a pipe or device at or beneath a place, which reading would never end with."""
+    check_file(place, str(place))
+    for child in place.iterdir() if place.is_dir() else ():
+        _check_beneath(child)
 
 
 def split_of(part: Part, row: Row, reading: Reading | None = None) -> str:

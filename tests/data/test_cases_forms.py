@@ -109,6 +109,13 @@ def test_a_prompt_list_repeated_or_continued_in_the_replies(jsonl):
     assert load(jsonl([whole]))[0] == expected
 
 
+def test_a_prompt_column_that_repeats_the_last_question(jsonl):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"}]
+    sides = {name: [*turns, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    (record,), _ = load(jsonl([{"prompt": "r"} | sides]))
+    assert record.prompt == "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:" and record.chosen == " chosen"
+
+
 def test_a_prompt_column_that_says_something_else_than_the_conversation(jsonl):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     other = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]
@@ -370,6 +377,13 @@ def test_two_replies_and_a_choice_by_a_column_map(jsonl, choice, first):
     (record,), account = load(jsonl([row]), reading=Reading(columns=columns))
     assert (record.chosen, record.rejected) == ((" x", " y") if first else (" y", " x"))
     assert account.columns["winner (as choice)"] == "which is chosen"
+
+
+def test_a_choice_below_and_above_zero_is_a_strength(jsonl):
+    rows = [{"prompt": "p", "a": "x", "b": "y", "best": n} for n in (-2, 1, 0)]
+    records, account = load(jsonl(rows), reading=Reading(columns={"first": "a", "second": "b", "choice": "best"}))
+    assert [(record.chosen, record.margin) for record in records] == [(" x", 2), (" y", 1)]
+    assert account.dropped == {"tie": 1}
 
 
 def test_a_choice_of_one_or_two_is_told_by_all_rows(jsonl):

@@ -66,9 +66,12 @@ _NAMES = ({"a", "first", "model_a", "left", "chosen_a"}, {"b", "second", "model_
 
 
 def _mapped(found: Survey, rows: Sequence[Row], reading: Reading) -> Choose:
-    """The meaning of a choice column that `data.columns` names, by all its values: 0 and 1, 1 and 2, or names."""
+    """The meaning of a choice column that `data.columns` names, by all its values: 0 and 1, 1 and 2, below and above
+    0, or names."""
     values = [row.values.get("choice") for row in rows]
     numbers = {value for value in values if isinstance(value, int) and not isinstance(value, bool)}
+    if any(number < 0 for number in numbers):
+        return _strength
     if numbers and numbers <= {0, 1}:
         return _index
     if numbers and numbers <= {1, 2}:
@@ -245,7 +248,15 @@ FORMS = (
             "all_preferences_unprocessed",
         ),
     ),
-    _two("shp", "history", ("human_ref_A", "human_ref_B"), "labels", _first_is_better, (), ("score_A", "score_B")),
+    _two(
+        "shp",
+        "history",
+        ("human_ref_A", "human_ref_B"),
+        "labels",
+        _first_is_better,
+        ("score_ratio",),
+        ("score_A", "score_B"),
+    ),
     _two("alpaca_farm", "prompt", ("output_1", "output_2"), "preference", _one_or_two),
     Form(
         "ranked",

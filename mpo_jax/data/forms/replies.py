@@ -149,10 +149,11 @@ def _whole(row: Row, head: Head | None, side: tuple[Turn, ...]) -> tuple[Turn, .
     if [_key(turn) for turn in bare[: len(spoken)]] == [_key(turn) for turn in spoken]:
         kept = said if not any(turn.role == "system" for turn in side) else side[: len(side) - len(bare)] + spoken
         return (*lead, *kept, *bare[len(spoken) :])
-    if bare[0].role == "user" and spoken and spoken[-1].role == "user":
-        if len(spoken) == 1:  # the first turn stands in a column of its own and says something else
+    asked = [_key(turn) for turn in bare if turn.role == "user"]
+    if bare[0].role == "user" and len(spoken) == 1 and spoken[0].role == "user":
+        if asked[-1] != _key(spoken[0]):  # the prompt column is neither the conversation's first turn nor its last
             raise Drop("the prompt column and the conversation differ")
-        return (*given, *side)
+        return (*lead, *side)
     return (*given, *side)
 
 
