@@ -11,6 +11,7 @@ TEMPLATES = ("auto", "plain", "chat")
 SYSTEMS = ("turn", "user")
 ROLES = {
     "prompt": "the prompt, as text or messages",
+    "messages": "a whole conversation, its last turn the reply; or the prompt of pairs, as messages",
     "input": "what is joined to the prompt by a line break",
     "chosen": "the better reply",
     "rejected": "the worse reply",

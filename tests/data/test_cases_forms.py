@@ -175,6 +175,16 @@ def test_a_system_column_beside_a_conversation_with_its_own(jsonl):
     assert account.dropped == {"the system column and the conversation differ": 1}
 
 
+def test_a_system_column_beside_conversations_in_the_replies(jsonl):
+    sides = {
+        name: [{"role": "user", "content": "q"}, {"role": "assistant", "content": name}]
+        for name in ("chosen", "rejected")
+    }
+    (record,), account = load(jsonl([{"system": "s", "history": [["h", "i"]]} | sides]))
+    assert record.prompt == f"s\n\nHuman: h\n\nAssistant: i{HUMAN.format('q')}"
+    assert account.columns["system"] == "system turn" and account.columns["history"] == "past turns"
+
+
 def test_tools_are_shown_or_an_error_says_how_to_ignore_them(cases, fails, chatml):
     path = cases / "system_tools_history/sharegpt.jsonl"
     for tokenizer in (None, chatml):
@@ -571,6 +581,13 @@ def test_a_column_map_reads_any_names(jsonl):
     assert (record.prompt, record.chosen, record.rejected, record.margin) == (f"s{HUMAN.format('p')}", " x", " y", 2)
     assert account.columns["ask (as prompt)"] == "prompt"
     assert account.columns["prompt"] == "unread, since data.columns takes 'ask' for it"
+
+
+def test_a_column_map_of_whole_conversations(jsonl, fails):
+    row = {"dialog_turns": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    fails(jsonl([row]), "line 1", "unrecognised columns dialog_turns", "data.columns.ROLE")
+    (record,), _ = load(jsonl([row]), reading=Reading(columns={"messages": "dialog_turns"}))
+    assert (record.prompt, record.chosen) == (HUMAN.format("q"), " a")
 
 
 def test_a_column_map_with_wrong_names(jsonl, fails):

@@ -21,8 +21,9 @@ QUESTIONS = ("question", "instruction", "query", "input")
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """Which columns are the prompt. joined: the one that follows the prompt after a line break, or "". asked: whether
-    it is said to an assistant, so that text becomes a user's turn."""
+    """Which columns are the prompt. column: "" where the replies hold it, and only what stands before it is here.
+    joined: the one that follows the prompt after a line break, or "". asked: whether it is said to an assistant, so
+    that text becomes a user's turn."""
 
     column: str
     joined: str
@@ -32,7 +33,9 @@ class Head:
     tools: bool
 
     def uses(self) -> dict[str, str]:
-        found = {self.column: "prompt"} | ({self.joined: "prompt, after a line break"} if self.joined else {})
+        found = ({self.column: "prompt"} if self.column else {}) | (
+            {self.joined: "prompt, after a line break"} if self.joined else {}
+        )
         for name in ("system", "history", "tools"):
             if getattr(self, name):
                 found[name] = {"system": "system turn", "history": "past turns", "tools": "tools of the template"}[name]
@@ -87,6 +90,12 @@ def find(found: Survey, reading: Reading) -> Head | None:
     system, past, tools = found.has("system"), found.has("history"), found.has("tools")
     asked = column in QUESTIONS or system or past or tools or reading.template == "chat"
     return Head(column, joined, asked, system, past, tools)
+
+
+def beside(found: Survey) -> Head | None:
+    """Of a file whose replies hold the prompt: the columns with what stands before it, or None where there are none."""
+    head = Head("", "", True, found.has("system"), found.has("history"), found.has("tools"))
+    return head if head.system or head.history or head.tools else None
 
 
 def dialogue(text: str) -> tuple[Turn, ...]:

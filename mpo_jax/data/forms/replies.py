@@ -60,7 +60,7 @@ def _structured(found: Survey, *names: str) -> bool:
 
 def reply_plan(found: Survey, rows: Sequence[Row], reading: Reading, names: tuple[str, ...]) -> Plan:
     """How rows with a prompt and the reply columns `names` are read."""
-    head = prompts.find(found, reading)
+    head = prompts.find(found, reading) or prompts.beside(found)
     margin, margin_uses = margin_of(found) if len(names) == 2 else (lambda row: None, {})
     confidence = len(names) == 2 and found.holds("confidence", "number", "text")
     uses = (head.uses() if head else {}) | dict(zip(names, ("chosen", "rejected"), strict=False)) | margin_uses
@@ -129,17 +129,19 @@ def _one_prompt(wholes: Sequence[tuple[Turn, ...]]) -> tuple:
 
 
 def _prompt(row: Row, head: Head | None) -> str | tuple[Turn, ...]:
-    if head is None:
+    if head is None or not head.column:
         raise Drop("empty prompt")
     return head.turns(row)
 
 
 def _whole(row: Row, head: Head | None, side: tuple[Turn, ...]) -> tuple[Turn, ...]:
     """A conversation from a reply column that holds several turns: it repeats the prompt, or goes on from it."""
-    if head is None or row.values.get(head.column) is None:
+    if head is None:
         return side
-    given = head.turns(row)
     before = head.before(row)
+    if row.values.get(head.column) is None:
+        return (*_lead(before, side), *side)
+    given = head.turns(row)
     if isinstance(given, str):
         given = prompts.dialogue(given) or (Turn("user", given),)
     said = given[len(before) :] if given[: len(before)] == before else given
