@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
             "dtype": "auto",  # of computation: float32 | bfloat16 | auto (bfloat16 on accelerators)
             "frozen_dtype": "auto",  # of frozen weights: float32 | bfloat16 | auto (bfloat16 on accelerators)
             "remat": "none",  # none | full (save only a layer's input) | dots (save matrix products too)
-            "attention": "xla",  # xla | flash (TPU: Pallas splash; rows in multiples of 128)
+            "attention": "auto",  # auto (cudnn on a GPU if it can, else xla) | xla | cudnn | flash (TPU, rows of 128s)
             "lora": {"rank": 0, "alpha": 16.0, "targets": ("q", "k", "v", "o")},  # rank 0: full fine-tuning
         }
     )

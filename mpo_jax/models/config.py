@@ -51,7 +51,8 @@ class LoraConfig:
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 REMAT_POLICIES = ("none", "full", "dots")
-ATTENTION_BACKENDS = ("xla", "flash")
+ATTENTION_BACKENDS = ("xla", "flash", "cudnn")
+ATTENTION_SETTINGS = ("auto", *ATTENTION_BACKENDS)
 DTYPES = ("float32", "bfloat16", "mixed")
 
 
@@ -96,7 +97,7 @@ class ModelConfig:
     padded_vocab: int = 0  # 0: the next multiple of VOCAB_MULTIPLE; `for_mesh` sets the multiple of the tensor axis
     dtype: str = "float32"  # float32 | bfloat16 | mixed (matrix products of bfloat16, all else float32; for CPUs)
     remat: str = "none"  # none | full: save only a layer's input | dots: save matrix products too
-    attention: str = "xla"  # xla | flash
+    attention: str = "xla"  # xla | flash | cudnn; `models.attention.choose` gives it
     unroll: bool = False  # layers one after the other, not a loop; with a remat policy always a loop. See `for_mesh`
     lora: LoraConfig | None = None
 
@@ -127,21 +128,40 @@ class ModelConfig:
 
         platform: cpu, gpu or tpu; tensor: size of that mesh axis; row_len: columns of a row, where they are known.
         """
-        if self.attention != "flash":
+        if self.attention == "xla":
             return
+        name = self.attention
         if self.heads % tensor:
-            raise InputError(f"attention: flash needs heads that mesh tensor={tensor} divides; found {self.heads}")
-        if platform in ("cpu", "tpu"):
+            raise InputError(f"attention: {name} needs heads that mesh tensor={tensor} divides; found {self.heads}")
+        if name == "flash" and platform in ("cpu", "tpu"):
             if row_len is not None and row_len % FLASH_MULTIPLE:
                 raise InputError(
                     f"attention: flash needs rows of a multiple of {FLASH_MULTIPLE} columns; found {row_len} (set "
                     f"data.multiple={FLASH_MULTIPLE}; for rollouts the prompt's slots and n x max_new_tokens; or xla)"
                 )
             return
+        if platform in ("cpu", "tpu"):
+            raise InputError(f"attention: cudnn runs on NVIDIA GPUs alone; found {platform}; set attention=auto")
+        obstacle = self.cudnn_obstacle()
+        if obstacle is not None:
+            raise InputError(f"attention: {name} on {platform} is cuDNN, which {obstacle}; set attention=xla")
+
+    def cudnn_obstacle(self, capability: tuple[int, int] | None = None) -> str | None:
+        """Why cuDNN's fused attention can't compute this model, as the end of "cuDNN, which ..."; None where it can.
+
+        capability: the card's compute capability, where it is known; unknown, it counts as the newest, so that what no
+        card can do is all that is told.
+        """
+        widest = 256 if capability is None or capability >= (9, 0) else 128
         if self.attention_softcap is not None:
-            raise InputError(f"attention: flash on {platform} is cuDNN, which has no soft cap; set attention=xla")
+            return "has no soft cap"
         if self.dtype != "bfloat16":
-            raise InputError(f"attention: flash on {platform} is cuDNN, which needs dtype=bfloat16; found {self.dtype}")
+            return f"needs dtype=bfloat16; found {self.dtype}"
+        if capability is not None and capability < (8, 0):
+            return f"needs compute capability 8.0 (Ampere) or later; found {capability[0]}.{capability[1]}"
+        if self.head_dim % 8 or self.head_dim > widest:
+            return f"needs a head_dim that is a multiple of 8 up to {widest}; found {self.head_dim}"
+        return None
 
     @property
     def activation_dtype(self) -> str:

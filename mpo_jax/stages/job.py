@@ -20,8 +20,8 @@ from mpo_jax.data import division, encode, sources, tokenizer
 from mpo_jax.data.loader import Loader
 from mpo_jax.data.schemas import TextRecord
 from mpo_jax.errors import InputError
+from mpo_jax.models import attention, decoder, hf, lora
 from mpo_jax.models import config as model_config
-from mpo_jax.models import decoder, hf, lora
 from mpo_jax.models.config import LoraConfig, ModelConfig
 from mpo_jax.models.presets import Preset
 from mpo_jax.types import PyTree
@@ -83,9 +83,13 @@ def model(job: Job) -> ModelConfig:
         architecture.for_mesh(job.mesh),
         dtype=model_config.compute_dtype(settings.dtype, job.platform),
         remat=job.settings.get("remat") or settings.remat,
-        attention=settings.attention,
         lora=LoraConfig(adapters.rank, adapters.alpha, tuple(adapters.targets)) if adapters.rank else None,
     )
+    device = job.mesh.devices.flat[0]
+    backend = attention.choose(
+        settings.attention, found, job.platform, job.mesh.size, attention.compute_capability(device)
+    ).backend
+    found = dataclasses.replace(found, attention=backend)
     for length in (job.config.data.multiple, job.config.data.max_length):  # what rows of the data can be long
         found.check_attention(job.platform, job.mesh.shape.get("tensor", 1), length)
     return found

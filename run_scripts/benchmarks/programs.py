@@ -4,11 +4,11 @@ Nothing here computes: a `Work` calls what the stages call, on random weights an
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -18,8 +18,8 @@ from mpo_jax.data import encode
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.loader import Loader
 from mpo_jax.data.tokenizer import Conventions
-from mpo_jax.models import decoder
-from mpo_jax.models.config import ModelConfig, compute_dtype
+from mpo_jax.models import attention, decoder, lora
+from mpo_jax.models.config import LoraConfig, ModelConfig, compute_dtype
 from mpo_jax.sampling import SamplingConfig
 from mpo_jax.stages import dpo, loop, ppo, reward, rollouts
 from mpo_jax.stages import job as jobs
@@ -29,15 +29,18 @@ SHAPES = {  # hidden, layers, heads, feed-forward; llama2.c's stories15M and sto
     "S": (288, 6, 6, 768),
     "M": (768, 12, 12, 2048),
     "XS": (64, 1, 4, 128),  # for the tests that guard what doesn't depend on the machine
+    "1B": (2048, 16, 32, 8192),  # LLaMA-3.2-1B's, for one GPU
 }
+KV_HEADS, VOCABULARIES = {"1B": 8}, {"1B": 128_256}  # where they aren't the heads and VOCABULARY
 VOCABULARY = 32_000
 PAIRS, SAMPLER_ROWS, PPO_ROWS, PPO_EPOCHS = 16, 32, 16, 4
-DTYPES = {"f32": "float32", "mixed": "mixed"}
+DTYPES = {"f32": "float32", "mixed": "mixed", "auto": "auto"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is measured. rows: pairs or prompts of a step; samples: replies to a prompt (the sampler alone)."""
+    """What is measured. rows: pairs or prompts of a step; samples: replies to a prompt (the sampler alone); rank: of
+    LoRA adapters, 0 trains all weights."""
 
     shape: str = "S"
     dtype: str = "f32"
@@ -46,23 +49,33 @@ class Case:
     rows: int = 0
     samples: int = 1
     layers: int = 0  # 0: those of the shape
+    attention: str = "auto"
+    remat: str = "none"
+    rank: int = 0
 
     def model(self, mesh) -> ModelConfig:
         width, layers, heads, mlp = SHAPES[self.shape]
-        return ModelConfig(
+        device = mesh.devices.flat[0]
+        model = ModelConfig(
             family="llama",
-            vocab_size=VOCABULARY,
+            vocab_size=VOCABULARIES.get(self.shape, VOCABULARY),
             layers=self.layers or layers,
             width=width,
             heads=heads,
-            kv_heads=heads,
+            kv_heads=KV_HEADS.get(self.shape, heads),
             head_dim=width // heads,
             mlp_width=mlp,
             max_positions=max(512, self.prompt + self.response),
             norm_eps=1e-5,
             tied_embeddings=True,
             dtype=compute_dtype(DTYPES[self.dtype], jax.default_backend()),
+            remat=self.remat,
+            lora=LoraConfig(self.rank, 2.0 * self.rank, ("q", "k", "v", "o")) if self.rank else None,
         ).for_mesh(mesh)
+        chosen = attention.choose(
+            self.attention, model, device.platform, mesh.size, attention.compute_capability(device)
+        )
+        return dataclasses.replace(model, attention=chosen.backend)
 
 
 @dataclasses.dataclass
@@ -79,15 +92,19 @@ class Work:
         self.carry = jax.block_until_ready(self.run(self.carry))
 
 
-def dpo_step(case: Case, mesh) -> Work:
-    """The reference's log-probs of a batch of pairs, then the train step on it: all that a pair costs in one epoch."""
+def dpo_step(case: Case, mesh, reference_seed: int = 1) -> Work:
+    """The reference's log-probs of a batch of pairs, then the train step on it: all that a pair costs in one epoch.
+
+    reference_seed: 0 makes the reference the policy itself, as a training begins.
+    """
     model, rows = case.model(mesh), case.rows or PAIRS
     settings = base.stage("dpo", batch_size=rows, steps=1000)
     encoded = random_rows(case, rows, 2)
     batch = Loader(encoded, rows, mesh=mesh, ref_logps=np.zeros((rows, 2), np.float32)).batch(0)
-    policy, reference = random_weights(model, mesh, 0), random_weights(model, mesh, 1)
+    beneath, policy = weights(model, mesh, 0)
+    reference = beneath | random_weights(model, mesh, 0) if beneath else frozen(model, mesh, reference_seed)
     loss = dpo.make_loss(model, settings.algorithm, settings.beta, settings.label_smoothing, settings.sft)
-    training, state = _training(loss, policy, batch, encoded, settings, mesh)
+    training, state = _training(loss, beneath, policy, encoded, settings, mesh)
     score = dpo.make_reference(model, mesh)
 
     def run(carry):
@@ -105,8 +122,8 @@ def reward_step(case: Case, mesh) -> Work:
     settings = base.stage("reward", batch_size=rows, steps=1000)
     encoded = random_rows(case, rows, 2)
     batch = Loader(encoded, rows, mesh=mesh).batch(0)
-    params = random_weights(model, mesh, 0, head=True)
-    training, state = _training(reward.make_loss(model), params, batch, encoded, settings, mesh)
+    beneath, params = weights(model, mesh, 0, head=True)
+    training, state = _training(reward.make_loss(model), beneath, params, encoded, settings, mesh)
 
     def run(carry):
         return training.step(carry[0], training.frozen, batch)
@@ -120,14 +137,14 @@ def sampler(case: Case, mesh) -> Work:
     model, rows = case.model(mesh), case.rows or SAMPLER_ROWS
     settings = SamplingConfig(max_new_tokens=case.response, n=case.samples)
     prompts = Loader(random_rows(case, rows, 0), rows, form="slots", mesh=mesh).batch(0)
-    weights = random_weights(model, mesh, 0)
+    policy = frozen(model, mesh, 0)
     draw = rollouts.sampler(model, settings, mesh)
 
     def run(carry):
         round_ = np.int32(carry[0] + 1)
-        return round_, draw(weights, prompts, np.int32(0), round_)
+        return round_, draw(policy, prompts, np.int32(0), round_)
 
-    programs = {"sample": (draw, (weights, prompts, np.int32(0), np.int32(0)))}
+    programs = {"sample": (draw, (policy, prompts, np.int32(0), np.int32(0)))}
     return Work((np.int32(0), None), run, rows * case.samples * case.response, _abstract(programs))
 
 
@@ -144,18 +161,19 @@ def ppo_update(case: Case, mesh) -> Work:
     optimizer, _ = ppo.make_optimizer(settings, settings.steps)
     sampling = SamplingConfig(temperature=settings.temperature, max_new_tokens=case.response, n=settings.samples)
     prompts = Loader(random_rows(case, rows, 0), rows, form="slots", mesh=mesh).batch(0)
-    params = {"policy": random_weights(model, mesh, 0), "value": random_weights(model, mesh, 1, head=True)}
-    frozen = {
-        "base": {},
-        "reference": random_weights(model, mesh, 0),
-        "reward": random_weights(model, mesh, 2, head=True),
+    beneath, policy = weights(model, mesh, 0)
+    params = {"policy": policy, "value": weights(model, mesh, 1, head=True)[1]}
+    others = {
+        "base": beneath,
+        "reference": weights(model, mesh, 0)[1] if beneath else frozen(model, mesh, 0),
+        "reward": weights(model, mesh, 2, head=True)[1] if beneath else frozen(model, mesh, 2, head=True),
     }
     extra = ppo.first_extra(settings)
     state = loop.init_state(optimizer, params, jax.random.key(0), mesh, extra)
     abstract = loop.abstract_state(optimizer, params, mesh, extra)
     step = ppo.make_step(job, model, rules, sampling, optimizer, abstract, None)
     tokens = rows * settings.samples * (case.prompt + case.response) * PPO_EPOCHS
-    return Work((state, None), lambda carry: step(carry[0], frozen, prompts), tokens, {})
+    return Work((state, None), lambda carry: step(carry[0], others, prompts), tokens, {})
 
 
 STEPS = {"dpo": dpo_step, "reward": reward_step, "sample": sampler, "ppo": ppo_update}
@@ -170,14 +188,37 @@ def random_rows(case: Case, rows: int, replies: int) -> Encoded:
     return encode.assemble(pieces, replies, Conventions(1, 2, 2, False), "random", id=ids, prompt_id=ids)
 
 
-def random_weights(model: ModelConfig, mesh, seed: int, head: bool = False) -> PyTree:
-    make = functools.partial(decoder.init, model, jax.random.key(seed), head=head)
+def weights(model: ModelConfig, mesh, seed: int, head: bool = False) -> tuple[PyTree, PyTree]:
+    """What lies frozen beneath a training, {} without adapters, and what it trains."""
+    if model.lora is None:
+        return {}, random_weights(model, mesh, seed, head)
+    base = frozen(dataclasses.replace(model, lora=None), mesh, 0)
+    adapters = random_weights(model, mesh, seed)
+    return base, adapters | (decoder.init_head(model, jax.random.key(seed)) if head else {})
+
+
+def frozen(model: ModelConfig, mesh, seed: int, head: bool = False) -> PyTree:
+    """Random weights in the dtype that a stage keeps frozen ones in: bfloat16 on accelerators."""
+    if jax.default_backend() == "cpu":
+        return random_weights(model, mesh, seed, head)
+    return random_weights(model, mesh, seed, head, jnp.bfloat16)
+
+
+def random_weights(model: ModelConfig, mesh, seed: int, head: bool = False, dtype=jnp.float32) -> PyTree:
+    """A trunk, or adapters where the model has some, made on the device."""
+    if model.lora is not None:
+        return lora.init(model, jax.random.key(seed), mesh)
+
+    def make():
+        drawn = decoder.init(model, jax.random.key(seed), head=head)
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), drawn)
+
     return jax.jit(make, out_shardings=sharding.tree_shardings(jax.eval_shape(make), mesh))()
 
 
-def _training(loss, params, batch, encoded, settings, mesh):
+def _training(loss, base, params, encoded, settings, mesh):
     loader = Loader(encoded, settings.batch_size, mesh=mesh)
-    training = loop.supervised(loss, params, {"base": {}}, loader, None, settings, jax.random.key(0), mesh)
+    training = loop.supervised(loss, params, {"base": base}, loader, None, settings, jax.random.key(0), mesh)
     return training, loop.init_state(training.optimizer, training.params, training.key, mesh)
 
 
