@@ -45,7 +45,7 @@ def temporaries(extent: Extent, mesh) -> int:
 
 def _layer(model: ModelConfig, rows: int, length: int, tensor: int) -> float:
     """Of one layer, forward and backward."""
-    logits = _FLASH_LOGITS if model.attention == "flash" else _LOGITS
+    logits = _LOGITS if model.attention == "xla" else _FLASH_LOGITS
     return rows * length * (_values(model, tensor) * _item(model) + logits * 4 * model.heads / tensor * length)
 
 

@@ -54,6 +54,7 @@ def work(make: Callable[[], Work], runs: int, warm: int = 2) -> dict[str, Any]:
         "tokens_per_second": subject.tokens / best,
         "peak_rss_MiB": peak,
         "device_peak_MiB": device_peak,
+        "planned_MiB": None if subject.planned is None else subject.planned / MIB,
         "compile_seconds": compile_seconds,
         "build_seconds": built,
         "first_seconds": first,

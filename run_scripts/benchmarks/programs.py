@@ -20,9 +20,11 @@ from mpo_jax.data.loader import Loader
 from mpo_jax.data.tokenizer import Conventions
 from mpo_jax.models import attention, decoder, lora
 from mpo_jax.models.config import LoraConfig, ModelConfig, compute_dtype
+from mpo_jax.planning import arithmetic
 from mpo_jax.sampling import SamplingConfig
 from mpo_jax.stages import dpo, loop, ppo, reward, rollouts
 from mpo_jax.stages import job as jobs
+from mpo_jax.stages.programs import Extent, device_bytes
 from mpo_jax.types import PyTree
 
 SHAPES = {  # hidden, layers, heads, feed-forward; llama2.c's stories15M and stories110M, tied embeddings
@@ -81,12 +83,14 @@ class Case:
 @dataclasses.dataclass
 class Work:
     """run: does one unit of work, from carry to carry, and leaves what it must be waited for. tokens: of one unit, by
-    the peers' count (a pair has its prompt twice). programs: name -> (jitted function, its arguments)."""
+    the peers' count (a pair has its prompt twice). programs: name -> (jitted function, its arguments). planned: bytes
+    of one device by the plan's arithmetic, where it knows this work."""
 
     carry: Any
     run: Callable[[Any], Any]
     tokens: int
     programs: dict[str, tuple[Any, tuple]]
+    planned: int | None = None
 
     def once(self) -> None:
         self.carry = jax.block_until_ready(self.run(self.carry))
@@ -113,7 +117,8 @@ def dpo_step(case: Case, mesh, reference_seed: int = 1) -> Work:
         return training.step(state, training.frozen, with_reference)
 
     programs = {"reference": (score, (reference, batch)), "step": (training.step, (state, training.frozen, batch))}
-    return Work((state, None), run, 2 * rows * (case.prompt + case.response), _abstract(programs))
+    planned = _planned(model, state, batch, [state, training.frozen, batch, reference], mesh)
+    return Work((state, None), run, 2 * rows * (case.prompt + case.response), _abstract(programs), planned)
 
 
 def reward_step(case: Case, mesh) -> Work:
@@ -129,7 +134,8 @@ def reward_step(case: Case, mesh) -> Work:
         return training.step(carry[0], training.frozen, batch)
 
     programs = {"step": (training.step, (state, training.frozen, batch))}
-    return Work((state, None), run, 2 * rows * (case.prompt + case.response), _abstract(programs))
+    planned = _planned(model, state, batch, [state, training.frozen, batch], mesh)
+    return Work((state, None), run, 2 * rows * (case.prompt + case.response), _abstract(programs), planned)
 
 
 def sampler(case: Case, mesh) -> Work:
@@ -220,6 +226,14 @@ def _training(loss, base, params, encoded, settings, mesh):
     loader = Loader(encoded, settings.batch_size, mesh=mesh)
     training = loop.supervised(loss, params, {"base": base}, loader, None, settings, jax.random.key(0), mesh)
     return training, loop.init_state(training.optimizer, training.params, training.key, mesh)
+
+
+def _planned(model: ModelConfig, state, batch, held, mesh) -> int:
+    """Bytes of a train step by the plan's arithmetic: what lies in memory, each array once, and the temporaries."""
+    rows, length = batch.tokens.shape
+    extent = Extent(model, "train", rows, length, batch.window, trained=device_bytes(state.params))
+    arrays = {id(leaf): leaf for leaf in jax.tree.leaves(held)}
+    return device_bytes(list(arrays.values())) + arithmetic.temporaries(extent, mesh)
 
 
 def _abstract(programs):

@@ -1,0 +1,204 @@
+"""The benchmarks' steps enter, at the shapes of a GPU; seconds, shares of the card's peak and memory leave.
+
+Each case is run_scripts/bench.py in a process of its own, so that its peak of memory is its own; where torch and
+transformers are installed, the same work as a good loop of one's own does it stands beside.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from run_scripts.benchmarks.programs import KV_HEADS, SHAPES, VOCABULARIES, VOCABULARY
+from run_scripts.gpu.result import Part
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+GIB = 1 << 30
+SECONDS = 420  # of the part: cases that would begin later are told as left out
+ASKED = {"share": 0.45, "over torch": 1.5, "decode": 0.5, "plan": 0.1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """One case. extra: further flags of bench.py. torch: the peer's `--what`, or ""."""
+
+    name: str
+    what: str
+    shape: str
+    rows: int
+    prompt: int
+    response: int
+    extra: tuple[str, ...] = ()
+    torch: str = ""
+    goals: bool = False
+
+    @property
+    def rank(self) -> int:
+        return next((int(flag.split("=")[1]) for flag in self.extra if flag.startswith("--rank=")), 0)
+
+
+def _small(shape: str) -> list[Timed]:
+    rows = {"dpo": 16, "reward": 16, "sample": 32, "ppo": 16}
+    return [Timed(f"{what} {shape}", what, shape, count, 64, 64) for what, count in rows.items()]
+
+
+GPU = [
+    Timed("dpo 1B", "dpo", "1B", 8, 512, 512, torch="dpo", goals=True),
+    Timed("sample 1B", "sample", "1B", 64, 512, 512, torch="sample", goals=True),
+    Timed("dpo 1B xla", "dpo", "1B", 8, 512, 512, ("--attention=xla",)),
+    Timed("dpo 1B LoRA", "dpo", "1B", 8, 512, 512, ("--rank=16",)),
+    Timed("reward 1B", "reward", "1B", 8, 512, 512, torch="reward"),
+    Timed("ppo 1B", "ppo", "1B", 8, 512, 512, ("--remat=full",)),
+    *_small("S"),
+    *_small("M"),
+]
+CPU = [
+    Timed("dpo XS", "dpo", "XS", 2, 8, 8, torch="dpo", goals=False),
+    Timed("sample XS", "sample", "XS", 2, 8, 8, torch="sample"),
+    Timed("dpo XS LoRA", "dpo", "XS", 2, 8, 8, ("--rank=4",)),
+    Timed("reward XS", "reward", "XS", 2, 8, 8, torch="reward"),
+    Timed("ppo XS", "ppo", "XS", 2, 8, 8, ("--remat=full",)),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--platform", required=True)
+    parser.add_argument("--cases", default="")
+    given = parser.parse_args()
+    part = Part("speed", given.out)
+    folder = given.out.parent / "speed"
+    folder.mkdir(exist_ok=True)
+    began = time.perf_counter()
+    peaks: dict[str, float] = {}
+    with part.each("peaks"):
+        peaks = run([sys.executable, "-m", "run_scripts.gpu.peaks"], folder / "peaks.json")
+        note = f"a product of {peaks['side']} x {peaks['side']} matrices"
+        part.told("peak: bfloat16 products", peaks["flops"] / 1e12, "TFLOP/s", note)
+        note = f"a copy of {peaks['bytes'] / GIB:.3g} GiB, read and written"
+        part.told("peak: memory", peaks["bandwidth"] / 1e9, "GB/s", note)
+    wanted = [name for name in given.cases.split(",") if name]
+    for case in CPU if given.platform == "cpu" else GPU:
+        if wanted and case.name not in wanted:
+            continue
+        if time.perf_counter() - began > SECONDS:
+            part.told(case.name, "not run", note="the part's time was over")
+            continue
+        with part.each(case.name):
+            ours = bench(case, folder)
+            tell(part, case, ours, peaks)
+        if case.torch and importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+            with part.each(f"{case.name}, torch"):
+                peer(part, case, ours, folder)
+    return part.finish()
+
+
+def bench(case: Timed, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "run_scripts/bench.py", f"--what={case.what}", f"--shape={case.shape}", "--dtype=auto"]
+    command += [f"--rows={case.rows}", f"--prompt={case.prompt}", f"--response={case.response}", *case.extra]
+    return run([*command, "--runs=3"], folder / f"{case.name.replace(' ', '_')}.json")
+
+
+def peer(part: Part, case: Timed, ours: dict[str, Any], folder: Path) -> None:
+    command = [sys.executable, "-m", "run_scripts.gpu.torch_loop", f"--what={case.torch}", f"--shape={case.shape}"]
+    command += [f"--rows={case.rows}", f"--prompt={case.prompt}", f"--response={case.response}"]
+    command += ["--compile=0"] if case.shape == "XS" else []
+    found = run(command, folder / f"{case.name.replace(' ', '_')}_torch.json")
+    how = "torch.compile" if found["compiled"] else f"eager; torch.compile: {found.get('compile_error', 'not asked')}"
+    memory = "" if found["device_peak_MiB"] is None else f", peak {found['device_peak_MiB'] / 1024:.1f} GiB"
+    part.told(f"{case.name}, torch: seconds", found["best"], "s", f"{found['versions']}, {how}{memory}")
+    times = found["best"] / ours["best"]
+    if case.goals and case.what == "dpo":
+        part.at_least(f"{case.name}: times as fast as torch", times, ASKED["over torch"])
+    else:
+        part.told(f"{case.name}: times as fast as torch", times)
+
+
+def tell(part: Part, case: Timed, found: dict[str, Any], peaks: dict[str, float]) -> None:
+    compiled = f"compiled in {found['compile_seconds']:.0f} s, {found['compiles_after_warmup']} compiles after warm-up"
+    part.told(f"{case.name}: seconds", found["best"], "s", f"{found['tokens_per_second']:.0f} tokens/s, {compiled}")
+    if case.what in ("dpo", "reward") and peaks:
+        share = flops(case) / found["best"] / peaks["flops"]
+        note = f"{flops(case) / 1e12:.1f} TFLOP of work, {flops(case) / found['best'] / 1e12:.0f} TFLOP/s"
+        if case.goals:
+            part.at_least(f"{case.name}: share of the products' peak", share, ASKED["share"], note=note)
+        else:
+            part.told(f"{case.name}: share of the products' peak", share, note=note)
+    if case.what == "sample" and peaks:
+        least = decode_bytes(case) / peaks["bandwidth"]
+        share = least / found["best"]
+        note = f"{decode_bytes(case) / 1e9:.0f} GB to read at least: {least:.3g} s"
+        if case.goals:
+            part.at_least(f"{case.name}: share of the bandwidth bound", share, ASKED["decode"], note=note)
+        else:
+            part.told(f"{case.name}: share of the bandwidth bound", share, note=note)
+    if found["device_peak_MiB"] is not None:
+        temporaries = ", ".join(f"{name} {size / 1024:.2f}" for name, size in found["temporaries_MiB"].items())
+        note = f"temporaries in GiB: {temporaries}" if temporaries else ""
+        part.told(f"{case.name}: peak memory", found["device_peak_MiB"] / 1024, "GiB", note)
+        if found.get("planned_MiB"):
+            planned = found["planned_MiB"] / 1024
+            apart = abs(planned / (found["device_peak_MiB"] / 1024) - 1)
+            note = f"the plan reckons with {planned:.2f} GiB"
+            if case.goals:
+                part.at_most(f"{case.name}: plan and peak apart", apart, ASKED["plan"], note=note)
+            else:
+                part.told(f"{case.name}: plan and peak apart", apart, note=note)
+
+
+def run(command: list[str], path: Path) -> dict[str, Any]:
+    """A command that writes JSON to `path`; its last words where it fails."""
+    path.unlink(missing_ok=True)
+    keep = {"JAX_COMPILATION_CACHE_DIR": str(path.parent / "compiled")}
+    keep["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    done = subprocess.run(
+        [*command, f"--json={path}"], cwd=ROOT, env=os.environ | keep, capture_output=True, text=True, timeout=300
+    )
+    if done.returncode or not path.exists():
+        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(" ")]
+        raise RuntimeError(f"status {done.returncode}: {' / '.join(lines[-6:])[-700:]}")
+    return json.loads(path.read_text())
+
+
+# Laws -----------------------------------------------------------------------------------------------------------------
+
+
+def sizes(shape: str) -> tuple[int, int, int]:
+    """Weights of all layers, weights of the output matrix, bytes of one token's keys and values."""
+    width, layers, heads, mlp = SHAPES[shape]
+    dim, kv_heads = width // heads, KV_HEADS.get(shape, heads)
+    trunk = layers * (width * dim * (2 * heads + 2 * kv_heads) + 3 * width * mlp)
+    return trunk, width * VOCABULARIES.get(shape, VOCABULARY), 2 * layers * kv_heads * dim * 2
+
+
+def flops(case: Timed) -> float:
+    """Multiply-adds twice over, of what is asked and not of what is computed again: a pair's prompt counts once, of
+    attention only what a query sees, of logits those of replies. Three passes of what is trained, two under adapters,
+    and one of a DPO reference."""
+    width, layers, heads, _ = SHAPES[case.shape]
+    trunk, output, _ = sizes(case.shape)
+    p, r = case.prompt, case.response
+    seen = p * (p + 1) / 2 + 2 * (r * p + r * (r + 1) / 2)
+    forward = 2.0 * trunk * (p + 2 * r) + 4.0 * layers * heads * (width // heads) * seen
+    if case.what == "dpo":
+        forward += 2.0 * output * 2 * r
+    passes = (2 if case.rank else 3) + (1 if case.what == "dpo" else 0)
+    return case.rows * passes * forward
+
+
+def decode_bytes(case: Timed) -> float:
+    """Read at least, in bfloat16: every weight once for each token, and the caches as they are filled by then."""
+    trunk, output, of_token = sizes(case.shape)
+    columns = case.prompt + sum(range(case.response)) / case.response
+    return case.response * (2.0 * (trunk + output) + case.rows * columns * of_token)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
