@@ -42,6 +42,7 @@ _RANK = flags.DEFINE_integer("rank", 0, "Of LoRA adapters; 0: all weights are tr
 _REMAT = flags.DEFINE_enum("remat", "none", REMAT_POLICIES, "What a layer keeps for its backward pass.")
 _ATTENTION = flags.DEFINE_enum("attention", "auto", ATTENTION_SETTINGS, "Backend.")
 _DTYPE = flags.DEFINE_enum("dtype", "f32", [*DTYPES], "Of computation.")
+_KERNELS = flags.DEFINE_bool("kernels", False, "On a GPU: also trace one unit, and tell its longest kernels.")
 _RUNS = flags.DEFINE_integer("runs", 3, "Timed runs, of which the median counts.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Where the result goes too.")
 
@@ -66,7 +67,7 @@ def main(argv) -> None:
         rank=_RANK.value,
     )
     try:
-        result = run(what, case, _RUNS.value, _DEVICES.value)
+        result = run(what, case, _RUNS.value, _DEVICES.value, _KERNELS.value)
     except InputError as error:
         sys.exit(f"error: {error}")
     line = f"{what} {case.shape} {case.dtype} prompt {case.prompt} response {case.response}: "
@@ -75,14 +76,14 @@ def main(argv) -> None:
         Path(_JSON.value).write_text(json.dumps(result | {"case": vars(case), "jax": jax.__version__}, indent=1))
 
 
-def run(what: str, case: Case, runs: int, devices: int = 1) -> dict[str, Any]:
+def run(what: str, case: Case, runs: int, devices: int = 1, traced: bool = False) -> dict[str, Any]:
     if devices > 1:
         jax.config.update("jax_num_cpu_devices", devices)
     mesh = sharding.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):
         if what in PATHS:
             return PATHS[what](case, mesh, runs)
-        return measure.work(lambda: STEPS[what](case, mesh), runs)
+        return measure.work(lambda: STEPS[what](case, mesh), runs, traced=traced)
 
 
 def _short(value: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from mpo_jax import metrics
+from run_scripts.benchmarks import kernels
 from run_scripts.benchmarks.programs import Work
 
 _COMPILE_SECONDS = "/jax/core/compile/backend_compile_duration"
@@ -26,7 +27,7 @@ class CompileClock:
         self.seconds += duration_secs if event == _COMPILE_SECONDS else 0.0
 
 
-def work(make: Callable[[], Work], runs: int, warm: int = 2) -> dict[str, Any]:
+def work(make: Callable[[], Work], runs: int, warm: int = 2, traced: bool = False) -> dict[str, Any]:
     """Medians over `runs` units of work after `warm` untimed ones. best: seconds of one unit, the peers' name for it.
 
     peak_rss_MiB: of the process, from the end of the first unit on. device_peak_MiB: of a GPU's
@@ -49,6 +50,7 @@ def work(make: Callable[[], Work], runs: int, warm: int = 2) -> dict[str, Any]:
     peak = peak_rss()
     device_peak = device_memory("peak_bytes_in_use")
     best = statistics.median(samples)
+    trace = {"kernels": kernels.measured(subject.once)} if traced else {}
     return {
         "best": best,
         "tokens_per_second": subject.tokens / best,
@@ -62,7 +64,7 @@ def work(make: Callable[[], Work], runs: int, warm: int = 2) -> dict[str, Any]:
         "temporaries_MiB": {name: temporaries(*program) / MIB for name, program in subject.programs.items()},
         "samples": samples,
         "load_average": os.getloadavg()[0],
-    }
+    } | trace
 
 
 def seconds(function: Callable[[], Any]) -> float:

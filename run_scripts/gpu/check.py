@@ -73,7 +73,7 @@ def environment(where: str) -> dict[str, str]:
     """Of the parts: JAX's platform, with the CPU beside a GPU, to be compared with; nothing asks a network."""
     set_here = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     set_here["JAX_PLATFORMS"] = "cpu" if where == "cpu" else "cuda,cpu"
-    return os.environ | set_here
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"} | os.environ | set_here
 
 
 def describe(where: str) -> dict[str, str]:
