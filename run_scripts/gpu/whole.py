@@ -24,6 +24,7 @@ SHORT = {
     "stages.reward.steps": 12,
     "stages.reward.eval_every": 12,
     "stages.dpo.steps": 8,
+    "stages.dpo.log_every": 1,
     "stages.dpo.eval_every": 8,
     "stages.mpo.steps": 3,
     "stages.mpo.eval_every": 3,
@@ -65,7 +66,7 @@ def first_steps(part: Part, workdir: Path) -> None:
     """What the first steps of real stages find, in the platform's own dtype, the frozen copies kept as stages do."""
     dpo, mpo = (json.loads(next(workdir.glob(f"{name}-*/metrics.jsonl")).read_text().split("\n")[0]) for name in
                 ("dpo", "mpo"))  # fmt: skip
-    part.told("dpo: first loss logged", float(dpo["loss"]), note=f"at step {dpo['step']}; ln 2 is {np.log(2):.6f}")
+    part.at_most("dpo: |loss - ln 2| of the first step", abs(float(dpo["loss"]) - np.log(2)), 1e-3)
     for name in ("kl", "kl_k3", "ratio_deviation_first"):
         part.at_most(f"mpo: |{name}| of the first step", abs(float(mpo[name])), 1e-3)
 
@@ -95,7 +96,7 @@ def resume(part: Part, folder: Path, whole: Path, flags: str) -> None:
     process = start(workdir, ["--stages=sft"], log, flags)
     killed = -1
     while process.poll() is None:
-        saved = [int(path.name) for path in workdir.glob("sft-*/checkpoints/last/[0-9]*")]
+        saved = [int(path.name) for path in workdir.glob("sft-*/checkpoints/last/*") if path.name.isdigit()]
         if any(step >= _KILL_AFTER for step in saved):
             killed = max(saved)
             process.kill()
