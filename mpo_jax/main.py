@@ -42,6 +42,7 @@ def main(argv) -> None:
         if _DRY_RUN.value:
             print(pipeline.tree(config, graph.resolve(config, workdir)))
             return
+        allocator.check_card()
         processes.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value)
         # Compiled programs outlive the process: a resumed or repeated run starts with its first step at once.
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))

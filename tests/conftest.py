@@ -65,7 +65,11 @@ def torch():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Long proofs run only when asked for: `-m slow`, or by their node id."""
+    """Long proofs run only when asked for: `-m slow`, or by their node id. Without a GPU, what needs one is skipped."""
+    if jax.default_backend() != "gpu":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
     if config.getoption("-m") or any("::" in argument for argument in config.args):
         return
     skip = pytest.mark.skip(reason="long proof; run with -m slow")

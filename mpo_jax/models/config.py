@@ -45,6 +45,12 @@ class LoraConfig:
             raise InputError(f"lora.rank: {self.rank}; expected at least 1")
 
     @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass computes norms and activations again, which costs an accelerator less than to keep
+        and to read their steps, most of them in float32."""
+        return self.dtype == "bfloat16"
+
+    @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
@@ -172,6 +178,12 @@ class ModelConfig:
     def operand_dtype(self) -> str:
         """Of what goes into a product with a weight."""
         return "bfloat16" if self.dtype == "mixed" else self.dtype
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass computes norms and activations again, which costs an accelerator less than to keep
+        and to read their steps, most of them in float32."""
+        return self.dtype == "bfloat16"
 
     @property
     def scale(self) -> float:

@@ -74,7 +74,7 @@ def forward(
     slots: the columns of a slot-form row, where they are known beforehand; only the flash backend reads it.
     """
     context = _row_context(config, positions, segments, slots)
-    outputs: Any = _Decoder(config).apply(_trunk(weights), tokens, context)
+    outputs: Any = _Decoder(config).apply(_narrow_kernels(config, _trunk(weights)), tokens, context)
     return outputs[0]
 
 
@@ -128,6 +128,18 @@ def cast_weights(config: ModelConfig, weights: PyTree) -> PyTree:
         return x.astype(config.operand_dtype if multiplies else config.activation_dtype)
 
     return map_weights(cast, weights)
+
+
+def _narrow_kernels(config: ModelConfig, weights: PyTree) -> PyTree:
+    """Matrices in bfloat16 before the loop over layers, so that it slices half the bytes, and stacks their gradients,
+    which are bfloat16's anyway, as such. Tables stay: a token's gradients are added up in float32."""
+    if config.dtype != "bfloat16":
+        return weights
+
+    def narrow(name: str, x: jax.Array) -> jax.Array:
+        return x if name.rsplit("/", 1)[-1] in ("scale", "bias", "embedding") else x.astype(config.operand_dtype)
+
+    return map_weights(narrow, weights)
 
 
 def decode_step(
@@ -334,9 +346,16 @@ class _Mlp(nn.Module):
         names = ("up", "gate") if config.gated_mlp else ("up",)
         hidden, *gate = _project(x, *(projection((config.width,), (config.mlp_width,), name=name) for name in names))
         activation = _ACTIVATIONS[config.activation]
-        hidden = hidden * activation(gate[0]) if gate else activation(hidden)
+        if config.recomputes:
+            hidden = jax.checkpoint(functools.partial(_activate, activation))(hidden, *gate)
+        else:
+            hidden = _activate(activation, hidden, *gate)
         hidden = constrain(hidden, "batch", None, "mlp")
         return projection((config.mlp_width,), (config.width,), name="down")(hidden)
+
+
+def _activate(activation, hidden, gate=None):
+    return activation(hidden) if gate is None else hidden * activation(gate)
 
 
 class _Projection(nn.Module):
@@ -393,15 +412,27 @@ class _Norm(nn.Module):
     @nn.compact
     def __call__(self, x):
         config = self.config
-        last = (1,) * (x.ndim - 1) + (self.width,)
-        wide = x.astype(jnp.float32)
         plus_one = config.norm == "rms_plus_one"
         init = nn.initializers.zeros_init() if plus_one else nn.initializers.ones_init()
-        scale = self.param("scale", init, (self.width,)).astype(jnp.float32).reshape(last)
+        parameters = [self.param("scale", init, (self.width,))]
         if config.norm == "layer":
-            wide -= jnp.mean(wide, axis=-1, keepdims=True)
-        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + np.float32(config.norm_eps))
-        wide *= scale + 1 if plus_one else scale
-        if config.norm == "layer":
-            wide += self.param("bias", nn.initializers.zeros_init(), (self.width,)).astype(jnp.float32).reshape(last)
-        return wide.astype(config.activation_dtype)
+            parameters.append(self.param("bias", nn.initializers.zeros_init(), (self.width,)))
+        normalise = functools.partial(_normalise, config)
+        return (jax.checkpoint(normalise) if config.recomputes else normalise)(x, *parameters)
+
+
+def _normalise(config: ModelConfig, x, scale, bias=None):
+    """Weights pass through the activations' dtype, as those of a frozen copy in that dtype have."""
+
+    def weight(leaf):
+        return leaf.astype(config.activation_dtype).astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+
+    wide = x.astype(jnp.float32)
+    scale = weight(scale)
+    if bias is not None:
+        wide -= jnp.mean(wide, axis=-1, keepdims=True)
+    wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + np.float32(config.norm_eps))
+    wide *= scale + 1 if config.norm == "rms_plus_one" else scale
+    if bias is not None:
+        wide += weight(bias)
+    return wide.astype(config.activation_dtype)

@@ -56,11 +56,11 @@ def attend(
     mesh = jax.sharding.get_abstract_mesh()
     on_mesh = not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types)
     shards = axis_size(mesh, _HEAD_AXIS) if on_mesh else 1
-    platform = _platform()
-    config.check_attention(platform, shards, length)
-    if platform not in ("cpu", "tpu"):
+    where = platform()
+    config.check_attention(where, shards, length)
+    if where not in ("cpu", "tpu"):
         return cudnn(config, q, k, v, masks.visible(positions, segments, window))
-    interpret = platform == "cpu"
+    interpret = where == "cpu"
     local = functools.partial(_local, config, window, slots, interpret)
     if not on_mesh:
         return local(q, k, v, positions, segments, None)
@@ -84,7 +84,7 @@ def attend(
     )(q, k, v, positions, segments)
 
 
-def _platform() -> str:
+def platform() -> str:
     """Where the program will run: on the devices of `jax.set_mesh`, else on the default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

@@ -96,10 +96,13 @@ def model(job: Job) -> ModelConfig:
 
 
 def frozen_dtype(job: Job) -> str:
-    """Of weights that nothing trains; there is no mixed storage."""
+    """Of weights that nothing trains; there is no mixed storage. auto: as exact as what is computed with them, or a
+    policy and its frozen copy would differ before the first step."""
     name, key = job.config.model.frozen_dtype, "model.frozen_dtype"
     if name == "mixed":
         raise InputError(f"{key}: 'mixed' is a way to compute; expected auto, float32 or bfloat16")
+    if name == "auto" and model_config.compute_dtype(job.config.model.dtype, job.platform) == "float32":
+        return "float32"
     return model_config.compute_dtype(name, job.platform, key)
 
 

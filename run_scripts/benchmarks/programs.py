@@ -204,10 +204,8 @@ def weights(model: ModelConfig, mesh, seed: int, head: bool = False) -> tuple[Py
 
 
 def frozen(model: ModelConfig, mesh, seed: int, head: bool = False) -> PyTree:
-    """Random weights in the dtype that a stage keeps frozen ones in: bfloat16 on accelerators."""
-    if jax.default_backend() == "cpu":
-        return random_weights(model, mesh, seed, head)
-    return random_weights(model, mesh, seed, head, jnp.bfloat16)
+    """Random weights in the dtype that a stage keeps frozen ones in: bfloat16 where that is what it computes in."""
+    return random_weights(model, mesh, seed, head, jnp.bfloat16 if model.dtype == "bfloat16" else jnp.float32)
 
 
 def random_weights(model: ModelConfig, mesh, seed: int, head: bool = False, dtype=jnp.float32) -> PyTree:

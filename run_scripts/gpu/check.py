@@ -13,8 +13,10 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from mpo_jax import allocator
 from run_scripts.gpu import report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -30,6 +32,10 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--platform", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--cases", default="", help="of the part speed: these alone, by name")
+    parser.add_argument("--seconds", type=int, default=420, help="of the part speed: later no case begins")
+    parser.add_argument(
+        "--no-torch", action="store_true", help="of the part speed: leave out what torch does beside it"
+    )
     given = parser.parse_args()
     only = given.only.split(",")
     for name in only:
@@ -37,18 +43,18 @@ def main() -> int:
             parser.error(f"--only={name}: expected some of {', '.join(PARTS)}")
     given.out.mkdir(parents=True, exist_ok=True)
     for name in only:
-        run_part(name, given.out, given.platform, given.cases)
+        extra = [f"--cases={given.cases}", f"--seconds={given.seconds}", *["--no-torch"] * given.no_torch]
+        run_part(name, given.out, given.platform, extra if name == "speed" else [])
     return finish(given.out, describe(given.platform))
 
 
-def run_part(name: str, out: Path, where: str, cases: str = "") -> None:
+def run_part(name: str, out: Path, where: str, extra: Sequence[str] = ()) -> None:
     """Runs a part; what it finds lies in out/name.json, also where it dies."""
     path = out / f"{name}.json"
     path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", f"run_scripts.gpu.{name}", f"--out={path}", f"--platform={where}"]
-    command += [f"--cases={cases}"] if cases and name == "speed" else []
+    command = [sys.executable, "-m", f"run_scripts.gpu.{name}", f"--out={path}", f"--platform={where}", *extra]
     try:
-        done = subprocess.run(command, cwd=ROOT, timeout=_SECONDS[name], env=environment(where)).returncode
+        done = subprocess.run(command, cwd=ROOT, timeout=_SECONDS[name], env=environment(where, name)).returncode
         words = f"the process ended with status {done}"
     except subprocess.TimeoutExpired:
         words = f"stopped after {_SECONDS[name]} seconds"
@@ -69,11 +75,13 @@ def finish(out: Path, machine: dict[str, str]) -> int:
     return 1 if report.failures(parts) or not parts else 0
 
 
-def environment(where: str) -> dict[str, str]:
-    """Of the parts: JAX's platform, with the CPU beside a GPU, to be compared with; nothing asks a network."""
+def environment(where: str, name: str) -> dict[str, str]:
+    """Of a part: JAX's platform, with the CPU beside a GPU, to be compared with; nothing asks a network. Of the card,
+    speed takes what a run takes, and the others leave room for a second process on it."""
+    share = allocator.GPU_SHARE if name == "speed" else 0.4
     set_here = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     set_here["JAX_PLATFORMS"] = "cpu" if where == "cpu" else "cuda,cpu"
-    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"} | os.environ | set_here
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(share)} | os.environ | set_here
 
 
 def describe(where: str) -> dict[str, str]:

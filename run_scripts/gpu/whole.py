@@ -31,6 +31,7 @@ SHORT = {
     "stages.mpo.eval_prompts": 32,
 }
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+UNTUNED = "--xla_gpu_autotune_level=0"  # a tiny model's kernels needn't be chosen well, and choosing takes minutes
 _KILL_AFTER = 4  # steps of sft, of twelve
 
 
@@ -55,10 +56,9 @@ def main() -> int:
         resume(part, folder, workdir, "")
     if given.platform == "gpu":
         with part.each("kill and resume, deterministic"):
-            flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS", ""), DETERMINISTIC)))
-            whole = folder / "deterministic"
-            finish(start(whole, ["--stages=sft"], folder / "deterministic.log", flags), folder / "deterministic.log")
-            resume(part, folder, whole, flags)
+            whole, log = folder / "deterministic", folder / "deterministic.log"
+            finish(start(whole, ["--stages=sft"], log, DETERMINISTIC), log)
+            resume(part, folder, whole, DETERMINISTIC)
     return part.finish()
 
 
@@ -141,7 +141,9 @@ def finish(process: subprocess.Popen, log: Path) -> None:
 
 
 def environment(flags: str = "") -> dict[str, str]:
-    return os.environ | ({"XLA_FLAGS": flags} if flags else {})
+    """flags: of XLA, beside what the environment has and no search for the fastest kernels."""
+    gpu = [] if os.environ.get("JAX_PLATFORMS") == "cpu" else [UNTUNED]
+    return os.environ | {"XLA_FLAGS": " ".join(filter(None, [os.environ.get("XLA_FLAGS", ""), *gpu, flags]))}
 
 
 def stages_of(workdir: Path) -> str:

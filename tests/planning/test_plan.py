@@ -32,7 +32,7 @@ def gpu(memory: int) -> chips.Topology:
         ("v5e:3x5", "no slice '3x5' of v5e; expected v5e: and one of 1x1, 2x2, 2x4, 4x4, 4x8"),
         ("v4:4x8", "no slice '4x8' of v4; expected v4: and one of 2x2x1"),
         ("v9:2x2", "unknown 'v9:2x2'; did you mean 'v3:2x2'\\? expected v3: 2x2 4x4"),
-        ("gpu:81GB", "expected gpu:24GB, gpu:40GB, gpu:80GB"),
+        ("gpu:81GB", "expected gpu:16GB, gpu:24GB, gpu:40GB, gpu:48GB, gpu:80GB"),
         ("gpu:80", "or several as gpu:8x80GB"),
     ],
 )
