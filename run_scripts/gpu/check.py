@@ -33,9 +33,7 @@ def main() -> int:
     parser.add_argument("--platform", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--cases", default="", help="of the part speed: these alone, by name")
     parser.add_argument("--seconds", type=int, default=420, help="of the part speed: later no case begins")
-    parser.add_argument(
-        "--no-torch", action="store_true", help="of the part speed: leave out what torch does beside it"
-    )
+    parser.add_argument("--no-torch", action="store_true", help="of the part speed: without torch beside it")
     given = parser.parse_args()
     only = given.only.split(",")
     for name in only:

@@ -85,6 +85,8 @@ def main() -> int:
         part.told("peak: bfloat16 products", peaks["flops"] / 1e12, "TFLOP/s", note)
         note = f"a copy of {peaks['bytes'] / GIB:.3g} GiB, read and written"
         part.told("peak: memory", peaks["bandwidth"] / 1e9, "GB/s", note)
+    peers = ("torch", "transformers")
+    with_torch = not given.no_torch and all(importlib.util.find_spec(each) for each in peers)
     wanted = [name for name in given.cases.split(",") if name]
     for case in CPU if given.platform == "cpu" else GPU:
         if wanted and case.name not in wanted:
@@ -95,12 +97,7 @@ def main() -> int:
         with part.each(case.name):
             ours = bench(case, folder)
             tell(part, case, ours, peaks)
-        if (
-            case.torch
-            and not given.no_torch
-            and importlib.util.find_spec("torch")
-            and importlib.util.find_spec("transformers")
-        ):
+        if case.torch and with_torch:
             with part.each(f"{case.name}, torch"):
                 peer(part, case, ours, folder)
     return part.finish()
