@@ -14,7 +14,7 @@ from etils import epath
 
 from mpo_jax import graph, sharding
 from mpo_jax.errors import InputError
-from mpo_jax.models import presets
+from mpo_jax.models import attention, presets
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.planning import compile as compiler
 from mpo_jax.planning import estimate
@@ -23,6 +23,7 @@ from mpo_jax.planning.compile import Report
 from mpo_jax.planning.estimate import Assumptions, Seconds
 from mpo_jax.stages import programs
 from mpo_jax.stages.job import Artifact, Job
+from mpo_jax.stages.programs import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,8 @@ def plan(job: Job, topology: Topology, assumptions: Assumptions, only: Iterable[
         for name, program in programs.programs(job).items():
             if only and name not in only:
                 continue
+            if not topology.compiled:
+                program = _on_gpu(program, job, topology)
             report = compiler.report(program, topology, job.mesh)
             each = estimate.seconds(report, topology.chip, assumptions)
             found[name] = Planned(report, each, estimate.calls(job, program, assumptions))
@@ -143,6 +146,16 @@ def _say(found: list[dict[str, int]]) -> str:
         return "no mesh divides it; change batch_size or the topology"
     return "meshes that would work: " + "; ".join(
         ", ".join(f"{axis}={size}" for axis, size in mesh.items()) for mesh in found
+    )
+
+
+def _on_gpu(program: Program, job: Job, topology: Topology) -> Program:
+    """The program with the attention that the arithmetic is to reckon with: what a GPU would choose, which this machine
+    can't trace."""
+    model = program.extent.model
+    chosen = attention.choose(job.config.model.attention, model, "gpu", topology.size)
+    return dataclasses.replace(
+        program, extent=dataclasses.replace(program.extent, model=dataclasses.replace(model, attention=chosen.backend))
     )
 
 
