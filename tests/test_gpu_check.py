@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from run_scripts.benchmarks import kernels
 from run_scripts.gpu import check, report, speed
 from run_scripts.gpu.result import Part
 
@@ -102,3 +104,22 @@ def test_work_of_a_pair_by_hand():
         # Two tokens each: weights once, then the caches of 2 and 3 columns, keys and values of 2 x 2 bytes.
         sample = speed.Timed("x", "sample", "tiny", 5, 2, 2)
         assert speed.decode_bytes(sample) == 2 * 2 * (weights + 2 * 32_000) + 5 * (2 + 3) * 8
+
+
+def test_kernels_are_summed_by_name_and_gaps_between_them_are_idle():
+    def plane(name, *streams):
+        return SimpleNamespace(name=name, lines=[SimpleNamespace(name=n, events=events) for n, events in streams])
+
+    def event(name, start, duration):
+        return SimpleNamespace(name=name, start_ns=start * 1e9, duration_ns=duration * 1e9)
+
+    gpu = plane(
+        "/device:GPU:0",
+        ("Stream #1", [event("gemm", 0, 2), event("copy", 3, 1), event("gemm", 5, 2)]),
+        ("Stream #2", [event("copy", 1, 1.5)]),
+        ("XLA Ops", [event("gemm", 0, 100)]),
+    )
+    found = kernels.summary(
+        SimpleNamespace(planes=[gpu, plane("/host:CPU", ("Stream #1", [event("x", 0, 9)]))]), most=1
+    )
+    assert found == {"seconds": 6.5, "idle": 1.5, "kernels": [["gemm", 4.0, 2]]}
