@@ -45,12 +45,6 @@ class LoraConfig:
             raise InputError(f"lora.rank: {self.rank}; expected at least 1")
 
     @property
-    def recomputes(self) -> bool:
-        """Whether the backward pass computes norms and activations again, which costs an accelerator less than to keep
-        and to read their steps, most of them in float32."""
-        return self.dtype == "bfloat16"
-
-    @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
