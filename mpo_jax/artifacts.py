@@ -10,14 +10,18 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
+from mpo_jax import integrity
 from mpo_jax.errors import InputError
+from mpo_jax.lines import split_lines
 from mpo_jax.types import GapTable
 
 POLICY, REWARD, SAMPLES, PAIRS, REPLIES, VERDICTS = "policy", "reward", "samples", "pairs", "report", "verdicts"
@@ -59,6 +63,10 @@ REPLIES_FILE, SAMPLED = "replies.jsonl", "sampled"
 JUDGE_TABLE, VERDICTS_FILE = "judge.json", "verdicts.jsonl"
 
 
+_UNSEALED = (MANIFEST, CHECKPOINTS, EVENTS)
+"""What no finished stage is read for: nothing depends on it."""
+
+
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
@@ -76,11 +84,16 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)  # the new name itself
+
+
+def sync(path: epath.PathLike) -> None:
+    """Waits until a local file, or the names in a folder, are on disk."""
+    number = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name itself
+        os.fsync(number)
     finally:
-        os.close(folder)
+        os.close(number)
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
@@ -151,18 +164,13 @@ def read_json(path: epath.PathLike, default: Any = None) -> Any:
         raise InputError(f"{path}: not valid JSON ({error}); delete its folder to run the stage again") from error
 
 
-def lines_of(text: str) -> list[str]:
-    """The lines of a JSON Lines text: split at line feeds alone, for U+2028 and its like are text within a string."""
-    return [line for line in text.split("\n") if line.strip()]
-
-
 def read_lines(path: epath.PathLike) -> list[Any]:
     """The values of a JSON Lines file. InputError, naming the line, for one that is missing or not JSON."""
     path = epath.Path(path)
     if not path.exists():
         raise InputError(f"{path}: not found")
     rows = []
-    for number, line in enumerate(lines_of(path.read_text()), 1):
+    for number, line in enumerate(split_lines(path.read_text()), 1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
@@ -172,13 +180,12 @@ def read_lines(path: epath.PathLike) -> list[Any]:
 
 def read_arrays(path: epath.PathLike) -> dict[str, np.ndarray]:
     """The named arrays of an .npz file. InputError for one that is missing or damaged."""
-    arrays = _numpy(path)
-    return {name: arrays[name] for name in arrays.files}
+    return _numpy(path, lambda arrays: {name: arrays[name] for name in arrays.files})
 
 
 def read_array(path: epath.PathLike) -> np.ndarray:
     """The array of an .npy file. InputError for one that is missing or damaged."""
-    return _numpy(path)
+    return _numpy(path, np.asarray)
 
 
 def read_gaps(folder: epath.PathLike) -> GapTable:
@@ -190,13 +197,13 @@ def read_gaps(folder: epath.PathLike) -> GapTable:
     return GapTable(**arrays)
 
 
-def _numpy(path: epath.PathLike) -> Any:
+def _numpy(path: epath.PathLike, read: Callable[[Any], Any]) -> Any:
     path = epath.Path(path)
     if not path.exists():
         raise InputError(f"{path}: not found")
     try:
-        return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        return read(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: damaged ({error}); delete its folder to run the stage again") from error
 
 
@@ -204,19 +211,25 @@ def _numpy(path: epath.PathLike) -> Any:
 
 
 def write_manifest(folder: epath.PathLike, manifest: Mapping[str, Any]) -> None:
-    """Marks a stage's folder as finished; written last."""
-    write_json(epath.Path(folder) / MANIFEST, dict(manifest))
+    """Marks a stage's folder as finished; written last. It holds the checksum of every file that is read again, and its
+    own."""
+    files = integrity.of_folder(folder, leave_out=_UNSEALED) if epath.Path(folder).exists() else {}
+    write_json(epath.Path(folder) / MANIFEST, integrity.seal(plain(dict(manifest) | {"files": files})))
 
 
 def read_manifest(folder: epath.PathLike) -> dict[str, Any] | None:
-    """The manifest of a finished stage; None for an unfinished one. InputError if it is not a JSON object."""
+    """The manifest of a finished stage; None for an unfinished one. InputError where it is damaged."""
     path = epath.Path(folder) / MANIFEST
-    manifest = read_json(path, default=False)
-    if manifest is False:
-        return None
-    if not isinstance(manifest, dict):
-        raise InputError(f"{path}: holds a {type(manifest).__name__}; expected an object")
-    return manifest
+    return integrity.unseal(path, read_json(path)) if path.exists() else None
+
+
+def verify(folder: epath.PathLike, weights: bool = True) -> None:
+    """InputError, naming the file, where a file of a finished stage is not as it was when the stage ended.
+
+    weights: those too, which may be large."""
+    manifest = read_manifest(folder) or {}
+    large = (f"{WEIGHTS}/", f"{VALUE}/")
+    integrity.verify(folder, manifest.get("files", {}), lambda name: weights or not name.startswith(large))
 
 
 def stage_folders(workdir: epath.PathLike) -> dict[str, epath.Path]:

@@ -48,7 +48,7 @@ def export(stage: epath.PathLike, output: epath.PathLike, adapter: bool = False,
         if adapter:
             hf_adapter.export_adapter(target, model, weights, base)
         else:
-            hf.export_weights(target, model, merged, base, head=head)
+            hf.export_weights(target, model, merged, base, head=head, stop_ids=jobs.stop_ids(job))
     (target / "README.md").write_text(card(job, artifact, manifest, adapter))
     if verify:
         _verify(target, model, base, merged, adapter, head)

@@ -30,6 +30,7 @@ def find(stage: epath.PathLike) -> epath.Path:
         raise InputError(f"{stage}: no such stage{hint}")
     if artifacts.read_manifest(folder) is None:
         raise InputError(f"{stage}: {folder.name} is not finished; run it to its end first")
+    artifacts.verify(folder)
     return folder
 
 
@@ -43,7 +44,9 @@ def load(folder: epath.Path) -> tuple[Job, Artifact, dict[str, Any]]:
         raise InputError(
             f"{folder.name} is a {kind} stage and leaves a {produces}; expected a policy or a reward model"
         )
-    config = settings.replaced(config, {"model.dtype": "float32", "model.frozen_dtype": "float32"})
+    # A few rows of any length, in float32: what no attention but xla's takes everywhere.
+    plain = {"model.dtype": "float32", "model.frozen_dtype": "float32", "model.attention": "xla"}
+    config = settings.replaced(config, plain)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     job = Job(name, config.stages[name], config, folder, folder.parent, {}, mesh)
     return job, Artifact(name, produces, folder), manifest

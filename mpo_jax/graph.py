@@ -101,6 +101,8 @@ def _content(stage: str, key: str, value: Any) -> Any:
 
 def connections(run: Run) -> dict[str, Inputs]:
     """The inputs of every stage in an order in which they can run; reads no model, no data."""
+    if not run.stages:
+        raise InputError("stages: empty; expected at least one stage")
     inputs = {name: _inputs(name, run.stages) for name in run.stages}
     return {name: inputs[name] for name in _order(inputs)}
 

@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from mpo_jax import command, graph, pipeline, processes, sharding
 from mpo_jax.artifacts import COMPILED
-from mpo_jax.data import sources
+from mpo_jax.data import parts
 from mpo_jax.errors import InputError
 from mpo_jax.models import hf, presets
 from mpo_jax.run import Run
@@ -43,6 +43,7 @@ def work() -> int | None:
     if given.dry_run:
         print(dry_run(config, workdir, given.stages))
         return None
+    allocator.check_card()
     processes.start(given.coordinator, given.processes, given.process, given.distributed)
     # Compiled programs outlive the process: a resumed or repeated run starts with its first step at once.
     jax.config.update("jax_compilation_cache_dir", str(workdir / COMPILED))
@@ -63,7 +64,7 @@ def dry_run(config: Run, workdir: epath.Path, only: list[str]) -> str:
     """Checks everything; the graph with the state of every stage. Neither weights nor data need be at hand: then keys
     are unknown. Nothing is downloaded, and nothing is written."""
     here = hf.at_hand(config.model.path)
-    known = sources.at_hand(config.data.path) and here
+    known = parts.at_hand(config.data.path) and here
     notes = []
     try:
         mesh = sharding.make_mesh(**dict(config.mesh))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from mpo_jax import artifacts
 from mpo_jax.artifacts import METRICS, is_remote
 from mpo_jax.errors import InputError
+from mpo_jax.lines import split_lines
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _REMOTE_SECONDS = 60  # an object store can't append: there the whole file is written again, this often
@@ -194,7 +195,7 @@ def put(folder: epath.PathLike, name: str, step: int, row: Mapping[str, Any]) ->
 
 
 def _lines_to(path: epath.Path, step: int) -> list[str]:
-    return [line for line in artifacts.lines_of(path.read_text()) if (row := _parse(line)) and row["step"] <= step]
+    return [line for line in split_lines(path.read_text()) if (row := _parse(line)) and row["step"] <= step]
 
 
 def _replace(path: epath.Path, lines: list[str]) -> None:
@@ -204,7 +205,7 @@ def _replace(path: epath.Path, lines: list[str]) -> None:
 def read(folder: epath.PathLike) -> list[dict[str, float]]:
     """All complete lines of a stage's metrics, in order; none where there is no file."""
     path = epath.Path(folder) / METRICS
-    lines = artifacts.lines_of(path.read_text()) if path.exists() else []
+    lines = split_lines(path.read_text()) if path.exists() else []
     return [row for line in lines if (row := _parse(line)) is not None]
 
 

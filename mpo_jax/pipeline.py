@@ -6,6 +6,7 @@ its manifest is there and each of its inputs still is the one it was made from.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import sys
 import time
@@ -127,6 +128,7 @@ def run_stage(config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node],
     job = Job(node.name, node.settings, config, node.folder, workdir, taken, mesh)
     kind = kinds.of(node.settings)
     kind.check(job)
+    processes.first(functools.partial(_verify, [nodes[source].folder for source in node.sources]))
     inputs = _inputs(nodes, node)
     if jobs.is_first():
         node.folder.mkdir(parents=True, exist_ok=True)
@@ -147,10 +149,17 @@ def run_stage(config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node],
             "inputs": inputs,
             "vocabulary": jobs.model(job).vocab_size,
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "data": [account.as_json() for account in job.accounts],
             "summary": summary,
         }
         artifacts.write_manifest(node.folder, manifest)
     processes.barrier(f"{node.name} written")
+
+
+def _verify(folders: Iterable[epath.Path]) -> None:
+    """InputError where a finished stage's files are not as they were written."""
+    for folder in folders:
+        artifacts.verify(folder)
 
 
 def statuses(config: Run, nodes: Mapping[str, Node]) -> dict[str, Status]:

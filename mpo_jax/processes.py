@@ -5,10 +5,13 @@ Waiting has an end: where a process has died or hangs, the others stop with an e
 
 import itertools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import distributed
+from jax.experimental import multihost_utils
 
 from mpo_jax.errors import InputError
 
@@ -31,6 +34,22 @@ def start(coordinator: str | None, processes: int | None, process: int | None, d
         jax.distributed.initialize(coordinator, processes, process)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"--distributed: {' '.join(str(error).split())[:300]}; or give --coordinator") from error
+
+
+def first(work: Callable[[], Any]) -> None:
+    """Does some work on process 0 alone; all processes raise InputError where it does, and none waits for one that has
+    ended."""
+    told = ""
+    if jax.process_index() == 0:
+        try:
+            work()
+        except InputError as error:
+            told = str(error)
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.array(bool(told)))
+        told = told or ("process 0 found what is wrong; see its log" if failed else "")
+    if told:
+        raise InputError(told)
 
 
 def barrier(what: str, seconds: float = BARRIER_SECONDS) -> None:

@@ -10,12 +10,13 @@ import annotated_types
 import pydantic
 
 from mpo_jax import settings
+from mpo_jax.data.reading import ROLES, SYSTEMS, TEMPLATES
 from mpo_jax.errors import InputError
-from mpo_jax.models.config import ATTENTION_BACKENDS, PROJECTIONS, REMAT_POLICIES
+from mpo_jax.models.config import ATTENTION_SETTINGS, PROJECTIONS, REMAT_POLICIES
 from mpo_jax.settings import Count, Names, Positive, Section, Seed, Share, Whole, setting
 
 Remat = Literal[REMAT_POLICIES]  # type: ignore[valid-type]
-Attention = Literal[ATTENTION_BACKENDS]  # type: ignore[valid-type]
+Attention = Literal[ATTENTION_SETTINGS]  # type: ignore[valid-type]
 Projections = Annotated[
     tuple[Literal[PROJECTIONS], ...],  # type: ignore[valid-type]
     settings.LISTS,
@@ -46,7 +47,10 @@ class Model(Section):
         operational=True,
     )  # fmt: skip
     attention: Attention = setting(
-        "xla", "how attention is computed; flash: Pallas splash on a TPU, rows in multiples of 128", operational=True
+        "auto",
+        "how attention is computed; auto: cudnn on a GPU that can, else xla; flash: Pallas splash on a TPU, rows in "
+        "multiples of 128",
+        operational=True,
     )
     lora: Lora = Lora()
 
@@ -88,6 +92,14 @@ class Shares(Section):
 ShareName = Literal["sft_reward", "policy", "eval"]
 
 
+Columns: Any = pydantic.create_model(
+    "Columns",
+    __base__=Section,
+    __doc__="The file's own names for columns; empty: the role's own.",
+    **{role: (str, setting("", help)) for role, help in ROLES.items()},
+)  # type: ignore[call-overload]
+
+
 class Data(Section):
     """The preference data, and the lengths of rows."""
 
@@ -96,6 +108,18 @@ class Data(Section):
     eval_split: str = setting("", "a split of its own for evaluation; empty: the eval share of `split`")
     shares: Shares = Shares()
     limit: Whole = setting(0, "records read; 0: all", unit="records")
+    columns: Columns = Columns()
+    ignore: Names = setting((), "columns that look as if they meant something, and are to be left unread")
+    template: Literal[TEMPLATES] = setting(  # type: ignore[valid-type]
+        "auto",
+        "auto: conversations by the chat template, where the tokenizer has one; plain: all in HH's form; chat: plain "
+        "prompts are a user's turn too",
+    )
+    template_kwargs: dict[str, Any] = setting({}, "the chat template's own settings")
+    system: Literal[SYSTEMS] = setting(  # type: ignore[valid-type]
+        "turn", "where a system text stands: a turn of its own, or the beginning of the first user's"
+    )
+    common_prompt: bool = setting(False, "pairs without a prompt column: what both replies begin with is the prompt")
     max_length: Count = setting(512, "length of a row: prompt and all replies", unit="tokens")
     max_response: Count = setting(128, "length of one reply, its end included", unit="tokens")
     max_prompt: Whole = setting(0, "length of a prompt, its latest part kept; 0: what the replies leave", unit="tokens")
@@ -142,8 +166,8 @@ def parse(values: Mapping[str, Any], kinds: Mapping[str, type[StageSettings]], f
     told: list[str] = []
     rest = dict(values)
     declared = rest.pop("stages", {})
-    if not isinstance(declared, Mapping) or not declared:
-        raise InputError("stages: empty; expected at least one stage")
+    if not isinstance(declared, Mapping):
+        raise InputError(f"stages: {declared!r}; expected stages by name")
     whole = None
     try:
         whole = settings.parse(Run, rest, from_json=from_json)

@@ -15,6 +15,7 @@ from mpo_jax import command, finished, sampling
 from mpo_jax.artifacts import POLICY
 from mpo_jax.data.prompts import prompt_batch
 from mpo_jax.data.tokenizer import check_vocabulary, load_tokenizer
+from mpo_jax.data.tokenizer import stop_ids as all_stop_ids
 from mpo_jax.errors import InputError
 from mpo_jax.models import hf
 from mpo_jax.models.config import ModelConfig, from_folder
@@ -65,12 +66,13 @@ def load(model: str) -> tuple[ModelConfig, PyTree, str, tuple[int, ...]]:
 
 
 def speak(model: str, prompt: str, settings: SamplingConfig, seed: int) -> None:
-    """Prints the replies of a policy to a prompt; the settings' stop ids are the policy's."""
+    """Prints the replies of a policy to a prompt; the settings' stop ids are the policy's, and what ends a reply
+    in training data."""
     config, weights, folder, stop_ids = load(model)
-    settings = dataclasses.replace(settings, stop_ids=stop_ids)
-    settings.check(config, 1)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config.vocab_size, folder)
+    settings = dataclasses.replace(settings, stop_ids=all_stop_ids(tokenizer, stop_ids))
+    settings.check(config, 1)
     unfinished = [""] * settings.n
     for index, piece, ended in replies(config, settings, weights, tokenizer, prompt, seed):
         if settings.n == 1:

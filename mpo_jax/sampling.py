@@ -42,6 +42,18 @@ class SamplingConfig:
     n: int = 1
     stop_ids: tuple[int, ...] = ()
 
+    @property
+    def truncation(self) -> str:
+        """What makes the samples those of another distribution than the softmax, in words; "" for nothing. The mean of
+        log-ratios over such samples is no KL of the policy."""
+        kinds = {
+            "temperature 0": self.temperature == 0,
+            f"top_k {self.top_k}": self.top_k is not None,
+            f"top_p {self.top_p}": self.top_p is not None and self.top_p < 1,
+            f"min_new_tokens {self.min_new_tokens}": self.min_new_tokens > 0,
+        }
+        return ", ".join(kind for kind, used in kinds.items() if used)
+
     def __post_init__(self):
         object.__setattr__(self, "stop_ids", tuple(sorted({int(stop) for stop in self.stop_ids})))
         if self.n < 1:

@@ -16,11 +16,14 @@ from mpo_jax.models import decoder, flash
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import masks
 from mpo_jax.ops.product import over_rows, product
+from mpo_jax.ops.rounding import rounded
 from mpo_jax.sharding import BATCH_AXES, axis_size
 from mpo_jax.types import Batch, PyTree, record
 
 CHUNK = 512
 """Tokens of one shard whose logits exist at a time: 512 x V/tensor x 4 bytes, 65 MB at V = 32,000."""
+GPU_CHUNK = 2048
+"""On a GPU: each chunk also reads and writes the output matrix's gradient, 1 GB at V = 128,256 and D = 2,048."""
 
 
 @record
@@ -47,12 +50,13 @@ def response_logps(
     batch: Batch,
     temperature: float = 1.0,
     entropy: bool = False,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     slots: flash.Slots | None = None,
 ) -> ResponseLogps:
     """Log-probs of a batch's response tokens under softmax(logits / temperature).
 
-    Policy, old policy, reference and entropy all come from here, at the sampling temperature.
+    Policy, old policy, reference and entropy all come from here, at the sampling temperature. chunk: tokens of a shard
+    whose logits exist at a time; None: `CHUNK`, or `GPU_CHUNK`.
     """
     hidden = decoder.forward(config, weights, batch.tokens, batch.positions, batch.segments, slots)
     return logps_of_hidden(config, weights, hidden, batch, temperature, entropy, chunk)
@@ -65,7 +69,7 @@ def logps_of_hidden(
     batch: Batch,
     temperature: float = 1.0,
     entropy: bool = False,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> ResponseLogps:
     """As `response_logps`, from hidden states [B,T,D] that are at hand."""
     target_index, source_index, segment = masks.response_columns(batch.segments, batch.window)
@@ -108,13 +112,15 @@ def token_logps(
     targets: jax.Array,
     temperature: float = 1.0,
     entropy: bool = False,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Log-probs f32 [B,W] of targets i32 [B,W] after hidden [B,W,D] with output matrix [V,D]; the entropies, if asked.
 
     Under a mesh (`jax.set_mesh`) the matrix is gathered over data and fsdp once before the loop over chunks, its
     gradient is accumulated in each shard and reduced once after it; over tensor only [chunk] vectors travel.
     """
+    if chunk is None:
+        chunk = GPU_CHUNK if flash.platform() == "gpu" else CHUNK
     local = functools.partial(_local_logps, config, temperature, entropy, chunk)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -186,7 +192,7 @@ def _chunked(head: _Head, matrix: jax.Array, hidden: jax.Array, targets: jax.Arr
 
 
 def _chunked_forward(head, matrix, hidden, targets):
-    narrow = matrix.astype(head.config.operand_dtype)
+    narrow = rounded(matrix, head.config.operand_dtype)
     first_id = head.first_id(matrix.shape[0])
 
     def one(hidden, targets):

@@ -6,27 +6,28 @@ reference of all settings, with `--schema` their JSON schemas.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
 from mpo_jax import command, main
-from mpo_jax.data.division import SHARES, share
 from mpo_jax.data.encode import Encoded, Limits, encode
+from mpo_jax.data.records import TextRecord
 from mpo_jax.data.rows import tight_rows
-from mpo_jax.data.schemas import TextRecord
+from mpo_jax.data.shares import Division, share_of
 from mpo_jax.data.sources import load
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
+from mpo_jax.stages import job as jobs
 
 _MULTIPLE = 8
 
 
-def describe(record: TextRecord, encoded: Encoded, tokenizer, shares: Mapping[str, float] = SHARES) -> str:
+def describe(record: TextRecord, encoded: Encoded, tokenizer, share: str) -> str:
     """The text of a record, and its row token by token: column, position, segment, mask, id, token, marks."""
-    lines = [f"record {record.id} of split {record.split}, share {share(record.prompt, shares)}"]
+    taken = f"share {share}" if share else "in no share: its prompt is held out"
+    lines = [f"record {record.id} of split {record.split}, {taken}"]
     lines += [f"prompt_id {encoded.prompt_id[0]}, confidence {record.confidence}, margin {record.margin}"]
     for name in ("prompt", "chosen", "rejected"):
         text = getattr(record, name)
@@ -46,6 +47,8 @@ def describe(record: TextRecord, encoded: Encoded, tokenizer, shares: Mapping[st
             mark = "  <- BOS"
         elif segment and token == known.eos_id:
             mark = "  <- EOS"
+        elif segment and token == known.turn_end_id:
+            mark = "  <- end of turn"
         elif not segment:
             mark = "  <- padding"
         text = repr(tokenizer.convert_ids_to_tokens(token))
@@ -54,17 +57,21 @@ def describe(record: TextRecord, encoded: Encoded, tokenizer, shares: Mapping[st
     return "\n".join(lines)
 
 
-def look(path: str, folder: str, split: str, index: int, limits: Limits, shares: Mapping[str, float] = SHARES) -> str:
-    """What `describe` tells of one record of a source. path: the data. folder: the tokenizer's. index: of the records
-    kept. InputError for a record that is not there."""
+def look(division: Division, folder: str, split: str, index: int, limits: Limits) -> str:
+    """What `describe` tells of one record of a source. division: the data. folder: the tokenizer's. index: of the
+    records kept. InputError for a record that is not there."""
     tokenizer = load_tokenizer(folder)
-    records, report = load(path, split, tokenizer)
+    records, account = load(division.path, split, tokenizer, reading=division.reading)
     if not 0 <= index < len(records):
-        raise InputError(f"--index={index}: expected 0 to {len(records) - 1}; {report.line()}")
+        raise InputError(f"--index={index}: expected 0 to {len(records) - 1}; {account.line()}")
     record = records[index]
     replies = (record.chosen is not None) + (record.rejected is not None)
     encoded = encode([record], tokenizer, replies, limits)
-    return f"{report.line()}\n{describe(record, encoded, tokenizer, shares)}"
+    heldout: list[TextRecord] = []
+    if division.eval_split:
+        heldout, _ = load(division.path, division.eval_split, tokenizer, reading=division.reading)
+    share = share_of(record, division, {other.first_turn for other in heldout})
+    return f"{account.text()}\n{describe(record, encoded, tokenizer, share)}"
 
 
 def define() -> None:
@@ -85,17 +92,21 @@ def work() -> None:
         print(command.settings_page() if given.settings else command.schemas())
         return
     path, folder = given.data_path, given.tokenizer
-    limits, shares = Limits(512, 192), SHARES
+    limits, division = Limits(512, 192), Division(path or "")
     if given.config is not None:
+        given.config.data.path, given.config.model.path = (
+            path or given.config.data.path,
+            folder or given.config.model.path,
+        )
         config = main.read(given.config)
-        data = config.data
-        path, folder = path or data.path, folder or config.model.path
+        data, path, folder = config.data, config.data.path, config.model.path
         limits = Limits(data.max_length, data.max_response, data.max_prompt or None, data.too_long)
-        shares = dict(data.shares)
+        division = jobs.data_division(data)
     if not path or not folder:
         raise InputError("no data path or tokenizer: give --config, or --data_path and --tokenizer")
     changes = {name: value for name in ("max_length", "max_response") if (value := given[name].value) is not None}
-    print(look(path, folder, given.split, given.index, dataclasses.replace(limits, **changes), shares))
+    division = dataclasses.replace(division, path=path)
+    print(look(division, folder, given.split, given.index, dataclasses.replace(limits, **changes)))
 
 
 def run() -> None:

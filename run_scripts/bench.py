@@ -25,18 +25,24 @@ from absl import app, flags
 
 from mpo_jax import sharding
 from mpo_jax.errors import InputError
+from mpo_jax.models.config import ATTENTION_SETTINGS, REMAT_POLICIES
 from run_scripts.benchmarks import measure, scaling
 from run_scripts.benchmarks.paths import PATHS
 from run_scripts.benchmarks.programs import DTYPES, SHAPES, STEPS, Case
 
 _WHAT = flags.DEFINE_enum("what", None, [*STEPS, *PATHS, "scaling"], "What is measured.")
-_SHAPE = flags.DEFINE_enum("shape", "S", [*SHAPES], "S: 15 M weights, M: 110 M.")
+_SHAPE = flags.DEFINE_enum("shape", "S", [*SHAPES], "S: 15 M weights, M: 110 M, 1B: 1.2 G.")
 _PROMPT = flags.DEFINE_integer("prompt", 64, "Prompt tokens.", lower_bound=1)
 _RESPONSE = flags.DEFINE_integer("response", 64, "Tokens of a reply.", lower_bound=1)
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Replies to a prompt.", lower_bound=1)
 _LAYERS = flags.DEFINE_integer("layers", 0, "Layers; 0: the shape's own.", lower_bound=0)
 _DEVICES = flags.DEFINE_integer("devices", 1, "Virtual CPU devices, over which rows are spread.", lower_bound=1)
+_ROWS = flags.DEFINE_integer("rows", 0, "Pairs or prompts of a step; 0: the work's own.", lower_bound=0)
+_RANK = flags.DEFINE_integer("rank", 0, "Of LoRA adapters; 0: all weights are trained.", lower_bound=0)
+_REMAT = flags.DEFINE_enum("remat", "none", REMAT_POLICIES, "What a layer keeps for its backward pass.")
+_ATTENTION = flags.DEFINE_enum("attention", "auto", ATTENTION_SETTINGS, "Backend.")
 _DTYPE = flags.DEFINE_enum("dtype", "f32", [*DTYPES], "Of computation.")
+_KERNELS = flags.DEFINE_bool("kernels", False, "On a GPU: also trace one unit, and tell its longest kernels.")
 _RUNS = flags.DEFINE_integer("runs", 3, "Timed runs, of which the median counts.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Where the result goes too.")
 
@@ -49,10 +55,19 @@ def main(argv) -> None:
         scaling.run(_SHAPE.value, _DTYPE.value, _RUNS.value, Path(_JSON.value or "scaling.json"))
         return
     case = Case(
-        _SHAPE.value, _DTYPE.value, _PROMPT.value, _RESPONSE.value, samples=_SAMPLES.value, layers=_LAYERS.value
+        _SHAPE.value,
+        _DTYPE.value,
+        _PROMPT.value,
+        _RESPONSE.value,
+        rows=_ROWS.value,
+        samples=_SAMPLES.value,
+        layers=_LAYERS.value,
+        attention=_ATTENTION.value,
+        remat=_REMAT.value,
+        rank=_RANK.value,
     )
     try:
-        result = run(what, case, _RUNS.value, _DEVICES.value)
+        result = run(what, case, _RUNS.value, _DEVICES.value, _KERNELS.value)
     except InputError as error:
         sys.exit(f"error: {error}")
     line = f"{what} {case.shape} {case.dtype} prompt {case.prompt} response {case.response}: "
@@ -61,14 +76,14 @@ def main(argv) -> None:
         Path(_JSON.value).write_text(json.dumps(result | {"case": vars(case), "jax": jax.__version__}, indent=1))
 
 
-def run(what: str, case: Case, runs: int, devices: int = 1) -> dict[str, Any]:
+def run(what: str, case: Case, runs: int, devices: int = 1, traced: bool = False) -> dict[str, Any]:
     if devices > 1:
         jax.config.update("jax_num_cpu_devices", devices)
     mesh = sharding.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):
         if what in PATHS:
             return PATHS[what](case, mesh, runs)
-        return measure.work(lambda: STEPS[what](case, mesh), runs)
+        return measure.work(lambda: STEPS[what](case, mesh), runs, traced=traced)
 
 
 def _short(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Settings of every test: 8 virtual CPU devices, no hub, no silent rank promotion; fixtures for real data."""
 
+import importlib.metadata
 import os
 import tempfile
 from pathlib import Path
@@ -9,7 +10,9 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nearly all of a test's time goes into compiling programs that run for milliseconds. Without LLVM's optimisation and
 # the fusion emitters they compile in an eighth of the time, here and in the processes that tests start.
-_quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+_quick = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # 0.11 knows no such flag, and ends the process
+    _quick += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{_quick} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
@@ -65,7 +68,11 @@ def torch():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Long proofs run only when asked for: `-m slow`, or by their node id."""
+    """Long proofs run only when asked for: `-m slow`, or by their node id. Without a GPU, what needs one is skipped."""
+    if jax.default_backend() != "gpu":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
     if config.getoption("-m") or any("::" in argument for argument in config.args):
         return
     skip = pytest.mark.skip(reason="long proof; run with -m slow")

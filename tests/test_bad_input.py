@@ -52,9 +52,13 @@ def cases(folder, shared) -> dict[str, tuple[list[str], list[str]]]:
             [data("bad.jsonl", b"".join([*lines[:1016], b'{"chosen": \n', *lines[1017:]])), every],
             ["bad.jsonl, line 1017", "invalid JSON"],
         ),
-        "missing column": (
-            [data("column.jsonl", lines[0] + b'{"chosen": "a"}\n')],
-            ["column.jsonl, line 2", "missing column 'rejected'"],
+        "no column has both": (
+            [data("column.jsonl", b'{"chosen": "a", "preferred": "b"}\n')],
+            ["column.jsonl, line 1", "unrecognised columns chosen, preferred", "data.columns"],
+        ),
+        "reply of the wrong kind": (
+            [data("kind.jsonl", lines[0] + b'{"chosen": 5, "rejected": "b"}\n')],
+            ["kind.jsonl, line 2", "'chosen' is 5, expected text"],
         ),
         "choice 2": ([data("choice.jsonl", json.dumps(choice).encode())], ["choice.jsonl, line 1", "'choice'", "2"]),
         "empty data": ([data("empty.jsonl", b"")], ["empty.jsonl", "is empty"]),
@@ -114,7 +118,8 @@ def told(tmp_path_factory, shared) -> dict[str, tuple[dict, list[str]]]:
 
 
 NAMES = (
-    "truncated gzip", "invalid JSON", "missing column", "choice 2", "empty data", "no data", "unknown split", "shares",
+    "truncated gzip", "invalid JSON", "no column has both", "reply of the wrong kind", "choice 2", "empty data",
+    "no data", "unknown split", "shares",
     "empty share", "long rows", "wrong vocabulary", "pickled weights", "unsupported model", "no config", "mistyped key",
     "unknown key", "unknown stage", "stage without input", "microbatch", "mesh", "schedule", "attention",
     "mistyped value", "wrong range", "not a number", "no such config", "unknown flag",
@@ -122,7 +127,8 @@ NAMES = (
 
 
 FOUND_BY_THE_STAGE = (
-    "truncated gzip", "invalid JSON", "missing column", "choice 2", "empty data", "unknown split", "empty share",
+    "truncated gzip", "invalid JSON", "no column has both", "reply of the wrong kind", "choice 2", "empty data",
+    "unknown split", "empty share",
     "wrong vocabulary", "pickled weights",
 )  # fmt: skip
 """In the contents of data, tokenizer and weights, which only the stage itself reads: its folder is there by then."""

@@ -64,6 +64,26 @@ def test_one_gpu_is_planned_before_it_is_used():
     assert "mpo_jax.main" in run and "--workdir=runs/one --stages=sft" in run and "lora.rank=8" in run
 
 
+def test_one_gpu_gets_the_widest_training_that_fits(tmp_path):
+    """A plan that finds no room for all weights, nor for adapters without remat, and a card of an H100's size."""
+    for name, text in (
+        (
+            "python",
+            'case "$*" in *plan*rank=0*|*plan*remat=none*) exit 2;; *plan*) echo figures;; *) echo "run $*";; esac',
+        ),
+        ("nvidia-smi", "echo 81559"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    given = {"PYTHON": str(tmp_path / "python"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = call("single_gpu.sh", "runs/one", "--config.data.limit=9", **given)
+    first, figures, run = done.stdout.splitlines()
+    assert first == "fits a GPU of 80 GB: training LoRA adapters of rank 16, remat full" and figures == "figures"
+    assert run.startswith("run -m mpo_jax.main") and run.endswith("--workdir=runs/one --config.data.limit=9")
+    assert done.stderr.count("does not fit a GPU of 80 GB") == 3
+    assert call("single_gpu.sh", "runs/one", RANK="0", **given).returncode == 2
+
+
 def test_manifests_call_the_package_with_flags_it_has():
     jobset = yaml.safe_load((ROOT / "deploy/gke_jobset.yaml").read_text())
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]

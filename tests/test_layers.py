@@ -9,7 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mpo_jax"
 LAYERS = [
-    {"errors", "types"},
+    {"errors", "lines", "types"},
+    {"integrity"},
     {"artifacts"},
     {"settings"},
     {"ops"},

@@ -466,3 +466,17 @@ def test_command_line_refuses_in_one_line(stories, flags, message):
     command = [sys.executable, "-m", "mpo_jax.sample", f"--model={stories}", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, ""),
+        ({"temperature": 0.7, "top_p": 1.0}, ""),
+        ({"temperature": 0.0}, "temperature 0"),
+        ({"top_k": 5}, "top_k 5"),
+        ({"top_p": 0.5, "min_new_tokens": 2}, "top_p 0.5, min_new_tokens 2"),
+    ],
+)
+def test_what_truncates_is_told(settings, told):
+    assert SamplingConfig(**settings).truncation == told

@@ -6,12 +6,13 @@ import pytest
 
 from mpo_jax import recipes, settings
 from mpo_jax.errors import InputError
-from mpo_jax.run import Data, Lora, Mesh, Model, Run, Shares, StageSettings, as_json, parse
+from mpo_jax.run import Columns, Data, Lora, Mesh, Model, Run, Shares, StageSettings, as_json, parse
 from mpo_jax.settings import Section
 from mpo_jax.stages import kinds
 
 SECTIONS = {
     "Run": Run, "model": Model, "model.lora": Lora, "mesh": Mesh, "data": Data, "data.shares": Shares,
+    "data.columns": Columns,
 } | {f"stages.{name}": kind.settings for name, kind in kinds.KINDS.items()}  # fmt: skip
 ODD = {
     "an object": object(), "a dict": {"a": 1}, "nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"),
@@ -102,7 +103,7 @@ def whole() -> dict:
     return config.to_dict()
 
 
-@pytest.mark.parametrize("value", [None, 3, "x", [], {}, {"": {}}, {"dpo": None}, {"dpo": []}, {"dpo": {"kind": []}},
+@pytest.mark.parametrize("value", [None, 3, "x", [], {"": {}}, {"dpo": None}, {"dpo": []}, {"dpo": {"kind": []}},
                                    {3: {"kind": "dpo"}}, {"../up": {"kind": "dpo"}}, {"dpo": {"kind": None}},
                                    {"dpo": {"kind": "dpo", 3: 4}}])  # fmt: skip
 def test_stages_that_are_none(value):

@@ -1,6 +1,7 @@
 """Prompts enter; the share of the data each belongs to and its stable integer id leave.
 
-Both depend on the prompt's text alone, so a prompt never stands in two shares and keeps its id in every stage.
+Both depend on what the prompt says alone, so a prompt never stands in two shares and keeps its id in every stage.
+Shares go by a conversation's first turn: a prefix of it and its continuation lie in the same one. Ids go by all of it.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from mpo_jax.data.schemas import TextRecord
+from mpo_jax.data.records import TextRecord
 from mpo_jax.errors import InputError
 
 SHARES: Mapping[str, float] = {"sft_reward": 0.45, "policy": 0.45, "eval": 0.1}
@@ -33,20 +34,35 @@ def share(prompt: str, fractions: Mapping[str, float] = SHARES) -> str:
 
 
 def select(records: Iterable[TextRecord], name: str, fractions: Mapping[str, float] = SHARES) -> list[TextRecord]:
-    """The records of one share. InputError for an unknown share, and for one that holds no record."""
+    """The records of one share, divided by their first turns. InputError for an unknown share, and for one that holds
+    no record."""
     if name not in fractions:
         raise InputError(f"unknown share {name!r}; expected one of {', '.join(fractions)}")
-    chosen = [record for record in records if share(record.prompt, fractions) == name]
-    if not chosen:
-        raise InputError(f"share {name!r} holds no record; give it more than {fractions[name]:g} of the data")
-    return chosen
+    records = list(records)
+    firsts = {record.first_turn for record in records}
+    inside = {first for first in firsts if share(first, fractions) == name}
+    if not inside:
+        parts = ", ".join(f"{key} {part:g}" for key, part in fractions.items())
+        raise InputError(
+            f"share {name!r} holds no record: the data has {len(firsts)} distinct prompt{'s' * (len(firsts) != 1)} "
+            f"(conversations count by their first turn) in {len(records)} record{'s' * (len(records) != 1)}, divided "
+            f"into {parts}; bring more prompts, give {name!r} a larger part of data.shares, or name held-out data with "
+            "data.eval_split"
+        )
+    return [record for record in records if record.first_turn in inside]
+
+
+def without(records: Iterable[TextRecord], heldout: Iterable[TextRecord]) -> list[TextRecord]:
+    """The records whose conversations are not held out too: none begins as one of `heldout` does."""
+    taken = {record.first_turn for record in heldout}
+    return [record for record in records if record.first_turn not in taken]
 
 
 def unique_prompts(records: Iterable[TextRecord]) -> list[TextRecord]:
     """The first record of every prompt, in order."""
     first: dict[str, TextRecord] = {}
     for record in records:
-        first.setdefault(record.prompt, record)
+        first.setdefault(record.prompt_key, record)
     return list(first.values())
 
 

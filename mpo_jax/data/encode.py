@@ -7,20 +7,23 @@ import collections
 import dataclasses
 import hashlib
 import itertools
-import json
 import shutil
+import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mpo_jax import artifacts, integrity
+from mpo_jax.artifacts import MANIFEST
 from mpo_jax.data.division import prompt_ids
-from mpo_jax.data.schemas import TextRecord
+from mpo_jax.data.pieces import encode_prompts, encode_replies, shorten
+from mpo_jax.data.records import TextRecord, records_fingerprint
 from mpo_jax.data.tokenizer import Conventions, conventions, fingerprint
 from mpo_jax.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the encoding changes, so that older caches are not read."""
 _CHUNK = 4096
 _ARRAYS = ("tokens", "offsets", "id", "prompt_id", "confidence", "margin")
@@ -28,10 +31,11 @@ _ARRAYS = ("tokens", "offsets", "id", "prompt_id", "confidence", "margin")
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """max_length: tokens of a row, prompt and all replies. max_response: tokens of one reply, its EOS included.
+    """max_length: tokens of a row, prompt and all replies. max_response: tokens of one reply, its end included.
     max_prompt: tokens of the prompt, BOS included; None: what the replies leave of max_length.
-    too_long: "truncate" cuts replies at their end, which then have no EOS, and prompts at their left, after the BOS;
-    "drop" leaves such rows out. Either way they are counted."""
+    too_long: "truncate" cuts replies at their end, which is then missing, conversations at the beginning of a turn, the
+    system's kept, and prompts without turns at their left, after the BOS; "drop" leaves such rows out. Either way they
+    are counted."""
 
     max_length: int
     max_response: int
@@ -80,17 +84,22 @@ def encode(
     """Tokenizes records, or maps the arrays of an earlier run from `cache` (a local folder).
 
     replies: 0 (prompts alone), 1 (chosen, for SFT) or 2 (chosen, then rejected). A prompt begins with at most one BOS,
-    where the tokenizer's own convention has one; a reply ends with one EOS unless it was cut. Special tokens spelled
-    out in a text are text, except in what a chat template wrote. A tokenizer that writes a space in front of every
-    text gets replies without their first one.
+    where the tokenizer's own convention has one; a reply ends with the one token that ends replies of its form
+    (`tokenizer.Conventions.reply_end`) unless it was cut. Special tokens spelled out in a text are text, except in what
+    a chat template wrote. Rows without a reply that is needed are left out and counted. `Account.encoded` tells the
+    counts with those of reading.
 
-    Raises InputError for limits that leave no room for a prompt, a missing reply, and when no row is left.
-    """
+    Raises InputError for limits that leave no room for a prompt, where no record has a reply that is needed, and when
+    no row is left."""
     _check(limits, replies)
     key = cache_key(records, tokenizer, replies, limits)
     folder = None if cache is None else Path(cache) / key
-    if folder is not None and (folder / "manifest.json").exists():
-        return read(folder)
+    if folder is not None and (folder / MANIFEST).exists():
+        try:
+            return read(folder)
+        except InputError as error:  # a cache can be made again, and is
+            print(f"cache: {error}", file=sys.stderr, flush=True)
+            shutil.rmtree(folder)
     encoded = _encode(records, tokenizer, replies, limits, key)
     if folder is None:
         return encoded
@@ -102,15 +111,6 @@ def cache_key(records: Sequence[TextRecord], tokenizer, replies: int, limits: Li
     """Hash of all that decides the encoded rows: format, tokenizer content, chat template, records, limits."""
     parts = (FORMAT, fingerprint(tokenizer), records_fingerprint(records), replies, dataclasses.astuple(limits))
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-
-
-def records_fingerprint(records: Sequence[TextRecord]) -> str:
-    """Hash of every field of every record, in order."""
-    state = hashlib.blake2b(digest_size=16)
-    names = [field.name for field in dataclasses.fields(TextRecord)]
-    for record in records:
-        state.update(repr([getattr(record, name) for name in names]).encode() + b"\n")
-    return state.hexdigest()
 
 
 # Encoding -------------------------------------------------------------------------------------------------------------
@@ -132,69 +132,25 @@ def _check(limits: Limits, replies: int) -> None:
         raise InputError(f"max_prompt {limits.max_prompt}: expected at least 2 tokens")
 
 
-def encode_prompts(texts: Sequence[str], tokenizer, known: Conventions, templated: bool) -> list[list[int]]:
-    """Token ids of each prompt, beginning with one BOS where the tokenizer's convention has one; a templated prompt
-    where its template wrote one (once, however often it did)."""
-    found = _ids(texts, tokenizer, templated)
-    if known.bos_id is None:
-        return found
-    result = []
-    for ids in found:
-        start = 0
-        while ids[start : start + 1] == [known.bos_id]:
-            start += 1
-        result.append(([known.bos_id] if start or not templated else []) + ids[start:])
-    return result
-
-
-def encode_replies(texts: Sequence[str], tokenizer, known: Conventions, templated: bool) -> list[list[int]]:
-    """Token ids of each reply with one EOS at its end."""
-    if known.spaced:
-        texts = [text.removeprefix(" ") for text in texts]
-    result = []
-    for ids in _ids(texts, tokenizer, templated):
-        while ids and ids[-1] == known.eos_id:
-            ids.pop()
-        result.append([*ids, known.eos_id])
-    return result
-
-
-def _ids(texts: Sequence[str], tokenizer, templated: bool) -> list[list[int]]:
-    if not texts:
-        return []
-    # A lone surrogate (half an emoji in JSON) is not encodable text; it becomes a question mark.
-    clean = [text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-    return tokenizer(
-        clean,
-        add_special_tokens=False,
-        split_special_tokens=not templated,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
-
-
 def _encode(records: Sequence[TextRecord], tokenizer, replies: int, limits: Limits, key: str) -> Encoded:
-    for record in records:
-        if (replies >= 1 and record.chosen is None) or (replies == 2 and record.rejected is None):
-            missing = "chosen" if record.chosen is None else "rejected"
-            raise InputError(
-                f"record {record.id} of split {record.split!r} has no {missing!r} reply; it is needed here"
-            )
-    known = conventions(tokenizer)
-    numbers = prompt_ids([record.prompt for record in records])
     counts = collections.Counter({"rows": len(records)})
+    records = _with_replies(records, replies, counts)
+    known = conventions(tokenizer)
+    numbers = prompt_ids([record.prompt_key for record in records])
     pieces: list[np.ndarray] = []
     kept: list[int] = []
     for start in range(0, len(records), _CHUNK):
         chunk = range(start, min(start + _CHUNK, len(records)))
         for templated in (False, True):
             rows = [i for i in chunk if records[i].templated == templated]
-            columns = [encode_prompts([records[i].prompt for i in rows], tokenizer, known, templated)]
-            for name in ("chosen", "rejected")[:replies]:
-                columns.append(encode_replies([getattr(records[i], name) for i in rows], tokenizer, known, templated))
+            marks = [_marks(records[i]) for i in rows]
+            prompts = [records[i].prompt for i in rows]
+            columns = [encode_prompts(prompts, tokenizer, known, templated, [mark[0] for mark in marks])]
+            for place, name in enumerate(("chosen", "rejected")[:replies], 1):
+                texts = [getattr(records[i], name) for i in rows]
+                columns.append(encode_replies(texts, tokenizer, known, templated, [mark[place] for mark in marks]))
             for i, row in zip(rows, zip(*columns, strict=True), strict=True):
-                fitted = _fit(row, limits, known, counts)
+                fitted = _fit(row, records[i], limits, tokenizer, known, counts)
                 if fitted is not None:
                     kept.append(i)
                     pieces.extend(np.asarray(ids, np.int32) for ids in fitted)
@@ -215,11 +171,35 @@ def _encode(records: Sequence[TextRecord], tokenizer, replies: int, limits: Limi
     )
 
 
+def _with_replies(records: Sequence[TextRecord], replies: int, counts) -> Sequence[TextRecord]:
+    """The records that have the replies that are needed; the others are counted, and an error where they are all."""
+    for name in ("chosen", "rejected")[:replies]:
+        having = [record for record in records if getattr(record, name) is not None]
+        if records and not having:
+            first = records[0]
+            form = f" ({first.form})" if first.form else ""
+            raise InputError(
+                f"record {first.id} of split {first.split!r}{form} has no {name!r} reply, nor has any other; it is "
+                f"needed here: expected {'pairs of replies' if name == 'rejected' else 'prompts with replies'}"
+            )
+        if len(having) < len(records):
+            counts[f"dropped: no {name!r} reply"] += len(records) - len(having)
+        records = having
+    return records
+
+
+def _marks(record: TextRecord) -> tuple[str | None, ...]:
+    """The marked texts of prompt, chosen and rejected; None each for a record without."""
+    return (*record.marked, None, None, None)[:3]
+
+
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _fit(row: Sequence[list[int]], limits: Limits, known: Conventions, counts) -> list[list[int]] | None:
+def _fit(
+    row: Sequence[list[int]], record: TextRecord, limits: Limits, tokenizer, known: Conventions, counts
+) -> list[list[int]] | None:
     """A row within the limits, or None if a rule drops it; `counts` says what was done."""
     prompt, *replies = row
     if not prompt:
@@ -235,9 +215,17 @@ def _fit(row: Sequence[list[int]], limits: Limits, known: Conventions, counts) -
     if len(cut) == 2 and cut[0] == cut[1]:
         counts["dropped: identical replies once encoded"] += 1
         return None
+    if long_prompt and record.chat is not None:
+        shorter = shorten(record, tokenizer, known, room)
+        if shorter is not None:
+            prompt, what = shorter
+            counts[what] += 1
+        elif record.templated:  # without its beginning it would be no chat
+            counts["dropped: prompt too long, even its last turn"] += 1
+            return None
     counts["replies truncated"] += sum(len(a) != len(b) for a, b in zip(cut, replies, strict=True))
-    if long_prompt:
-        counts["prompts truncated"] += 1
+    counts["prompts truncated"] += long_prompt
+    if len(prompt) > room:
         bos = prompt[:1] if prompt[0] == known.bos_id else []
         prompt = bos + prompt[len(prompt) - room + len(bos) :]
     return [prompt, *cut]
@@ -306,6 +294,16 @@ def rows_fingerprint(encoded: Encoded) -> str:
     return state.hexdigest()
 
 
+def check_margins(encoded: Encoded, key: str) -> None:
+    """InputError, beginning with the setting that asks for margins, unless every row has one."""
+    missing = int(np.isnan(encoded.margin).sum())
+    if missing:
+        raise InputError(
+            f"{key}: {missing} of {len(encoded)} pairs have no margin; expected a column 'margin', or ratings of both "
+            "replies (score_chosen and score_rejected, or data.columns), or pairs without margins and False here"
+        )
+
+
 def first_of_prompt(encoded: Encoded) -> np.ndarray:
     """The first row of every prompt id, i64, in order: prompts without repeats."""
     _, first = np.unique(encoded.prompt_id, return_index=True)
@@ -316,7 +314,9 @@ def first_of_prompt(encoded: Encoded) -> np.ndarray:
 
 
 def write(encoded: Encoded, folder: Path) -> None:
-    """Writes beside the folder and renames: a reader sees all or nothing. Whoever comes second leaves the first's."""
+    """Writes beside the folder and renames: a reader sees all or nothing. Whoever comes second leaves the first's.
+
+    All is on disk before the folder has its name; the manifest holds the checksum of every file, and its own."""
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
     for name in _ARRAYS:
@@ -327,16 +327,22 @@ def write(encoded: Encoded, folder: Path) -> None:
         "counts": encoded.counts,
         "key": encoded.key,
     }
-    (temporary / "manifest.json").write_text(json.dumps(rest, indent=1))
+    for name in _ARRAYS:
+        artifacts.sync(temporary / f"{name}.npy")
+    rest = artifacts.plain(rest | {"files": integrity.of_folder(temporary)})
+    artifacts.write_json(temporary / MANIFEST, integrity.seal(rest))
     try:
         temporary.rename(folder)
     except OSError:
         shutil.rmtree(temporary)
-        if not (folder / "manifest.json").exists():
+        if not (folder / MANIFEST).exists():
             raise
+    artifacts.sync(folder.parent)
 
 
 def read(folder: Path) -> Encoded:
-    rest = json.loads((folder / "manifest.json").read_text())
+    """The rows of a folder. InputError, naming the file, where one is missing or damaged."""
+    rest = integrity.unseal(folder / MANIFEST, artifacts.read_json(folder / MANIFEST))
+    integrity.verify(folder, rest.pop("files"))
     rest["conventions"] = Conventions(**rest["conventions"])
     return Encoded(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}, **rest)

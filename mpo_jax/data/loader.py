@@ -29,7 +29,8 @@ class Loader:
     mesh: rows go over its data and fsdp axes and are repeated over its tensor axis; None: one device.
     ref_logps: f32 [rows, 2], put into the batches where given; margins, where the data has any, always are.
     multiple: what every row length is a multiple of; max_length caps it.
-    shuffle: False for evaluation, which wants one fixed order.
+    shuffle: True for training, whose batches hold real rows only; False for scoring and evaluation, which want every
+    row once, in one fixed order, the last batch filled up with rows of weight 0. See `plan.batch_plan`.
 
     Raises InputError if the mesh does not divide the batch.
     """
@@ -66,17 +67,17 @@ class Loader:
         pieces = encoded.piece_lens
         self.lengths = pieces[:, 0] if form == "slots" else pieces.sum(axis=1)
         windows = np.zeros(len(encoded), np.int64) if form == "slots" else pieces[:, 1:].sum(axis=1)
-        self._plan = lambda epoch: batch_plan(
+        self._plan = functools.partial(
+            batch_plan,
             self.lengths,
             windows,
             batch_size,
             seed=seed,
-            epoch=epoch,
             max_buckets=max_buckets,
             multiple=multiple,
             max_length=max_length,
-            shuffle=shuffle,
         )
+        self._shuffle = shuffle
         self._plans: dict[int, Plan] = {}
         self._lock = threading.Lock()
         first = self.plan(0)
@@ -89,7 +90,7 @@ class Loader:
         with self._lock:
             if epoch not in self._plans:
                 self._plans = {key: plan for key, plan in self._plans.items() if key == epoch - 1}
-                self._plans[epoch] = self._plan(epoch)
+                self._plans[epoch] = self._plan(epoch=epoch, shuffle=self._shuffle)
             return self._plans[epoch]
 
     def rows(self, step: int) -> tuple[Bucket, np.ndarray]:
@@ -103,9 +104,16 @@ class Loader:
         rows = self.rows(step)[1]
         return int(self.lengths[rows[rows != FILLER]].sum())
 
+    def real_rows(self, step: int) -> int:
+        """Different rows of a step's batch: all of it in training, unless the data has fewer than a batch holds."""
+        rows = self.rows(step)[1]
+        return len(np.unique(rows[rows != FILLER]))
+
     def batch(self, step: int) -> Batch:
         """The global batch of a step, on the mesh or on one device."""
-        bucket, rows = self.rows(step)
+        return self._batch(*self.rows(step))
+
+    def _batch(self, bucket: Bucket, rows: np.ndarray) -> Batch:
         arrays = self._arrays(lambda part: self._host_rows(rows[part], bucket.length), bucket)
         return Batch(**arrays, window=bucket.window)
 
@@ -120,6 +128,18 @@ class Loader:
             while stop is None or step < stop:
                 yield self.batch(step)
                 step += 1
+
+        return Prefetch(produce, ahead)
+
+    def sample(self, batches: int, ahead: int = 2) -> "Prefetch":
+        """At most so many batches of rows drawn at random from all, each once: a fair sample, the same at every call
+        and for every seed, in shapes that the loader's own batches have. To be used and closed as `batches` is.
+        """
+        plan = self._plan(epoch=0, shuffle=False, sample=batches)
+
+        def produce() -> Iterator[Batch]:
+            for bucket, rows in zip(plan.bucket, plan.rows, strict=True):
+                yield self._batch(plan.buckets[bucket], rows)
 
         return Prefetch(produce, ahead)
 

@@ -1,353 +1,246 @@
-"""A file, a folder, a hub name or TFDS shards enter; text records of one split leave, with a report of the drops.
+"""A file, a folder, a hub name or TFDS shards enter; text records of one split leave, with an account of what was read.
 
-Nothing of a dataset is executed: files are read as JSON or Parquet, hub datasets through `datasets` without scripts.
+Where a path leads is said by `parts.py`, what rows are written like by `schemas.py`.
 """
 
 import collections
 import dataclasses
-import functools
-import gzip
-import json
-import re
-import zlib
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Sequence
+from typing import Any
 
 from etils import epath
 
 from mpo_jax.checkpoint import fingerprint_files
-from mpo_jax.data.encode import records_fingerprint
-from mpo_jax.data.schemas import Drop, Row, Schema, TextRecord, read_row, recognise
+from mpo_jax.data import template
+from mpo_jax.data.account import Account
+from mpo_jax.data.chat import messages
+from mpo_jax.data.columns import check_unread, rename, survey
+from mpo_jax.data.files import check_file, unreadable
+from mpo_jax.data.forms.base import Form, Plan, Said
+from mpo_jax.data.forms.prompts import ends_with_question
+from mpo_jax.data.parts import Part, canonical, parts
+from mpo_jax.data.reading import Reading
+from mpo_jax.data.records import TextRecord
+from mpo_jax.data.row import Drop, Row
+from mpo_jax.data.schemas import form_of, recognise, show
 from mpo_jax.errors import InputError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 ALL = "all"
 """The split name that means every split of a source."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What was read from a source: rows read, records kept, and rows dropped by each rule."""
+def load(
+    path: str, split: str = "train", tokenizer=None, limit: int | None = None, reading: Reading | None = None
+) -> tuple[list[TextRecord], Account]:
+    """The text records of one split of a source, and the account of what became of its rows and columns.
 
-    source: str
-    split: str
-    schema: str
-    read: int
-    kept: int
-    dropped: dict[str, int]
+    path: a .jsonl, .jsonl.gz, .json or .parquet file; a folder of these, their splits named by the files as `datasets`
+    reads them (`harmless-base/test.jsonl.gz`, `prefs_train.jsonl`, `data/train-00000-of-00004.parquet`); a folder
+    written by `save_to_disk`; TFDS shards (`tfds:name`, or the folder of a prepared version); or a hub name,
+    `owner/name` or `owner/name/data/folder`.
+    split: a split's name, or "all". tokenizer: its chat template, where it has one, shows conversations.
+    limit: stop after that many rows. reading: how columns and conversations are to be taken.
 
-    def line(self) -> str:
-        drops = ", ".join(f"{count} {rule}" for rule, count in sorted(self.dropped.items())) or "none"
-        return (
-            f"{self.source} [{self.split}] ({self.schema}): {self.read} rows read, {self.kept} kept; dropped: {drops}"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One file or table of a source. split is None where only the rows can tell (their own `split`, else train)."""
-
-    name: str
-    split: str | None
-    rows: Callable[[], Iterator[Row]]
-
-
-def load(path: str, split: str = "train", tokenizer=None, limit: int | None = None) -> tuple[list[TextRecord], Report]:
-    """The text records of one split of a source.
-
-    path: a .jsonl, .jsonl.gz, .json or .parquet file; a folder of these, their splits named by the files
-    (`harmless-base/test.jsonl.gz`, `train-00000-of-00004.parquet`); a folder written by `save_to_disk`; TFDS shards
-    (`tfds:name`, or the folder of a prepared version); or a hub name, `owner/name` or `owner/name/data/folder`.
-    split: a split's name, or "all". tokenizer: its chat template, where it has one, renders message lists.
-    limit: stop after that many rows.
-
-    Raises InputError (file, line, key) for anything malformed, an unknown split (listing those that exist), an empty
-    dataset, and one whose every row was dropped.
+    Raises InputError (file, line, key) for anything malformed, columns that would vanish though they look as if they
+    meant something, an unknown split (listing those that exist), an empty dataset, and one whose every row was dropped.
     """
-    found = parts(str(path))
+    path, reading = str(path), reading or Reading()
+    found, left_out = _with_splits(parts(path))
     named = {part.split for part in found if part.split is not None}
+    split = canonical(split, named)
     if split in named:
         found = [part for part in found if part.split in (split, None)]
-    records: list[TextRecord] = []
-    dropped: collections.Counter[str] = collections.Counter()
-    schema: Schema | None = None
-    first, read, seen = "", 0, set(named)
+    tally = _Tally(path, split)
+    if left_out:
+        tally.notes[f"files left out, since their names tell no split: {', '.join(left_out)}"] = len(left_out)
+    seen = set(named)
     for part in found:
-        part_schema = None
+        rows: list[tuple[str, Row]] = []
         for row in part.rows():
-            own = split_of(part, row)
+            own = split_of(part, row, reading)
             seen.add(own)
             if split not in (ALL, part.split, own):
                 continue
-            if part_schema is None:
-                part_schema = recognise(row)
-                if schema is not None and schema != part_schema:
-                    raise InputError(
-                        f"{path}: {first} holds {schema.name} rows, {part.name} holds {part_schema.name} rows; "
-                        "name one of the files as the data path"
-                    )
-                schema, first = part_schema, first or part.name
-            if limit is not None and read == limit:
+            if limit is not None and tally.read + len(rows) == limit:
                 break
-            try:
-                reply = read_row(part_schema, row, tokenizer)
-                fields = {f.name: getattr(reply, f.name) for f in dataclasses.fields(reply)}
-                records.append(TextRecord(id=read, split=own, **fields))
-            except Drop as rule:
-                dropped[str(rule)] += 1
-            read += 1
-    if schema is None:
+            rows.append((own, row))
+        if rows:
+            tally.add(part.name, rows, tokenizer, reading)
+    if not tally.schema:
         if seen and split != ALL and split not in seen:
             raise InputError(f"{path}: unknown split {split!r}; it has {', '.join(sorted(seen))}, or 'all'")
         raise InputError(f"{path}: split {split!r} is empty; expected at least one record")
-    report = Report(str(path), split, schema.name, read, len(records), dict(dropped))
-    if not records:
-        raise InputError(f"no record is left: {report.line()}")
-    return records, report
+    account = tally.account()
+    if not tally.records:
+        firsts = "; ".join(f"{where}: {rule}" for rule, where in account.first_dropped.items())
+        raise InputError(f"no record is left: {account.line()}; the first of each: {firsts}")
+    return tally.records, account
+
+
+class _Tally:
+    """What has been read so far: files are added one by one, and all must be of one form."""
+
+    def __init__(self, path: str, split: str):
+        self.path, self.split = path, split
+        self.schema = self.first = ""
+        self.read = 0
+        self.records: list[TextRecord] = []
+        self.dropped: collections.Counter[str] = collections.Counter()
+        self.first_dropped: dict[str, str] = {}
+        self.columns: dict[str, str] = {}
+        self.shown: collections.Counter[str] = collections.Counter()
+        self.notes: collections.Counter[str] = collections.Counter()
+
+    def add(self, name: str, rows: Sequence[tuple[str, Row]], tokenizer, reading: Reading) -> None:
+        """Reads the rows of one file, each with its split."""
+        splits = [own for own, _ in rows]
+        renamed, ignored = rename([row for _, row in rows], reading, name)
+        form, plan = self._plan(name, renamed, ignored, reading)
+        columns = f"{form.name}: {form.columns}"
+
+        def keep(number: int, row: Row, said: Said) -> None:
+            fields, how = show(said, tokenizer, reading, row.where)
+            self.shown[how] += 1
+            self.records.append(TextRecord(id=number, split=splits[number - self.read], form=columns, **fields))
+
+        labelled = []
+        for number, row in enumerate(renamed, self.read):
+            try:
+                said = plan.read(row)
+                if said.good is None:
+                    keep(number, row, said)
+                else:
+                    labelled.append((number, row, said))
+            except Drop as rule:
+                self._drop(str(rule), row)
+        for number, row, said in self._pair_up(labelled):
+            try:
+                keep(number, row, said)
+            except Drop as rule:
+                self._drop(str(rule), row)
+        self.read += len(rows)
+        self.notes.update(plan.notes)
+        if self.shown["chat template"] and template.facts(tokenizer).clock:
+            self.notes[f"prompts dated {template.TODAY}, since the chat template asks for the date"] = self.shown[
+                "chat template"
+            ]
+
+    def _plan(self, name: str, rows: list[Row], said: dict[str, str], reading: Reading) -> tuple[Form, Plan]:
+        """The form of a file's rows and how they are read; InputError where it is not the other files' form."""
+        found = survey(rows)
+        form, seen = recognise(found, rows)
+        if self.schema and self.schema != form.name:
+            raise InputError(
+                f"{self.path}: {self.first} holds {self.schema} rows, {name} holds {form.name} rows; "
+                "name one of the files as the data path"
+            )
+        self.schema, self.first = form.name, self.first or name
+        plan = form.plan(seen, rows, reading)
+        uses = plan.uses | {column: "split" for column in found.kinds if column == "split"}
+        unread = check_unread(rows, found, uses, plan.known, name)
+        given = {role: f"{column} (as {role})" for role, column in reading.columns.items() if role != column}
+        for column in found.kinds:
+            self.columns.setdefault(given.get(column, column), uses.get(column) or unread[column])
+        for column, what in said.items():
+            self.columns.setdefault(column, what)
+        return form, plan
+
+    def _drop(self, rule: str, row: Row) -> None:
+        self.dropped[rule] += 1
+        self.first_dropped.setdefault(rule, row.where)
+
+    def _pair_up(self, told: list[tuple[int, Row, Said]]) -> list[tuple[int, Row, Said]]:
+        """Single replies with labels: good ones are kept, each with a bad one of the same prompt where there is one."""
+        bad: dict[Any, list[Said]] = collections.defaultdict(list)
+        for _, _, said in told:
+            if not said.good:
+                bad[said.prompt].append(said)
+        result = []
+        for number, row, said in told:
+            if not said.good:
+                continue
+            others = bad[said.prompt]
+            if others:
+                other = others.pop(0)
+                plain = (*said.plain, *other.plain[1:]) if said.plain else ()
+                said = dataclasses.replace(said, rejected=other.chosen, plain=plain)
+                self.notes["replies labelled bad, each the rejected one of a pair"] += 1
+            else:
+                self.notes["good replies without a bad one to the same prompt: demonstrations alone"] += 1
+            result.append((number, row, said))
+        left = sum(map(len, bad.values()))
+        if left:
+            self.dropped["labelled bad, and no good reply to pair it with"] += left
+        return result
+
+    def account(self) -> Account:
+        return Account(
+            self.path,
+            self.split,
+            self.schema,
+            self.read,
+            len(self.records),
+            dict(self.dropped),
+            self.columns,
+            {how: count for how, count in self.shown.items() if count},
+            dict(self.notes),
+            self.first_dropped,
+        )
+
+
+def conversation(turns: Sequence[dict[str, Any]], tokenizer, reading: Reading | None = None, id: int = 0) -> TextRecord:
+    """A chat of one's own as a prompt, shown as a data set's would be: for sampling. turns: messages with role and
+    content, the last the user's."""
+    reading = reading or Reading()
+    try:
+        said = Said(ends_with_question(messages(Row({"messages": list(turns)}, "the conversation"), "messages")))
+        fields, _ = show(said, tokenizer, reading, "the conversation")
+    except Drop as rule:
+        raise InputError(f"the conversation: {rule}") from None
+    return TextRecord(id=id, split="sample", **fields)
 
 
 def fingerprint(path: str) -> str:
-    """A hash of a source's content: of its files, or of its records where they come from the hub or from TFDS."""
+    """A hash of a source's content: of its files, or of its rows where they come from the hub or from TFDS."""
     place = epath.Path(path)
-    if not path.startswith("tfds:") and place.exists():
-        return fingerprint_files(place)
-    records, _ = load(path, ALL)
-    return records_fingerprint(records)
+    if not path.startswith("tfds:"):
+        try:
+            if place.exists():
+                _check_beneath(place)
+                return fingerprint_files(place)
+        except (OSError, ValueError) as error:
+            raise error if isinstance(error, InputError) else unreadable(path, error) from error
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts(path):
+        for row in part.rows():
+            state.update(repr((part.split, sorted(row.values.items(), key=lambda item: item[0]))).encode() + b"\n")
+    return state.hexdigest()
 
 
-def at_hand(path: str) -> bool:
-    """Whether a data path leads to files here; False for a name that is looked up on the hub or in TFDS. InputError
-    for a path that leads nowhere."""
-    if path.startswith(("tfds:", "hf:")):
-        return False
-    if epath.Path(path).exists():
-        return True
-    _check_name(path)
-    return False
+def _check_beneath(place: epath.Path) -> None:
+    """InputError for a pipe or device at or beneath a place, which reading would never end with."""
+    check_file(place, str(place))
+    for child in place.iterdir() if place.is_dir() else ():
+        _check_beneath(child)
 
 
-def split_of(part: Part, row: Row) -> str:
+def split_of(part: Part, row: Row, reading: Reading | None = None) -> str:
     """The split a row belongs to: its own word, else its file's, else train."""
-    own = row.values.get("split")
+    name = reading.columns.get("split", "split") if reading else "split"
+    own = row.values.get(name)
     return own if isinstance(own, str) and own else part.split or "train"
 
 
 def expect_schema(row: Row, name: str) -> None:
-    """InputError unless a row is of the named schema."""
-    found = recognise(row).name
+    """InputError unless a row is of the named form."""
+    found = form_of(row)
     if found != name:
         raise InputError(f"{row.where}: a row of kind {found}, expected {name}")
 
 
-# Where a path leads ---------------------------------------------------------------------------------------------------
-
-
-def parts(path: str) -> list[Part]:
-    """The files or tables a data path leads to; InputError where it leads nowhere."""
-    if path.startswith("tfds:"):
-        return _tfds_parts(path.removeprefix("tfds:"))
-    if path.startswith("hf:"):
-        return _hub_parts(path.removeprefix("hf:"))
-    place = epath.Path(path)
-    if place.is_file():
-        if not path.endswith(SUFFIXES):
-            raise InputError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
-        return [_file_part(place, place.name)]
-    if place.is_dir():
-        return _folder_parts(place)
-    _check_name(path)
-    return _hub_parts(path)
-
-
-def _check_name(path: str) -> None:
-    """InputError for what can't be the name of a hub dataset."""
-    if path.endswith(SUFFIXES) or not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", path) or path.startswith("."):
-        raise InputError(f"data.path: {path}: no such file or folder")
-
-
-def _folder_parts(folder: epath.Path) -> list[Part]:
-    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        return _disk_parts(folder)
-    if (folder / "features.json").exists():
-        return _tfds_parts(str(folder))
-    files = (file for depth in ("*", "*/*", "*/*/*") for file in folder.glob(depth))
-    names = sorted(str(file.relative_to(folder)) for file in files if file.name.endswith(SUFFIXES) and file.is_file())
-    if not names:
-        raise InputError(f"{folder}: no data file in this folder; expected {', '.join(SUFFIXES)}")
-    return [_file_part(folder / name, name) for name in names]
-
-
-_KNOWN = r"(train|training|test|validation|valid|val|dev|eval)"
-
-
-def _split_name(name: str) -> str | None:
-    """The split a file's name tells: `train-00000-of-00002.parquet`, `test.jsonl.gz`, `test/part.jsonl`; or None."""
-    *folders, file = name.split("/")
-    stem = next(file.removesuffix(suffix) for suffix in SUFFIXES if file.endswith(suffix))
-    sharded = re.fullmatch(r"(.+?)-\d{5}-of-\d{5}.*", stem)
-    if sharded:
-        return sharded[1]
-    known = re.fullmatch(_KNOWN + r"([-_.]?\d+)?", stem)
-    if known:
-        return known[1]
-    return next((folder for folder in reversed(folders) if re.fullmatch(_KNOWN, folder)), None)
-
-
-def _file_part(file: epath.Path, name: str) -> Part:
-    if name.endswith(".parquet"):
-        reader = _read_parquet
-    elif name.endswith((".json", ".json.gz")):
-        reader = _read_json
-    else:
-        reader = _read_lines
-    return Part(name, _split_name(name), lambda: reader(file, str(file)))
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
-def _lines(file: epath.Path, name: str) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines of a file, unzipped where its name says so; InputError where the gzip stream breaks."""
-    number = 0
-    try:
-        with file.open("rb") as raw:
-            stream = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
-            for number, line in enumerate(stream, 1):
-                yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(
-            f"{name}, after line {number}: damaged or truncated gzip ({error}); fetch the file again"
-        ) from error
-
-
-def _parse(text: bytes, name: str, line: int):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        at = line + error.lineno - 1
-        raise InputError(f"{name}, line {at}: invalid JSON at column {error.colno}: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}, line {line}: not UTF-8 at byte {error.start}") from error
-
-
-def _row(value, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: expected a JSON object, found {type(value).__name__}")
-    return Row(value, where)
-
-
-def _read_lines(file: epath.Path, name: str) -> Iterator[Row]:
-    for number, line in _lines(file, name):
-        if line := line.rstrip():  # with its line break, an error at its end would be one of the next line
-            yield _row(_parse(line, name, number), f"{name}, line {number}")
-
-
-def _read_json(file: epath.Path, name: str) -> Iterator[Row]:
-    """A JSON array of objects; or JSON lines, which several published `.json` files are."""
-    for _, line in _lines(file, name):
-        if line.strip():
-            break
-    else:
-        return
-    if not line.lstrip().startswith(b"["):
-        yield from _read_lines(file, name)
-        return
-    rows = _parse(b"".join(line for _, line in _lines(file, name)), name, 1)
-    for number, value in enumerate(rows, 1):
-        yield _row(value, f"{name}, record {number}")
-
-
-def _read_parquet(file: epath.Path, name: str) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with file.open("rb") as raw:
-            for batch in pyarrow.parquet.ParquetFile(raw).iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(value, f"{name}, row {number}")
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{name}, after row {number}: not a readable Parquet file ({_one_line(error)})") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-# datasets and TFDS ----------------------------------------------------------------------------------------------------
-
-
-def _table_parts(name: str, tables) -> list[Part]:
-    """Parts of a `datasets` Dataset or DatasetDict."""
-
-    def rows(label, table):
-        for number, value in enumerate(table):
-            yield Row(value, f"{label}, row {number + 1}")
-
-    if not hasattr(tables, "keys"):
-        return [Part(name, str(tables.split) if tables.split else None, lambda: rows(name, tables))]
-    return [
-        Part(f"{name}[{split}]", split, functools.partial(rows, f"{name}[{split}]", tables[split])) for split in tables
-    ]
-
-
-def _disk_parts(folder: epath.Path) -> list[Part]:
-    import datasets
-
-    try:
-        return _table_parts(str(folder), datasets.load_from_disk(str(folder)))
-    except Exception as error:  # datasets raises many kinds, pyarrow's among them
-        raise InputError(f"{folder}: `datasets` cannot load this folder: {_one_line(error)}") from error
-
-
-def _hub_parts(name: str) -> list[Part]:
-    """A hub dataset. One that is still a loading script is read from the Parquet branch the hub itself makes of it."""
-    import datasets
-
-    parts = name.split("/")
-    repository, data_dir = "/".join(parts[:2]), "/".join(parts[2:])
-    try:
-        try:
-            tables = datasets.load_dataset(repository, data_dir=data_dir or None)
-        except RuntimeError as error:
-            if "scripts are no longer supported" not in str(error):
-                raise
-            tables = datasets.load_dataset(repository, data_dir=data_dir or None, revision="refs/convert/parquet")
-    except Exception as error:  # connection, missing repository, malformed files
-        raise InputError(
-            f"{name}: neither a file or folder here nor a hub dataset that could be loaded: {_one_line(error)}"
-        ) from error
-    return _table_parts(name, tables)
-
-
-def _tfds_parts(name: str) -> list[Part]:
-    """TFDS ArrayRecord shards by random access, without TensorFlow: a prepared folder, or the name of a dataset."""
-    try:
-        import tensorflow_datasets as tfds
-
-        place = epath.Path(name)
-        builder = tfds.builder_from_directory(name) if place.is_dir() else tfds.builder(name)
-        splits = list(builder.info.splits)
-        tables = {split: builder.as_data_source(split=split) for split in splits}
-    except Exception as error:  # a missing importlib_resources, an unknown name, shards in another format
-        raise InputError(f"tfds:{name}: TFDS cannot open these shards: {_one_line(error)}") from error
-
-    def rows(split):
-        for number in range(len(tables[split])):
-            yield Row(_python(tables[split][number]), f"tfds:{name}[{split}], row {number + 1}")
-
-    return [Part(f"tfds:{name}[{split}]", split, functools.partial(rows, split)) for split in splits]
-
-
-def _python(value):
-    """TFDS's bytes and arrays as text, numbers and lists."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
-    if isinstance(value, dict):
-        return {key: _python(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_python(inner) for inner in value]
-    if hasattr(value, "tolist"):
-        return _python(value.tolist())
-    return value
+def _with_splits(found: list[Part]) -> tuple[list[Part], list[str]]:
+    """Where some files of a folder tell their split, those that tell none are left out, as `datasets` does."""
+    if not any(part.split for part in found):
+        return found, []
+    return [part for part in found if part.split], [part.name for part in found if not part.split]

@@ -4,19 +4,28 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 
+from mpo_jax.data import template
 from mpo_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class Conventions:
     """bos_id: None where the tokenizer has none or does not put it in front of a text by itself. eos_id. pad_id: EOS
-    where there is no pad token. spaced: the tokenizer writes a space in front of every text (SentencePiece)."""
+    where there is no pad token. spaced: the tokenizer writes a space in front of every text (SentencePiece).
+    turn_end_id: what the chat template writes at the end of a reply; None where there is no template, or it writes
+    nothing."""
 
     bos_id: int | None
     eos_id: int
     pad_id: int
     spaced: bool
+    turn_end_id: int | None = None
+
+    def reply_end(self, templated: bool) -> int:
+        """The one token that ends a reply: a chat's its end of turn, any other's EOS."""
+        return self.eos_id if not templated or self.turn_end_id is None else self.turn_end_id
 
 
 def load_tokenizer(folder: str):
@@ -45,7 +54,23 @@ def conventions(tokenizer) -> Conventions:
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
     first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False).input_ids)[0]
-    return Conventions(bos if adds_bos else None, eos, eos if pad is None else pad, str(first).startswith("\u2581"))
+    end = template.facts(tokenizer).end
+    return Conventions(
+        bos if adds_bos else None,
+        eos,
+        eos if pad is None else pad,
+        str(first).startswith("\u2581"),
+        tokenizer.convert_tokens_to_ids(end) if end else None,
+    )
+
+
+def stop_ids(tokenizer, model_ids: Iterable[int] = ()) -> tuple[int, ...]:
+    """All ids that end a reply: those that end one in training data, whatever its form, and the model's own.
+
+    The one rule for data and samples: what ends a reply in training data is what generation stops at.
+    """
+    known = conventions(tokenizer)
+    return tuple(sorted({known.reply_end(False), known.reply_end(True), *map(int, model_ids)}))
 
 
 def fingerprint(tokenizer) -> str:

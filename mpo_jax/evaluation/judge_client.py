@@ -60,13 +60,11 @@ class Endpoint(Section):
         """InputError for what can't be asked."""
         address = urllib.parse.urlsplit(self.base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
-            raise InputError(f"judge base_url: {self.base_url!r}; expected an address such as https://HOST/v1")
+            raise InputError(f"base_url: {self.base_url!r}; expected an address such as https://HOST/v1")
         if address.username or address.password or address.query:
-            raise InputError("judge base_url: it holds credentials or a query, which would be written into the run")
+            raise InputError("base_url: it holds credentials or a query, which would be written into the run")
         if not self.model:
-            raise InputError("judge model: empty; expected the name under which the endpoint serves it")
-        if self.concurrency < 1 or self.attempts < 1 or self.seconds <= 0 or self.answer_tokens < 1:
-            raise InputError("judge concurrency, attempts, seconds, answer_tokens: expected at least 1 of each")
+            raise InputError("model: empty; expected the name under which the endpoint serves it")
 
     def request(self, text: str) -> dict[str, Any]:
         """The body of a question."""
@@ -193,7 +191,7 @@ def _client(endpoint: Endpoint):
         raise InputError('judge: the openai package is not installed; pip install "mpo_jax[judge]"') from error
     key = os.environ.get(endpoint.key_variable, "") if endpoint.key_variable else "none"
     if not key:
-        raise InputError(f"judge key_variable: the environment variable {endpoint.key_variable} is not set")
+        raise InputError(f"key_variable: the environment variable {endpoint.key_variable} is not set")
     return openai.AsyncOpenAI(api_key=key, base_url=endpoint.base_url, timeout=endpoint.seconds, max_retries=0)
 
 

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from mpo_jax import artifacts
 from mpo_jax.artifacts import BASE
+from mpo_jax.errors import InputError
 from mpo_jax.evaluation import figures, human, sections, validation
 from mpo_jax.evaluation.sections import Finished, Shown
 
@@ -40,15 +41,16 @@ def write(workdir: epath.Path, shown: Mapping[str, Shown]) -> epath.Path:
 def page(workdir: epath.Path, shown: Mapping[str, Shown]) -> dict[str, Any]:
     """What each template shows; None for a section without a stage. left_out: what is wrong with those that can't be
     shown, a line each: a damaged file of one stage must cost neither the page nor a run that has come to its end."""
-    stages = finished(workdir)
+    stages, damaged = finished(workdir)
     makers: dict[str, Callable[[], Any]] = {
         "graph": lambda: _graph(stages),
         "training": lambda: list(sections.training(stages, shown)),
         "human": lambda: human.section(workdir, {stage.name: stage.folder for stage in stages}),
         "validation": lambda: validation.section(stages),
+        "data": lambda: sections.data(stages),
     }
     makers |= {part: functools.partial(_part, part, stages, shown) for part in PARTS}
-    values: dict[str, Any] = {"title": workdir.name, "provenance": stages, "left_out": []}
+    values: dict[str, Any] = {"title": workdir.name, "provenance": stages, "left_out": damaged}
     for name, maker in makers.items():
         try:
             values[name] = maker()
@@ -63,9 +65,18 @@ def _part(part: str, stages: list[Finished], shown: Mapping[str, Shown]) -> list
     return [kind.make(stage) for stage, kind in known if kind.part == part and kind.make is not None]
 
 
-def finished(workdir: epath.Path) -> list[Finished]:
-    """The stages of a run that have a manifest, in the order of the graph."""
-    return [Finished(name, *stage) for name, stage in artifacts.finished_stages(workdir).items()]
+def finished(workdir: epath.Path) -> tuple[list[Finished], list[str]]:
+    """The finished stages whose files are as they were written, in the order of the graph, and what is wrong with the
+    others."""
+    whole, damaged = [], []
+    for name, folder in artifacts.stage_folders(workdir).items():
+        try:
+            if (manifest := artifacts.read_manifest(folder)) is not None:
+                artifacts.verify(folder, weights=False)
+                whole.append(Finished(name, folder, manifest))
+        except InputError as error:
+            damaged.append(f"{name}: {error}")
+    return whole, damaged
 
 
 def _graph(stages: list[Finished]) -> Markup | None:

@@ -9,6 +9,7 @@ from etils import epath
 from markupsafe import Markup
 
 from mpo_jax import artifacts, metrics
+from mpo_jax.data.account import Account
 from mpo_jax.evaluation import figures, pairs
 
 _SAMPLES = 8
@@ -17,6 +18,7 @@ _COLUMNS = {
     "gold": "gold score",
     "reward": "reward model",
     "kl": "KL to the baseline, nats",
+    "log_ratio": "log-ratio to the baseline, nats (no KL: replies of a truncated distribution)",
     "tokens": "length, tokens",
     "finished": "finished",
     "repetition": "repeated 4-grams",
@@ -109,6 +111,15 @@ def evaluation(stage: Finished) -> dict[str, Any]:
         else None,
         "samples": rows[:_SAMPLES],
     }
+
+
+def data(stages: Iterable[Finished]) -> list[dict[str, Any]]:
+    """What each stage read, and what became of every row and column; stages that read the same stand together."""
+    read: dict[str, list[str]] = {}
+    for stage in stages:
+        for account in stage.manifest.get("data", []):
+            read.setdefault(Account(**account).text(), []).append(stage.name)
+    return [{"text": text, "stages": ", ".join(dict.fromkeys(names))} for text, names in read.items()]
 
 
 def verdicts(stage: Finished) -> dict[str, Any]:

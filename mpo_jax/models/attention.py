@@ -5,13 +5,16 @@ Letters: B rows, T row length, N responses, P prompt slots, R response slots, H 
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from mpo_jax.errors import InputError
 from mpo_jax.models import flash
-from mpo_jax.models.config import NO_WINDOW, ModelConfig
+from mpo_jax.models.config import ATTENTION_SETTINGS, NO_WINDOW, ModelConfig
 from mpo_jax.ops import masks
+from mpo_jax.ops.rounding import rounded
 from mpo_jax.types import record
 
 _F32 = jnp.float32
@@ -23,7 +26,7 @@ _BLOCKS, _LANES = 8, 64  # blocks of queries at most, and what their sizes are m
 class RowContext:
     """What attention over whole rows reads beside q, k, v. cos, sin: f32 [B,T,rope/2] or None.
 
-    visible: bool [B,T,T] for each distinct window of the model (xla backend; empty for flash).
+    visible: bool [B,T,T] for each distinct window of the model (xla and cudnn; empty for flash).
     """
 
     cos: jax.Array | None
@@ -61,6 +64,43 @@ class StepContext:
     prompt_positions: jax.Array
     prompt_segments: jax.Array
     cursor: jax.Array
+
+
+class Choice(NamedTuple):
+    """backend: what a ModelConfig's `attention` is to be. why: the reason, as a sentence without its full stop."""
+
+    backend: str
+    why: str
+
+
+def choose(
+    setting: str, config: ModelConfig, platform: str, devices: int = 1, capability: tuple[int, int] | None = None
+) -> Choice:
+    """The backend that a setting (`ATTENTION_SETTINGS`) means for a model on a platform (cpu, gpu or tpu).
+
+    capability: of the GPU, where it is known. "auto" is cuDNN on one GPU where cuDNN can compute the model, and xla
+    everywhere else; what is named is taken at its word, and `ModelConfig.check_attention` says where it can't be.
+    InputError for an unknown setting.
+    """
+    if setting not in ATTENTION_SETTINGS:
+        raise InputError(f"attention: {setting!r}; expected one of {list(ATTENTION_SETTINGS)}")
+    if setting != "auto":
+        return Choice(setting, f"model.attention={setting} asks for it")
+    if platform != "gpu":
+        return Choice("xla", f"cuDNN is not on {platform}")
+    if devices > 1:
+        return Choice("xla", "cuDNN's attention spread over several GPUs is unproven here")
+    obstacle = config.cudnn_obstacle(capability)
+    if obstacle is not None:
+        return Choice("xla", f"cuDNN {obstacle}")
+    return Choice("cudnn", "cuDNN can compute this model, and holds no logits")
+
+
+def compute_capability(device: jax.Device) -> tuple[int, int] | None:
+    """Of a GPU, as (9, 0); None where the device has none or tells something else."""
+    told = str(getattr(device, "compute_capability", ""))
+    major, _, minor = told.partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
 def window_kinds(config: ModelConfig) -> tuple[int, ...]:
@@ -104,6 +144,8 @@ def attend_rows(
     mask = context.visible[0]
     if len(context.visible) > 1:
         mask = jnp.stack(context.visible)[kind]
+    if config.attention == "cudnn":
+        return flash.cudnn(config, q, k, v, mask)
     rows, length, heads, dim = q.shape
     by_head = q.reshape(rows, length, config.kv_heads, heads // config.kv_heads, dim).transpose(0, 2, 3, 1, 4)
     out = _attend(config.scale, config.attention_softcap, by_head, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
@@ -129,8 +171,8 @@ def _attend_forward(scale, softcap, q, k, v, mask):
         top = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(v.dtype), v[:, :, :end], preferred_element_type=_F32)
-        outs.append((out / total).astype(q.dtype))
+        out = jnp.einsum("bkgts,bksd->bkgtd", rounded(weights, v.dtype), v[:, :, :end], preferred_element_type=_F32)
+        outs.append(rounded(out / total, q.dtype))
         normalisers.append(top + jnp.log(total))
     out = jnp.concatenate(outs, axis=3)
     return out, (q, k, v, mask, out, jnp.concatenate(normalisers, axis=3)[..., 0])

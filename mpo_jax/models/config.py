@@ -4,7 +4,6 @@ Everything that tells one model family from another is a field here, so that the
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from mpo_jax.errors import InputError
+from mpo_jax.models.config_json import Keys, check_whole, read_config_json
 
 MOST_UNROLLED = 16  # layers; each costs the compiler some tenths of a second
 VOCAB_MULTIPLE = 128  # lane width of a TPU; the vocabulary is padded to a multiple of it for each tensor shard
@@ -51,7 +51,8 @@ class LoraConfig:
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 REMAT_POLICIES = ("none", "full", "dots")
-ATTENTION_BACKENDS = ("xla", "flash")
+ATTENTION_BACKENDS = ("xla", "flash", "cudnn")
+ATTENTION_SETTINGS = ("auto", *ATTENTION_BACKENDS)
 DTYPES = ("float32", "bfloat16", "mixed")
 
 
@@ -96,7 +97,7 @@ class ModelConfig:
     padded_vocab: int = 0  # 0: the next multiple of VOCAB_MULTIPLE; `for_mesh` sets the multiple of the tensor axis
     dtype: str = "float32"  # float32 | bfloat16 | mixed (matrix products of bfloat16, all else float32; for CPUs)
     remat: str = "none"  # none | full: save only a layer's input | dots: save matrix products too
-    attention: str = "xla"  # xla | flash
+    attention: str = "xla"  # xla | flash | cudnn; `models.attention.choose` gives it
     unroll: bool = False  # layers one after the other, not a loop; with a remat policy always a loop. See `for_mesh`
     lora: LoraConfig | None = None
 
@@ -127,21 +128,40 @@ class ModelConfig:
 
         platform: cpu, gpu or tpu; tensor: size of that mesh axis; row_len: columns of a row, where they are known.
         """
-        if self.attention != "flash":
+        if self.attention == "xla":
             return
+        name = self.attention
         if self.heads % tensor:
-            raise InputError(f"attention: flash needs heads that mesh tensor={tensor} divides; found {self.heads}")
-        if platform in ("cpu", "tpu"):
+            raise InputError(f"attention: {name} needs heads that mesh tensor={tensor} divides; found {self.heads}")
+        if name == "flash" and platform in ("cpu", "tpu"):
             if row_len is not None and row_len % FLASH_MULTIPLE:
                 raise InputError(
                     f"attention: flash needs rows of a multiple of {FLASH_MULTIPLE} columns; found {row_len} (set "
                     f"data.multiple={FLASH_MULTIPLE}; for rollouts the prompt's slots and n x max_new_tokens; or xla)"
                 )
             return
+        if platform in ("cpu", "tpu"):
+            raise InputError(f"attention: cudnn runs on NVIDIA GPUs alone; found {platform}; set attention=auto")
+        obstacle = self.cudnn_obstacle()
+        if obstacle is not None:
+            raise InputError(f"attention: {name} on {platform} is cuDNN, which {obstacle}; set attention=xla")
+
+    def cudnn_obstacle(self, capability: tuple[int, int] | None = None) -> str | None:
+        """Why cuDNN's fused attention can't compute this model, as the end of "cuDNN, which ..."; None where it can.
+
+        capability: the card's compute capability, where it is known; unknown, it counts as the newest, so that what no
+        card can do is all that is told.
+        """
+        widest = 256 if capability is None or capability >= (9, 0) else 128
         if self.attention_softcap is not None:
-            raise InputError(f"attention: flash on {platform} is cuDNN, which has no soft cap; set attention=xla")
+            return "has no soft cap"
         if self.dtype != "bfloat16":
-            raise InputError(f"attention: flash on {platform} is cuDNN, which needs dtype=bfloat16; found {self.dtype}")
+            return f"needs dtype=bfloat16; found {self.dtype}"
+        if capability is not None and capability < (8, 0):
+            return f"needs compute capability 8.0 (Ampere) or later; found {capability[0]}.{capability[1]}"
+        if self.head_dim % 8 or self.head_dim > widest:
+            return f"needs a head_dim that is a multiple of 8 up to {widest}; found {self.head_dim}"
+        return None
 
     @property
     def activation_dtype(self) -> str:
@@ -152,6 +172,12 @@ class ModelConfig:
     def operand_dtype(self) -> str:
         """Of what goes into a product with a weight."""
         return "bfloat16" if self.dtype == "mixed" else self.dtype
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass computes norms and activations again, which costs an accelerator less than to keep
+        and to read their steps, most of them in float32."""
+        return self.dtype == "bfloat16"
 
     @property
     def scale(self) -> float:
@@ -181,134 +207,152 @@ def from_folder(folder: epath.PathLike) -> ModelConfig:
     return from_hf(read_config_json(folder), source=str(epath.Path(folder) / "config.json"))
 
 
-def read_config_json(folder: epath.PathLike) -> dict[str, Any]:
-    path = epath.Path(folder) / "config.json"
-    if not path.exists():
-        raise InputError(f"{path}: not found; expected a Hugging Face model folder")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: holds a {type(config).__name__}; expected an object")
-    return config
-
-
 def from_hf(config: dict[str, Any], source: str = "config.json") -> ModelConfig:
-    """A `config.json` as ModelConfig. Raises InputError for families or settings the decoder can't compute."""
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise InputError(f"{source}: model_type {family!r} is not supported; expected one of {sorted(FAMILIES)}")
+    """A `config.json` as ModelConfig, with the defaults of `transformers` for the keys that it leaves out.
+
+    Raises InputError for families or settings that the decoder can't compute. Keys that a family's model in
+    `transformers` does not read are not read here either.
+    """
+    family = "these"
     try:
-        return FAMILIES[family](config)
+        family = check_whole(config, sorted(FAMILIES))
+        return FAMILIES[family](Keys(config))
     except KeyError as error:
         raise InputError(f"{source}: key {error} is missing; {family} models need it") from error
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
 
 
-def _llama(config, **overrides) -> ModelConfig:
-    heads = config["num_attention_heads"]
-    bias = config.get("attention_bias", False)
-    fields = {
-        "family": config["model_type"],
-        "vocab_size": config["vocab_size"],
-        "layers": config["num_hidden_layers"],
-        "width": config["hidden_size"],
+def _trunk(keys: Keys, family: str, kv_heads: int | None = None) -> dict[str, Any]:
+    """What `transformers` reads alike for llama, mistral, qwen2, qwen3 and gemma2. kv_heads: where the key is absent;
+    None (and a null in the file): as many as heads."""
+    heads, width = keys.integer("num_attention_heads"), keys.integer("hidden_size")
+    given = keys.integer("num_key_value_heads", None) if "num_key_value_heads" in keys else None
+    absent = heads if kv_heads is None or keys.is_null("num_key_value_heads") else kv_heads
+    return {
+        "family": family,
+        "vocab_size": keys.integer("vocab_size"),
+        "layers": keys.integer("num_hidden_layers"),
+        "width": width,
         "heads": heads,
-        "kv_heads": _default(config.get("num_key_value_heads"), heads),
-        "head_dim": _default(config.get("head_dim"), config["hidden_size"] // heads),
-        "mlp_width": config["intermediate_size"],
-        "max_positions": config["max_position_embeddings"],
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "activation": _activation(config.get("hidden_act", "silu")),
+        "kv_heads": _default(given, absent),
+        "head_dim": _default(keys.integer("head_dim", None), width // heads),
+        "mlp_width": keys.integer("intermediate_size"),
+        "max_positions": keys.integer("max_position_embeddings"),
+        "norm_eps": keys.number("rms_norm_eps", 1e-6),
+        "activation": _activation(keys, "hidden_act", "silu"),
+        "tied_embeddings": keys.flag("tie_word_embeddings", False),
+        **_rope(keys),
+    }
+
+
+def _llama(keys: Keys) -> ModelConfig:
+    bias = keys.flag("attention_bias", False)
+    fields = _trunk(keys, "llama") | {"qkv_bias": bias, "o_bias": bias, "mlp_bias": keys.flag("mlp_bias", False)}
+    return ModelConfig(**fields)
+
+
+def _mistral(keys: Keys) -> ModelConfig:
+    fields = _trunk(keys, "mistral", kv_heads=8)
+    window = keys.integer("sliding_window", None if keys.is_null("sliding_window") else 4096)
+    return ModelConfig(**fields, windows=None if window is None else (window,) * fields["layers"])
+
+
+def _qwen2(keys: Keys) -> ModelConfig:
+    fields = _trunk(keys, "qwen2", kv_heads=32)
+    return ModelConfig(**fields, qkv_bias=True, windows=_qwen_windows(keys, fields["layers"]))
+
+
+def _qwen3(keys: Keys) -> ModelConfig:
+    bias = keys.flag("attention_bias", False)
+    fields = _trunk(keys, "qwen3", kv_heads=32) | {"head_dim": keys.integer("head_dim", 128)}
+    windows = _qwen_windows(keys, fields["layers"])
+    return ModelConfig(**fields, qk_norm=True, qkv_bias=bias, o_bias=bias, windows=windows)
+
+
+def _gemma2(keys: Keys) -> ModelConfig:
+    fields = _trunk(keys, "gemma2", kv_heads=4)
+    every_other = ["full_attention" if i % 2 else "sliding_attention" for i in range(fields["layers"])]
+    window = keys.integer("sliding_window", None if keys.is_null("sliding_window") else 4096)
+    bias = keys.flag("attention_bias", False)
+    fields |= {
+        "head_dim": keys.integer("head_dim", 256),
+        "norm": "rms_plus_one",
+        "activation": _activation(keys, "hidden_activation", "gelu_pytorch_tanh"),
         "qkv_bias": bias,
         "o_bias": bias,
-        "mlp_bias": config.get("mlp_bias", False),
-        "tied_embeddings": config.get("tie_word_embeddings", False),
-        **_rope(config),
+        "post_norms": True,
+        "windows": _windows(_default(keys.texts("layer_types"), every_other), window, "sliding_window"),
+        "attention_scale": keys.number("query_pre_attn_scalar", 256.0) ** -0.5,
+        "attention_softcap": _softcap(keys, "attn_logit_softcapping", 50.0),
+        "final_softcap": _softcap(keys, "final_logit_softcapping", 30.0),
+        "embed_scale": math.sqrt(fields["width"]),
+        "tied_embeddings": keys.flag("tie_word_embeddings", True),
     }
-    return ModelConfig(**(fields | overrides))
+    return ModelConfig(**fields)
 
 
-def _mistral(config) -> ModelConfig:
-    window = config.get("sliding_window")
-    windows = None if window is None else (window,) * config["num_hidden_layers"]
-    return _llama(config, windows=windows)
-
-
-def _qwen2(config) -> ModelConfig:
-    return _llama(config, qkv_bias=True, o_bias=False, windows=_qwen_windows(config))
-
-
-def _qwen3(config) -> ModelConfig:
-    head_dim = _default(config.get("head_dim"), 128)
-    return _llama(config, head_dim=head_dim, qk_norm=True, windows=_qwen_windows(config))
-
-
-def _gemma2(config) -> ModelConfig:
-    every_other = ["full_attention" if i % 2 else "sliding_attention" for i in range(config["num_hidden_layers"])]
-    return _llama(
-        config,
-        head_dim=config.get("head_dim", 256),
-        norm="rms_plus_one",
-        activation=_activation(_default(config.get("hidden_activation"), "gelu_pytorch_tanh")),
-        post_norms=True,
-        windows=_windows(_default(config.get("layer_types"), every_other), config.get("sliding_window", 4096)),
-        attention_scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
-        attention_softcap=config.get("attn_logit_softcapping", 50.0),
-        final_softcap=config.get("final_logit_softcapping", 30.0),
-        embed_scale=math.sqrt(config["hidden_size"]),
-        tied_embeddings=config.get("tie_word_embeddings", True),
-    )
-
-
-def _gpt_neox(config) -> ModelConfig:
-    fraction = _default((config.get("rope_parameters") or {}).get("partial_rotary_factor"), config.get("rotary_pct"))
-    theta = config.get("rotary_emb_base", 10_000)
-    bias = config.get("attention_bias", True)
-    return _llama(
-        {"rope_theta": theta} | config,
-        norm="layer",
-        norm_eps=config.get("layer_norm_eps", 1e-5),
-        activation=_activation(config.get("hidden_act", "gelu")),
-        gated_mlp=False,
-        parallel_residual=config.get("use_parallel_residual", True),
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=True,
-        rope_fraction=_default(fraction, 0.25),
-    )
-
-
-def _gpt2(config) -> ModelConfig:
-    width, heads = config["n_embd"], config["n_head"]
-    for key, only in (("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True)):
-        if config.get(key, only) != only:
-            raise InputError(f"{key}: {config[key]} is not supported; expected {only}")
+def _gpt_neox(keys: Keys) -> ModelConfig:
+    heads, width = keys.integer("num_attention_heads"), keys.integer("hidden_size")
+    bias = keys.flag("attention_bias", True)
+    if keys.integer("head_dim", width // heads) != width // heads:
+        raise InputError(f"head_dim: expected {width // heads}, hidden_size / num_attention_heads")
     return ModelConfig(
-        family="gpt2",
-        vocab_size=config["vocab_size"],
-        layers=config["n_layer"],
+        family="gpt_neox",
+        vocab_size=keys.integer("vocab_size"),
+        layers=keys.integer("num_hidden_layers"),
         width=width,
         heads=heads,
         kv_heads=heads,
         head_dim=width // heads,
-        mlp_width=_default(config.get("n_inner"), 4 * width),
-        max_positions=config["n_positions"],
+        mlp_width=keys.integer("intermediate_size"),
+        max_positions=keys.integer("max_position_embeddings"),
         norm="layer",
-        norm_eps=config.get("layer_norm_epsilon", 1e-5),
-        activation=_activation(config.get("activation_function", "gelu_new")),
+        norm_eps=keys.number("layer_norm_eps", 1e-5),
+        activation=_activation(keys, "hidden_act", "gelu"),
+        gated_mlp=False,
+        parallel_residual=keys.flag("use_parallel_residual", True),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=True,
+        tied_embeddings=keys.flag("tie_word_embeddings", False),
+        **_rope(keys, theta="rotary_emb_base", fraction=keys.number("rotary_pct", 0.25)),
+    )
+
+
+def _gpt2(keys: Keys) -> ModelConfig:
+    for key, only in (("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True)):
+        if keys.flag(key, only) != only:
+            raise InputError(f"{key}: {not only} is not supported; expected {only}")
+
+    def size(name: str, alias: str) -> int:
+        """`transformers` takes either name, and the alias where both are there."""
+        return keys.integer(alias) if alias in keys else keys.integer(name)
+
+    width, heads = size("n_embd", "hidden_size"), size("n_head", "num_attention_heads")
+    return ModelConfig(
+        family="gpt2",
+        vocab_size=keys.integer("vocab_size"),
+        layers=size("n_layer", "num_hidden_layers"),
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=width // heads,
+        mlp_width=_default(keys.integer("n_inner", None), 4 * width),
+        max_positions=size("n_positions", "max_position_embeddings"),
+        norm="layer",
+        norm_eps=keys.number("layer_norm_epsilon", 1e-5),
+        activation=_activation(keys, "activation_function", "gelu_new"),
         gated_mlp=False,
         qkv_bias=True,
         o_bias=True,
         mlp_bias=True,
         learned_positions=True,
-        tied_embeddings=config.get("tie_word_embeddings", True),
+        tied_embeddings=keys.flag("tie_word_embeddings", True),
     )
 
 
-FAMILIES: dict[str, Callable[[dict[str, Any]], ModelConfig]] = {
+FAMILIES: dict[str, Callable[[Keys], ModelConfig]] = {
     "llama": _llama,
     "mistral": _mistral,
     "qwen2": _qwen2,
@@ -319,46 +363,62 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], ModelConfig]] = {
 }
 
 
-def _rope(config) -> dict[str, Any]:
-    """Rotary settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    rope = _default(config.get("rope_parameters"), config.get("rope_scaling")) or {}
-    fields = {"rope_theta": float(_default(rope.get("rope_theta"), config.get("rope_theta", 10_000.0)))}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def _rope(keys: Keys, theta: str = "rope_theta", fraction: float | None = None) -> dict[str, Any]:
+    """Rotary settings: from `rope_scaling` (before transformers 5), which wins where it says something, or from
+    `rope_parameters`. theta: the key outside both. fraction: of a head that is rotated, where they don't say; None:
+    the family rotates whole heads alone."""
+    rope = keys.object("rope_scaling") or keys.object("rope_parameters") or Keys({})
+    fields: dict[str, Any] = {"rope_theta": rope.number("rope_theta", None) or keys.number(theta, 10_000.0)}
+    given = [each.number("partial_rotary_factor", None) for each in (rope, keys)]
+    if fraction is not None:
+        fields["rope_fraction"] = _default(given[0], fraction)
+    elif any(part not in (None, 1.0) for part in given):
+        raise InputError(f"partial_rotary_factor: {given} is not supported; expected 1, whole heads")
+    kind = rope.text("rope_type", None) or rope.text("type", "default")
     if kind == "linear":
-        return fields | {"rope_linear_factor": float(rope["factor"])}
+        return fields | {"rope_linear_factor": rope.number("factor")}
     if kind == "llama3":
         scaling = Llama3Rope(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_positions=int(rope["original_max_position_embeddings"]),
+            factor=rope.number("factor"),
+            low_freq_factor=rope.number("low_freq_factor"),
+            high_freq_factor=rope.number("high_freq_factor"),
+            original_positions=rope.integer("original_max_position_embeddings", None)
+            or keys.integer("max_position_embeddings"),
         )
         return fields | {"rope_llama3": scaling}
     if kind != "default":
         raise InputError(f"rope_type: {kind!r} is not supported; expected default, linear or llama3")
+    if nested := rope.objects():
+        raise InputError(f"rope_parameters: {nested[0]!r} holds an object; expected one rotation for all layers")
     return fields
 
 
-def _qwen_windows(config) -> tuple[int, ...] | None:
-    window = config.get("sliding_window")
-    if not config.get("use_sliding_window", False) or window is None:
-        return None
-    first = config.get("max_window_layers", 28)
-    by_depth = [
-        "sliding_attention" if layer >= first else "full_attention" for layer in range(config["num_hidden_layers"])
-    ]
-    return _windows(_default(config.get("layer_types"), by_depth), window)
+def _qwen_windows(keys: Keys, layers: int) -> tuple[int, ...] | None:
+    used = keys.flag("use_sliding_window", False) and not keys.is_null("sliding_window")
+    window = keys.integer("sliding_window", 4096) if used else None
+    first = keys.integer("max_window_layers", 28, least=0)
+    by_depth = ["sliding_attention" if used and layer >= first else "full_attention" for layer in range(layers)]
+    windows = _windows(_default(keys.texts("layer_types"), by_depth), window, "use_sliding_window")
+    return windows if used else None
 
 
-def _windows(layer_types: list[str], window: int) -> tuple[int, ...]:
+def _windows(layer_types: list[str], window: int | None, key: str) -> tuple[int, ...]:
+    kinds = {"sliding_attention": window, "full_attention": NO_WINDOW, "attention": NO_WINDOW}
     for kind in layer_types:
-        _require("layer_types", kind, ("sliding_attention", "full_attention"))
-    return tuple(window if kind == "sliding_attention" else NO_WINDOW for kind in layer_types)
+        _require("layer_types", kind, tuple(kinds))
+        if kinds[kind] is None:
+            raise InputError(f"layer_types: holds 'sliding_attention', but {key} says that there is no window")
+    return tuple(kinds[kind] or NO_WINDOW for kind in layer_types)
 
 
-def _activation(name: str) -> str:
+def _softcap(keys: Keys, name: str, default: float) -> float | None:
+    return None if keys.is_null(name) else keys.number(name, default)
+
+
+def _activation(keys: Keys, key: str, default: str) -> str:
+    name = keys.text(key, None) or default
     names = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-    _require("hidden_act", name, tuple(names))
+    _require(key, name, tuple(names))
     return names[name]
 
 

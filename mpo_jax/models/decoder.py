@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpo_jax.models import attention, flash
+from mpo_jax.models import attention, flash, parameters
 from mpo_jax.models.attention import LayerCache, RowContext, StepContext
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import rope
 from mpo_jax.ops.product import product, products
+from mpo_jax.ops.rounding import in_float32, rounded
 from mpo_jax.sharding import constrain, map_weights
 from mpo_jax.types import PyTree, record
 
@@ -74,7 +75,7 @@ def forward(
     slots: the columns of a slot-form row, where they are known beforehand; only the flash backend reads it.
     """
     context = _row_context(config, positions, segments, slots)
-    outputs: Any = _Decoder(config).apply(_trunk(weights), tokens, context)
+    outputs: Any = _Decoder(config).apply(_narrow_kernels(config, _trunk(weights)), tokens, context)
     return outputs[0]
 
 
@@ -123,11 +124,19 @@ def decode_layout(config: ModelConfig, weights: PyTree) -> PyTree:
 def cast_weights(config: ModelConfig, weights: PyTree) -> PyTree:
     """The weights in the dtypes that computing gives them, for many uses of one cast."""
 
-    def cast(name: str, x: jax.Array) -> jax.Array:
-        multiplies = name.rsplit("/", 1)[-1] not in ("scale", "bias", "embedding")
-        return x.astype(config.operand_dtype if multiplies else config.activation_dtype)
+    return map_weights(lambda name, x: x.astype(parameters.read_dtype(config, name)), weights)
 
-    return map_weights(cast, weights)
+
+def _narrow_kernels(config: ModelConfig, weights: PyTree) -> PyTree:
+    """Matrices in bfloat16 before the loop over layers, so that it slices half the bytes, and stacks their gradients,
+    which are bfloat16's anyway, as such. Tables stay: a token's gradients are added up in float32."""
+    if config.dtype != "bfloat16":
+        return weights
+
+    def narrow(name: str, x: jax.Array) -> jax.Array:
+        return x if name.rsplit("/", 1)[-1] in ("scale", "bias", "embedding") else x.astype(config.operand_dtype)
+
+    return map_weights(narrow, weights)
 
 
 def decode_step(
@@ -250,11 +259,11 @@ class _Decoder(nn.Module):
     def embed(self, tokens, positions):
         config = self.config
         table = constrain(self.embed_table(), "vocab", None)  # gathered over fsdp like every other weight
-        x = table[tokens].astype(config.activation_dtype)
+        x = rounded(table[tokens], config.activation_dtype)
         if config.embed_scale is not None:
-            x *= jnp.asarray(config.embed_scale, x.dtype)
+            x = in_float32(jnp.multiply, x, jnp.asarray(config.embed_scale, x.dtype))
         if config.learned_positions:
-            x += self.position_table()[positions].astype(config.activation_dtype)
+            x = in_float32(jnp.add, x, rounded(self.position_table()[positions], config.activation_dtype))
         return constrain(x, "batch", None, None)
 
     def finish(self, x):
@@ -289,11 +298,13 @@ class _Block(nn.Module):
         attended, kept = _Attention(config, self.keep_kv, name="attn")(norm(name="attn_norm")(x), kind, context, cache)
         if config.post_norms:
             attended = norm(name="post_attn_norm")(attended)
-        branch_input = x if config.parallel_residual else x + attended
+        branch_input = x if config.parallel_residual else in_float32(jnp.add, x, attended)
         out = _Mlp(config, name="mlp")(norm(name="mlp_norm")(branch_input))
         if config.post_norms:
             out = norm(name="post_mlp_norm")(out)
-        out = x + attended + out if config.parallel_residual else branch_input + out
+        if config.parallel_residual:
+            branch_input = in_float32(jnp.add, x, attended)
+        out = in_float32(jnp.add, branch_input, out)
         return constrain(out, "batch", None, None), kept
 
 
@@ -334,9 +345,17 @@ class _Mlp(nn.Module):
         names = ("up", "gate") if config.gated_mlp else ("up",)
         hidden, *gate = _project(x, *(projection((config.width,), (config.mlp_width,), name=name) for name in names))
         activation = _ACTIVATIONS[config.activation]
-        hidden = hidden * activation(gate[0]) if gate else activation(hidden)
+        if config.recomputes:
+            hidden = jax.checkpoint(functools.partial(_activate, activation))(hidden, *gate)
+        else:
+            hidden = _activate(activation, hidden, *gate)
         hidden = constrain(hidden, "batch", None, "mlp")
         return projection((config.mlp_width,), (config.width,), name="down")(hidden)
+
+
+def _activate(activation, hidden, gate=None):
+    activation = functools.partial(in_float32, activation)
+    return activation(hidden) if gate is None else in_float32(jnp.multiply, hidden, activation(gate))
 
 
 class _Projection(nn.Module):
@@ -369,11 +388,12 @@ class _Projection(nn.Module):
             rank = b.shape[0]
             times = functools.partial(product, dtype=config.operand_dtype)
             adapted = times(times(flat, a.reshape(-1, rank)), b.reshape(rank, -1))
-            out += adapted * jnp.asarray(config.lora.scale, out.dtype)
+            scaled = in_float32(jnp.multiply, adapted, jnp.asarray(config.lora.scale, out.dtype))
+            out = in_float32(jnp.add, out, scaled)
         out = out.reshape(flat.shape[:-1] + self.outputs)
         if self.biased:
-            bias = self.bias.astype(out.dtype)
-            out += bias.reshape((1,) * (flat.ndim - 1) + self.outputs)
+            bias = rounded(self.bias, out.dtype).reshape((1,) * (flat.ndim - 1) + self.outputs)
+            out = in_float32(jnp.add, out, bias)
         return out
 
 
@@ -393,15 +413,25 @@ class _Norm(nn.Module):
     @nn.compact
     def __call__(self, x):
         config = self.config
-        last = (1,) * (x.ndim - 1) + (self.width,)
-        wide = x.astype(jnp.float32)
         plus_one = config.norm == "rms_plus_one"
         init = nn.initializers.zeros_init() if plus_one else nn.initializers.ones_init()
-        scale = self.param("scale", init, (self.width,)).astype(jnp.float32).reshape(last)
+        parameters = [self.param("scale", init, (self.width,))]
         if config.norm == "layer":
-            wide -= jnp.mean(wide, axis=-1, keepdims=True)
-        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + np.float32(config.norm_eps))
-        wide *= scale + 1 if plus_one else scale
-        if config.norm == "layer":
-            wide += self.param("bias", nn.initializers.zeros_init(), (self.width,)).astype(jnp.float32).reshape(last)
-        return wide.astype(config.activation_dtype)
+            parameters.append(self.param("bias", nn.initializers.zeros_init(), (self.width,)))
+        normalise = functools.partial(_normalise, config)
+        return (jax.checkpoint(normalise) if config.recomputes else normalise)(x, *parameters)
+
+
+def _normalise(config: ModelConfig, x, scale, bias=None):
+    def weight(leaf):
+        return leaf.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+
+    wide = x.astype(jnp.float32)
+    scale = weight(scale)
+    if bias is not None:
+        wide -= jnp.mean(wide, axis=-1, keepdims=True)
+    wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + np.float32(config.norm_eps))
+    wide *= scale + 1 if config.norm == "rms_plus_one" else scale
+    if bias is not None:
+        wide += weight(bias)
+    return rounded(wide, config.activation_dtype)

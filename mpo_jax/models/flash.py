@@ -1,8 +1,8 @@
 """Takes queries, keys and values of whole rows; gives attended values without a [B,H,T,T] array of logits.
 
 On TPU: Pallas splash attention inside shard_map, rows over data and fsdp, heads over tensor (on CPU the same kernels in
-interpret mode, for tests). On GPU: cuDNN through `jax.nn.dot_product_attention`, untested here. Letters: B rows, T row
-length, N responses, P prompt slots, R response slots, H heads, K key-value heads, D head_dim.
+interpret mode, for tests). On GPU: cuDNN, as `models.attention` calls it. Letters: B rows, T row length, N responses, P
+prompt slots, R response slots, H heads, K key-value heads, D head_dim.
 """
 
 import functools
@@ -56,11 +56,11 @@ def attend(
     mesh = jax.sharding.get_abstract_mesh()
     on_mesh = not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types)
     shards = axis_size(mesh, _HEAD_AXIS) if on_mesh else 1
-    platform = _platform()
-    config.check_attention(platform, shards, length)
-    if platform not in ("cpu", "tpu"):
-        return _cudnn(config, q, k, v, masks.visible(positions, segments, window))
-    interpret = platform == "cpu"
+    where = platform()
+    config.check_attention(where, shards, length)
+    if where not in ("cpu", "tpu"):
+        return cudnn(config, q, k, v, masks.visible(positions, segments, window))
+    interpret = where == "cpu"
     local = functools.partial(_local, config, window, slots, interpret)
     if not on_mesh:
         return local(q, k, v, positions, segments, None)
@@ -84,15 +84,24 @@ def attend(
     )(q, k, v, positions, segments)
 
 
-def _platform() -> str:
+def platform() -> str:
     """Where the program will run: on the devices of `jax.set_mesh`, else on the default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
-def _cudnn(config: ModelConfig, q, k, v, mask) -> jax.Array:
-    """Untested here. cuDNN takes the mask as a bias of [B,1,T,T]."""
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=config.scale, implementation="cudnn")
+def cudnn(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """cuDNN's fused attention: q [B,T,H,D], k and v [B,T,K,D], mask bool [B,T,T] -> [B,T,H,D].
+
+    A boolean mask, not a bias: JAX from 0.11 on knows that nobody wants its gradient. cuDNN's backward pass takes even
+    row lengths alone, so an odd row gets a column that nothing sees.
+    """
+    length = q.shape[1]
+    if length % 2:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+        mask = jnp.pad(mask, ((0, 0), (0, 1), (0, 1))).at[:, -1, -1].set(True)
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=config.scale, implementation="cudnn")
+    return out[:, :length]
 
 
 def _local(config, window, slots, interpret, q, k, v, positions, segments, shard) -> jax.Array:

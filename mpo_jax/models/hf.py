@@ -18,13 +18,15 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from mpo_jax import sharding
 from mpo_jax.errors import InputError
-from mpo_jax.models import hf_names
-from mpo_jax.models.config import ModelConfig, read_config_json
+from mpo_jax.models import hf_names, parameters
+from mpo_jax.models.config import ModelConfig
+from mpo_jax.models.config_json import read_config_json
 from mpo_jax.models.hf_files import DTYPES, INDEX, Reader, read_json, write_json, write_tensors
 from mpo_jax.models.hf_names import Entry
 from mpo_jax.types import PyTree
 
 PAD_TOKEN = "<|reward_pad|>"  # added to a tokenizer none of whose special tokens can be a reward model's padding
+_TEMPLATES = "additional_chat_templates"  # named ones, each in a file of that folder
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -45,15 +47,21 @@ _FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 def resolve(folder: epath.PathLike) -> str:
     """A local model folder as it is; a hub id downloaded to the local cache (safetensors, JSON, tokenizer files).
 
-    Raises InputError where it is neither, or the hub can't be reached and the cache doesn't hold it.
+    Raises InputError where it is neither, or the hub can't be reached and the cache doesn't hold it; and for a folder
+    among whose entries is something to wait for, such as a pipe, or a link that leads nowhere.
     """
     name = os.fspath(folder)
     if Path(name).expanduser().is_dir():
+        for path in Path(name).expanduser().iterdir():
+            if not (path.is_file() or path.is_dir()):
+                found = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "no regular file"
+                raise InputError(f"{path}: is {found}; a model folder holds files")
         return str(Path(name).expanduser())
     _check_id(name)
     from huggingface_hub import snapshot_download
 
     try:
+        snapshot_download(name, allow_patterns=[f"{_TEMPLATES}/*.jinja"])
         return snapshot_download(name, allow_patterns=_FILES, ignore_patterns=["*/*"])
     except Exception as error:  # offline, unknown, gated: the hub's client raises a dozen kinds
         reason = " ".join(str(error).split())[:200]
@@ -85,15 +93,20 @@ def _check_id(name: str) -> None:
 
 def read_stop_ids(folder: epath.PathLike) -> tuple[int, ...]:
     """All ids that end a response: eos_token_id (one or several) of generation_config.json and config.json, and the
-    tokenizer's own. Raises InputError where there is none at all."""
+    tokenizer's own. Raises InputError where there is none at all, or one that is no integer."""
     folder = resolve(folder)
     found: set[int] = set()
-    settings = [read_config_json(folder)]
+    settings = {"config.json": read_config_json(folder)}
     generation = Path(folder) / "generation_config.json"
     if generation.exists():
-        settings.append(read_json(generation))
-    for ids in (setting.get("eos_token_id") for setting in settings):
-        found |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        settings[generation.name] = read_json(generation)
+    for name, setting in settings.items():
+        ids = setting.get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+            raise InputError(f"{Path(folder) / name}: eos_token_id: {setting['eos_token_id']!r}; expected an integer "
+                             "or a list of integers")  # fmt: skip
+        found |= set(ids)
     if (Path(folder) / "tokenizer_config.json").exists():
         eos = _load_tokenizer(folder).eos_token_id
         found |= set() if eos is None else {eos}
@@ -108,15 +121,17 @@ def import_weights(
     """The weights of a checkpoint, {"params"} and, of a sequence-classification folder, {"head"} (f32).
 
     Read slice by slice: a process holds its own shards and at most one more. Without a mesh, all on one device. The
-    trunk is cast to `dtype`; rows of padding ids are zero. A reward model's folder holds no output matrix, so its
+    trunk is cast to `dtype`, but for what the forward pass reads in a wider one (`parameters.frozen_dtype`); rows of
+    padding ids are zero. A reward model's folder holds no output matrix, so its
     "params" has none.
     Raises InputError, naming the file and the tensor, for unknown, missing and duplicate tensors, wrong shapes and
     dtypes, a folder without config or with pickles alone.
     """
     path = resolve(folder)
-    architectures = read_config_json(path).get("architectures") or [""]
+    architectures = read_config_json(path).get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else ""
     reader = Reader(Path(path))
-    entries = _match(reader, config, head=architectures[0].endswith("ForSequenceClassification"))
+    entries = _match(reader, config, head=str(architecture).endswith("ForSequenceClassification"))
     weights: dict = {}
     # The largest first: what is held beside the shards so far is then smallest where the total is largest.
     for entry in sorted(entries, key=lambda entry: -math.prod(_own_shape(entry, config))):
@@ -126,7 +141,7 @@ def import_weights(
             if mesh is None
             else NamedSharding(mesh, sharding.weight_spec(entry.weight, shape, mesh))
         )
-        kept = jnp.dtype(np.float32 if entry is hf_names.HEAD else dtype)
+        kept = parameters.frozen_dtype(config, entry.weight, dtype)
         *parents, leaf = entry.weight.split("/")
         tree = weights
         for parent in parents:
@@ -144,13 +159,15 @@ def export_weights(
     head: bool = False,
     dtype: str = "float32",
     max_shard_bytes: int = 4 << 30,
+    stop_ids: tuple[int, ...] = (),
 ) -> None:
     """Writes weights as a Hugging Face folder: safetensors, config.json, generation_config.json and tokenizer.
 
     source: the base model's folder, whose config keys and tokenizer go along. head: as a reward model,
     `...ForSequenceClassification` with one label; its pad token is one that never ends a sequence, since transformers
     scores the last token that differs from it. dtype: float32, bfloat16 or float16. Tensors are gathered one at a
-    time; process 0 alone writes, and holds at most one file's tensors.
+    time; process 0 alone writes, and holds at most one file's tensors. stop_ids: what ends a reply, beside what ends
+    one in the source.
     Raises InputError for adapters not merged, a missing weight, or a folder that holds weights already.
     """
     target, source = Path(os.fspath(folder)).expanduser(), resolve(source)
@@ -177,8 +194,8 @@ def export_weights(
         target.mkdir(parents=True, exist_ok=True)
     _write_tensors(target, entries, config, settings["vocab_size"], weights, dtype, max_shard_bytes)
     if writes:
-        _write_tokenizer(target, source, tokenizer)
-        _write_generation(target, source)
+        write_tokenizer(target, source, tokenizer)
+        _write_generation(target, source, stop_ids)
         write_json(target / "config.json", settings)  # last: nothing loads a folder without it
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export_weights")
@@ -198,23 +215,29 @@ def _reward_tokenizer(source: str):
     return tokenizer
 
 
-def _write_tokenizer(target: Path, source: str, tokenizer) -> None:
+def write_tokenizer(target: Path, source: str, tokenizer=None) -> None:
+    """Writes the tokenizer, or else copies that of the folder `source`, all its chat templates with it."""
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
         return
-    for name in _TOKENIZER_FILES:
-        if (Path(source) / name).exists():
-            shutil.copyfile(Path(source) / name, target / name)
+    templates = sorted((Path(source) / _TEMPLATES).glob("*.jinja"))
+    for path in [*(Path(source) / name for name in _TOKENIZER_FILES), *templates]:
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
-def _write_generation(target: Path, source: str) -> None:
+def _write_generation(target: Path, source: str, stop_ids: tuple[int, ...]) -> None:
     path = Path(source) / "generation_config.json"
-    if path.exists():
+    own = read_stop_ids(source)
+    ends = sorted({*own, *stop_ids})
+    if path.is_file() and set(ends) == set(own):
         shutil.copyfile(path, target / path.name)
         return
-    config, stop_ids = read_config_json(source), list(read_stop_ids(source))
-    ids = {"bos_token_id": config.get("bos_token_id"), "eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0]}
-    write_json(target / path.name, {key: value for key, value in ids.items() if value is not None})
+    settings = read_json(path) if path.is_file() else {"bos_token_id": read_config_json(source).get("bos_token_id")}
+    settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    write_json(target / path.name, {key: value for key, value in settings.items() if value is not None})
 
 
 def _write_tensors(
@@ -386,6 +409,14 @@ def _match(reader: Reader, config: ModelConfig, head: bool) -> list[Entry]:
         if dtype not in DTYPES:
             raise InputError(f"{reader.file(tensor)}: tensor {tensor!r} has dtype {dtype}; expected one of "
                              f"{sorted(DTYPES)}")  # fmt: skip
+    if config.tied_embeddings and table.output in reader and not head:
+        embedding = next(entry.tensor for entry in entries if entry.weight == hf_names.EMBEDDING)
+        if not reader.same_rows(embedding, table.output):
+            raise InputError(
+                f"{reader.file(table.output)}: {table.output!r} differs from {embedding!r}, but config.json ties them "
+                "(tie_word_embeddings); set that to false if the model has an output matrix of its own, as "
+                "transformers would take it"
+            )
     for tensor in reader:
         if tensor not in known and tensor not in ignored:
             raise InputError(f"{reader.file(tensor)}: tensor {tensor!r} is unknown to a {config.family} model of this "

@@ -16,20 +16,27 @@ from jax.sharding import Mesh
 
 from mpo_jax import sharding
 from mpo_jax.errors import InputError
-from mpo_jax.models import hf_names
+from mpo_jax.models import hf, hf_names
 from mpo_jax.models.config import PROJECTIONS, LoraConfig, ModelConfig
+from mpo_jax.models.config_json import ADAPTER, Keys
 from mpo_jax.models.hf_files import Reader, read_json, write_json, write_tensors
 from mpo_jax.models.lora import projection_shapes
 from mpo_jax.types import PyTree
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
+_UNEVEN = (
+    "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules",
+    "layer_replication", "target_parameters", "trainable_token_indices", "lora_bias", "use_qalora", "use_bdlora",
+    "alora_invocation_tokens", "kasa_config", "velora_config",
+)  # fmt: skip
 _ROOT = "base_model.model."
 
 
 def export_adapter(folder: epath.PathLike, config: ModelConfig, weights: PyTree, base: str) -> None:
-    """Writes the "lora" collection of `weights` for `peft`. base: the base model's folder or hub id.
+    """Writes the "lora" collection of `weights` for `peft`, with the base model's tokenizer.
 
-    Raises InputError where a target lies in a fused tensor, or there are no adapters.
+    base: the base model's folder or hub id; a folder is named by its absolute path, so that the adapter loads from any
+    working directory. Raises InputError where a target lies in a fused tensor, or there are no adapters.
     """
     target = Path(os.fspath(folder)).expanduser()
     if config.lora is None or "lora" not in weights:
@@ -47,10 +54,12 @@ def export_adapter(folder: epath.PathLike, config: ModelConfig, weights: PyTree,
         return
     target.mkdir(parents=True, exist_ok=True)
     write_tensors(target / WEIGHTS, tensors)
+    hf.write_tokenizer(target, hf.resolve(base))
+    local = Path(base).expanduser()
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": str(local.resolve()) if local.is_dir() else base,
         "r": config.lora.rank,
         "lora_alpha": config.lora.alpha,
         "lora_dropout": 0.0,
@@ -70,7 +79,7 @@ def read_adapter_config(folder: epath.PathLike, config: ModelConfig) -> LoraConf
     for key, plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("use_rslora", False)):
         if settings.get(key, plain) != plain:
             raise InputError(f"{path}: {key} is {settings[key]!r}; expected {plain!r}")
-    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform"):
+    for key in _UNEVEN:
         if settings.get(key):
             raise InputError(f"{path}: {key} is set; expected the same adapter in all layers and nothing else trained")
     modules, modules_of = settings.get("target_modules"), _stems(config, PROJECTIONS, str(path), lenient=True)
@@ -79,7 +88,13 @@ def read_adapter_config(folder: epath.PathLike, config: ModelConfig) -> LoraConf
     targets = tuple(
         name for name, stem in modules_of.items() if any(f".{stem}".endswith(f".{module}") for module in modules)
     )
-    return LoraConfig(int(settings["r"]), float(settings["lora_alpha"]), targets)
+    try:
+        keys = Keys(settings)
+        return LoraConfig(keys.integer("r"), keys.number("lora_alpha"), targets)
+    except KeyError as error:
+        raise InputError(f"{path}: key {error} is missing") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def import_adapter(folder: epath.PathLike, config: ModelConfig, mesh: Mesh | None = None) -> PyTree:

@@ -1,5 +1,6 @@
 """A folder of safetensors enters; its tensors leave slice by slice, from whichever file holds them. Writes one too."""
 
+import contextlib
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from mpo_jax.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_BLOCK = 1 << 24  # values of a matrix in memory at a time, where two are compared
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -26,10 +28,10 @@ class Reader:
         self._files = {}
         self._where: dict[str, tuple[Path, str]] = {}
         for path in paths:
-            try:
+            if not path.is_file():  # a pipe would be waited for
+                raise InputError(f"{path}: is no regular file; expected safetensors")
+            with _damage_of(path):
                 self._files[path] = safe_open(str(path), framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{path}: can't be read as safetensors ({error}); fetch it again") from error
             for tensor in self._files[path].keys():  # noqa: SIM118 (no mapping)
                 if tensor in self._where:
                     raise InputError(f"{path}: tensor {tensor!r} is a duplicate; {self._where[tensor][0].name} holds "
@@ -65,7 +67,28 @@ class Reader:
         if any(part.start == part.stop for part in slices):
             dtype = DTYPES[self.describe(tensor)[1]]
             return np.zeros([part.stop - part.start for part in slices], dtype)
-        return self._slice(tensor)[slices]
+        with _damage_of(self.file(tensor)):
+            return self._slice(tensor)[slices]
+
+    def same_rows(self, one: str, other: str) -> bool:
+        """Whether two matrices hold the same values; some rows of each are in memory at a time."""
+        shape = self.describe(one)[0]
+        if self.describe(other)[0] != shape:
+            return False
+        rows, columns = shape
+        block = max(1, _BLOCK // columns)
+        parts = ((slice(start, min(start + block, rows)), slice(0, columns)) for start in range(0, rows, block))
+        return all(np.array_equal(self.read(one, part), self.read(other, part)) for part in parts)
+
+
+@contextlib.contextmanager
+def _damage_of(path: Path) -> Iterator[None]:
+    """An error of the safetensors library as one that names the file."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: can't be read as safetensors ({reason}); fetch it again") from error
 
 
 def _files(folder: Path) -> tuple[Path, list[Path]]:
@@ -74,7 +97,7 @@ def _files(folder: Path) -> tuple[Path, list[Path]]:
     if single.exists():
         return single, [single]
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        names = _shards(index)
         for name in names:
             if not (folder / name).exists():
                 raise InputError(f"{folder / name}: not found, but {INDEX} names it; fetch it again")
@@ -88,11 +111,30 @@ def _files(folder: Path) -> tuple[Path, list[Path]]:
     raise InputError(f"{folder}: no model.safetensors or {INDEX} here")
 
 
+def _shards(index: Path) -> list[str]:
+    """The names of the files that an index puts tensors in; none of them can lead out of the index's own folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: its weight_map is {str(weight_map)[:60]}; expected tensor names with their files")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+            raise InputError(
+                f"{index}: {tensor!r} is said to be in {name!r}; expected a .safetensors file of this folder"
+            )
+    return sorted(set(weight_map.values()))
+
+
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. InputError, naming the file, where there is none."""
+    if not path.is_file():
+        raise InputError(f"{path}: {'is no regular file' if path.exists() else 'not found'}")
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}; expected an object")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -49,17 +49,19 @@ class Entry:
 @dataclasses.dataclass(frozen=True)
 class Table:
     """A family's tensors. prefix: of the trunk's names, which checkpoints of the bare trunk leave out. ignored:
-    tensors (with {} for the layer) that older checkpoints hold and that are no weights. architectures: the class of
-    the language model and of the one-score reward model in `transformers`."""
+    tensors (with {} for the layer) that older checkpoints hold and that are no weights. output: the output matrix,
+    which may also be there where it is tied, as a copy of the embedding. architectures: the class of the language model
+    and of the one-score reward model in `transformers`."""
 
     prefix: str
+    output: str
     entries: tuple[Entry, ...]
     ignored: tuple[str, ...]
     architectures: tuple[str, str]
 
 
 HEAD = Entry("score.weight", "o d", "head/kernel")
-LM_HEAD = "params/lm_head/kernel"
+LM_HEAD, EMBEDDING = "params/lm_head/kernel", "params/embed/embedding"
 
 _AXES = {
     "params/embed/embedding": "v d",
@@ -105,8 +107,9 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def table(config: ModelConfig) -> Table:
-    """The tensors of a model's checkpoint, the score head aside."""
-    return _FAMILIES[config.family](config)
+    """The tensors of a model's checkpoint, the score head aside. A family that names its own as LLaMA does has none."""
+    own = _OWN_NAMES.get(config.family)
+    return own(config) if own else _llama(config, config.family.capitalize())
 
 
 def _llama(config: ModelConfig, name: str) -> Table:
@@ -188,15 +191,7 @@ _QK_NORMS = ("q_norm", "k_norm")
 _FUSED = (("q", "h"), ("k", "g"), ("v", "g"))
 _PLACED = tuple(enumerate(_FUSED))
 
-_FAMILIES = {
-    "llama": lambda config: _llama(config, "Llama"),
-    "mistral": lambda config: _llama(config, "Mistral"),
-    "qwen2": lambda config: _llama(config, "Qwen2"),
-    "qwen3": lambda config: _llama(config, "Qwen3"),
-    "gemma2": lambda config: _llama(config, "Gemma2"),
-    "gpt_neox": _gpt_neox,
-    "gpt2": _gpt2,
-}
+_OWN_NAMES = {"gpt_neox": _gpt_neox, "gpt2": _gpt2}
 
 
 def _whole(tensor: str, layout: str, weight: str) -> Entry:
@@ -216,4 +211,4 @@ def _finish(config, name: str, lm_class: str, prefix: str, entries, ignored, lm_
         ignored = [*ignored, lm_head]  # some checkpoints hold a copy of the tied embedding
     else:
         entries = [*entries, Entry(lm_head, "v d", LM_HEAD)]
-    return Table(prefix, tuple(entries), tuple(ignored), (name + lm_class, f"{name}ForSequenceClassification"))
+    return Table(prefix, lm_head, tuple(entries), tuple(ignored), (name + lm_class, f"{name}ForSequenceClassification"))

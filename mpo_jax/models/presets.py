@@ -12,6 +12,7 @@ from typing import Any
 from mpo_jax.errors import InputError
 from mpo_jax.models import config as model_config
 from mpo_jax.models.config import ModelConfig
+from mpo_jax.models.config_json import read_config_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def find(path: str) -> Preset:
     name = os.fspath(path)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _preset(model_config.read_config_json(folder), str(folder / "config.json"))
+        return _preset(read_config_json(folder), str(folder / "config.json"))
     known = HUB.get(name, name)
     if known not in CONFIGS:
         near = difflib.get_close_matches(name, [*CONFIGS, *HUB], n=1)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from mpo_jax.ops.rounding import rounded
+
 _FEW_ROWS = 256
 _TILE = 32  # rows and columns of the blocks in which `_transposed` moves an operand
 
@@ -29,7 +31,7 @@ def product(
         out = _mixed(transposed, x.reshape(-1, x.shape[-1]), weight)
         return out.reshape(*x.shape[:-1], -1)
     axes = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
-    return jax.lax.dot_general(x, weight.astype(dtype), axes, preferred_element_type=result)
+    return jax.lax.dot_general(x, rounded(weight, dtype), axes, preferred_element_type=result)
 
 
 def products(x: jax.Array, weights: Sequence[jax.Array], dtype: DTypeLike) -> list[jax.Array]:

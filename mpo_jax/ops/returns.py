@@ -100,18 +100,20 @@ def rloo(
 @dataclasses.dataclass(frozen=True)
 class Estimator:
     """Of advantages. advantages: `(rewards, values, mask, weight, gamma, lam) -> (advantages, targets)`, f32 [B,N,R].
-    critic: whether it needs values. samples: the fewest responses to a prompt."""
+    critic: whether it needs values. samples: the fewest responses to a prompt. whitens: whether its advantages are
+    brought to mean 0 and variance 1, unless a run says otherwise."""
 
     advantages: Callable[..., tuple[jax.Array, jax.Array]]
     critic: bool
     samples: int = 1
+    whitens: bool = True
 
 
 ESTIMATORS = {
     "ppo": Estimator(
         lambda rewards, values, mask, weight, gamma, lam: gae(rewards, values, mask, gamma, lam), critic=True
     ),
-    "rloo": Estimator(rloo, critic=False, samples=2),
+    "rloo": Estimator(rloo, critic=False, samples=2, whitens=False),
 }
 """How rewards become advantages, by the algorithm's name."""
 

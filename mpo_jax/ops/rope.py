@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpo_jax.ops.rounding import rounded
+
 
 def frequencies(dim: int, theta: float, linear_factor: float = 1.0) -> np.ndarray:
     """Radians per position: f32 [dim / 2]. linear_factor stretches the context (positions are divided by it)."""
@@ -42,5 +44,6 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     rotated, kept = x[..., :dim].astype(jnp.float32), x[..., dim:]
     first, second = jnp.split(rotated, 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turned = rounded(turned, x.dtype)
     return jnp.concatenate([turned, kept], axis=-1) if kept.shape[-1] else turned

@@ -13,6 +13,7 @@ import re
 
 import jax
 
+from mpo_jax import allocator
 from mpo_jax.errors import InputError
 
 GIB = 1 << 30
@@ -65,11 +66,20 @@ _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 SLICES = {"v3": ("2x2", "4x4", "4x8", "8x8", "8x16", "16x16"), "v4": _CUBES, "v5e": ("1x1", *_FLAT),
           "v5p": _CUBES, "v6e": ("1x1", *_FLAT)}  # fmt: skip
+
+
+def _share(mib: int) -> int:
+    """What a command takes of a card of so many MiB, as nvidia-smi tells them."""
+    return int(allocator.GPU_SHARE * mib * (1 << 20))
+
+
 GPUS = {
-    24: Chip("GPU 24 GB (L4)", 24_000_000_000, 121e12, 300e9, 16e9),
-    40: Chip("GPU 40 GB (A100)", 40_000_000_000, 312e12, 1555e9, 300e9),
-    80: Chip("GPU 80 GB (H100)", 80_000_000_000, 989e12, 3350e9, 450e9),
-    141: Chip("GPU 141 GB (H200)", 141_000_000_000, 989e12, 4800e9, 450e9),
+    16: Chip("GPU 16 GB (A2)", _share(15_356), 18e12, 200e9, 16e9),
+    24: Chip("GPU 24 GB (L4)", _share(23_034), 121e12, 300e9, 16e9),
+    40: Chip("GPU 40 GB (A100)", _share(40_960), 312e12, 1555e9, 300e9),
+    48: Chip("GPU 48 GB (L40S)", _share(46_068), 362e12, 864e9, 32e9),
+    80: Chip("GPU 80 GB (H100)", _share(81_559), 989e12, 3350e9, 450e9),
+    141: Chip("GPU 141 GB (H200)", _share(143_771), 989e12, 4800e9, 450e9),
 }
 
 

@@ -13,7 +13,7 @@ from etils import epath
 
 from mpo_jax import graph, pipeline, settings, sharding
 from mpo_jax.errors import InputError
-from mpo_jax.models import presets
+from mpo_jax.models import attention, presets
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.planning import compile as compiler
 from mpo_jax.planning import estimate
@@ -23,6 +23,7 @@ from mpo_jax.planning.estimate import Assumptions, Seconds
 from mpo_jax.run import Run
 from mpo_jax.stages import kinds
 from mpo_jax.stages.job import Job
+from mpo_jax.stages.programs import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,8 @@ def plan(job: Job, topology: Topology, assumptions: Assumptions, only: Iterable[
         for name, program in kinds.of(job.settings).programs(job).items():
             if only and name not in only:
                 continue
+            if not topology.compiled:
+                program = _on_gpu(program, job, topology)
             report = compiler.report(program, topology, job.mesh)
             each = estimate.seconds(report, topology.chip, assumptions)
             planned[name] = Planned(report, each, estimate.calls(job, program, assumptions))
@@ -119,7 +122,8 @@ def meshes_that_work(job: Job, topology: Topology):
         if "mesh" not in str(error):
             raise
         assert job.preset is not None
-        fitting = meshes(job.preset.architecture, topology.size, job.settings.batch_size)
+        rows = getattr(job.settings, "batch_size", None)
+        fitting = meshes(job.preset.architecture, topology.size, rows)
         raise InputError(f"{error}; {_say(fitting)}") from error
 
 
@@ -128,6 +132,16 @@ def _say(fitting: list[dict[str, int]]) -> str:
         return "no mesh divides it; change batch_size or the topology"
     return "meshes that would work: " + "; ".join(
         ", ".join(f"{axis}={size}" for axis, size in mesh.items()) for mesh in fitting
+    )
+
+
+def _on_gpu(program: Program, job: Job, topology: Topology) -> Program:
+    """The program with the attention that the arithmetic is to reckon with: what a GPU would choose, which this machine
+    can't trace."""
+    model = program.extent.model
+    chosen = attention.choose(job.config.model.attention, model, "gpu", topology.size)
+    return dataclasses.replace(
+        program, extent=dataclasses.replace(program.extent, model=dataclasses.replace(model, attention=chosen.backend))
     )
 
 

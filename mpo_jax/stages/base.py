@@ -17,6 +17,7 @@ from mpo_jax.optim import Optimizer
 from mpo_jax.run import Remat, StageSettings
 from mpo_jax.settings import Amount, Count, Role, Whole, setting
 from mpo_jax.stages.job import Job
+from mpo_jax.stages.nonfinite import CHOICES
 from mpo_jax.stages.programs import Programs
 
 
@@ -67,6 +68,9 @@ class Training(StageSettings, Optimizer):
     keep: Count = setting(2, "checkpoints kept", operational=True)
     log_every: Count = setting(1, "how often metrics are written", unit="steps", operational=True)
     select: Literal["last", "best"] = setting("last", "which weights the stage leaves: the last, or the best evaluated")
+    on_nonfinite: Literal[CHOICES] = setting(  # type: ignore[valid-type]
+        "stop", "what to do about a batch whose loss or gradient is not finite: stop, or leave it out", operational=True
+    )
     wandb: bool = setting(False, "also log to Weights & Biases, where it is installed", operational=True)
 
     @property

@@ -11,6 +11,7 @@ import numpy as np
 from mpo_jax import artifacts
 from mpo_jax.data import encode
 from mpo_jax.data.encode import Encoded
+from mpo_jax.data.plan import sample_rows
 from mpo_jax.errors import InputError
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Artifact, Job
@@ -100,9 +101,10 @@ def heldout(artifact: Artifact) -> Encoded:
 
 
 def heldout_prompts(artifact: Artifact, count: int) -> Encoded:
-    """The prompts of the first `count` held-out pairs, each once."""
+    """The prompts of `count` held-out pairs, a fair sample, each once."""
     encoded = heldout(artifact)
-    return encode.take(encoded, encode.first_of_prompt(encoded)[:count], replies=0)
+    prompts = encode.first_of_prompt(encoded)
+    return encode.take(encoded, prompts[sample_rows(len(prompts), count)], replies=0)
 
 
 def _flipped(artifact: Artifact) -> str:
@@ -116,6 +118,7 @@ def rows_of(role: str) -> Callable[[Job, int, float], float]:
     def rows(job: Job, pairs: int, easy: float) -> float:
         artifact = job.inputs[role]
         part = {"easy": easy, "hard": 1 - easy}.get(artifact.part, 1.0)
-        return pairs * dict(job.config.data.shares)[job.config.stages[artifact.name].share] * part
+        share = getattr(job.config.stages[artifact.name], "share", "policy")  # a plugin's kind may have none
+        return pairs * dict(job.config.data.shares)[share] * part
 
     return rows

@@ -5,6 +5,7 @@ once and kept for every stage that asks for the same.
 """
 
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from mpo_jax import settings as declared
 from mpo_jax.artifacts import BASE, PAIRS, POLICY
 from mpo_jax.data import encode
 from mpo_jax.data.encode import Encoded
+from mpo_jax.errors import InputError
 from mpo_jax.evaluation import pairs as pair_tables
 from mpo_jax.evaluation import sections
 from mpo_jax.evaluation.sections import Shown
@@ -161,17 +163,26 @@ def reference_logps(job: Job[Settings], compiled: Programs, base, encoded: Seque
 
     The key: the reference itself, the rows themselves (data, template, lengths), and how they were computed.
     """
-    how = [_identity(job), jobs.model(job).dtype, jobs.frozen_dtype(job)]
+    how = [_identity(job), jobs.model(job).dtype, jobs.frozen_dtype(job), "kept as read"]
     paths = [_cached(job, [*how, encode.rows_fingerprint(part)]) for part in encoded]
-    if not all(path.exists() for path in paths):
+    if not all(_whole(path) for path in paths):
         model = jobs.model(job)
         weights = base | jobs.load_weights(job, job.inputs["reference"], model, jobs.frozen_dtype(job))
         for part, path in zip(encoded, paths, strict=True):
             logps = rows.compute(job, compiled["reference"], weights, part, job.settings.batch_size)
             if jobs.is_first():
-                artifacts.write_array(path, logps)
+                artifacts.write_arrays(path, {"logps": logps})
         processes.barrier(f"{job.name} reference log-probs")
-    return [artifacts.read_array(path) for path in paths]
+    return [artifacts.read_arrays(path)["logps"] for path in paths]
+
+
+def _whole(path: epath.Path) -> bool:
+    """Whether cached log-probs are there and undamaged; others are made again."""
+    try:
+        return path.exists() and "logps" in artifacts.read_arrays(path)
+    except InputError as error:
+        print(f"cache: {error}", file=sys.stderr, flush=True)
+        return False
 
 
 def _identity(job: Job) -> list[str]:
@@ -184,7 +195,7 @@ def _identity(job: Job) -> list[str]:
 
 
 def _cached(job: Job, parts: list[Any]) -> epath.Path:
-    return epath.Path(job.workdir) / artifacts.CACHE / f"reference-{checkpoint.hash_settings(parts)}.npy"
+    return epath.Path(job.workdir) / artifacts.CACHE / f"reference-{checkpoint.hash_settings(parts)}.npz"
 
 
 STAGE = Stage(

@@ -16,6 +16,7 @@ from mpo_jax import settings as declared
 from mpo_jax.artifacts import PAIRS, POLICY, REPLIES, REWARD
 from mpo_jax.data import encode
 from mpo_jax.data.encode import Encoded
+from mpo_jax.data.plan import sample_rows
 from mpo_jax.evaluation import judge, labellers, sections, statistics
 from mpo_jax.evaluation.labellers import LABELLERS
 from mpo_jax.evaluation.sections import Shown
@@ -109,6 +110,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     base = jobs.base_weights(job, model)
     prompts = heldout_prompts(job, model, tokenizer)
     compiled = programs(job)
+    truncation = candidates.of_settings(job, 1).truncation
     replied, baseline = {}, None
     for artifact in policies:
         kept = _kept(job, artifact.name, prompts, tokenizer)
@@ -122,8 +124,9 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     columns: dict[str, dict[str, np.ndarray]] = {name: _measured(each) for name, each in replied.items()}
     if baseline is not None:
         weights = base | jobs.load_weights(job, baseline, model, jobs.frozen_dtype(job))
+        key = "log_ratio" if truncation else "kl"
         for name, each in replied.items():
-            columns[name]["kl"] = each.logps - _rowwise(job, compiled["logps"], weights, each.rows)
+            columns[name][key] = each.logps - _rowwise(job, compiled["logps"], weights, each.rows)
     if "score" in compiled:
         weights = base | jobs.load_weights(job, job.inputs["reward"], model, jobs.frozen_dtype(job))
         for name, each in replied.items():
@@ -135,6 +138,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     report: dict[str, Any] = {
         "prompts": len(prompts),
         "baseline": settings.baseline,
+        "truncation": truncation,
         "policies": {
             name: {key: float(np.mean(values)) for key, values in columns[name].items()}
             | ({"kl_error": standard_error(columns[name]["kl"])} if "kl" in columns[name] else {})
@@ -152,11 +156,11 @@ def run(job: Job[Settings]) -> dict[str, Any]:
 
 
 def heldout_prompts(job: Job, model: ModelConfig, tokenizer) -> Encoded:
-    """The first `count` held-out prompts of the split that the stage names, or else of the data's eval share."""
+    """A fair sample of `count` held-out prompts: of the split that the stage names, or else of the eval share."""
     if "prompts" in job.inputs:
         return buckets.heldout_prompts(job.inputs["prompts"], job.settings.count)
     prompts = jobs.share_prompts(job, model, tokenizer, "eval")
-    return encode.take(prompts, np.arange(len(prompts))[: job.settings.count])
+    return encode.take(prompts, sample_rows(len(prompts), job.settings.count))
 
 
 def compared(lines: Sequence[judge.Row], baseline: str, resamples: int, seed: int) -> list[dict[str, Any]]:
@@ -217,11 +221,12 @@ def standard_error(values: np.ndarray) -> float:
 
 def table(report: Mapping[str, Any]) -> str:
     """The policies' means in columns, and the comparisons' sentences."""
-    keys = [key for key in ("gold", "reward", "kl", "tokens", "finished", "repetition", "distinct")
+    keys = [key for key in ("gold", "reward", "kl", "log_ratio", "tokens", "finished", "repetition", "distinct")
             if all(key in means for means in report["policies"].values())]  # fmt: skip
     wins = {(c["left"], c["by"]): c for c in report["comparisons"] if c["right"] == report["baseline"]}
     kinds = list(dict.fromkeys(c["by"] for c in report["comparisons"])) if report["baseline"] else []
-    heads = [f"KL to {report['baseline']}" if key == "kl" else key for key in keys]
+    named = {"kl": f"KL to {report['baseline']}", "log_ratio": f"log-ratio to {report['baseline']}"}
+    heads = [named.get(key, key) for key in keys]
     heads += [f"wins by {by.removeprefix('the ')}" for by in kinds]
     rows = []
     for name, means in report["policies"].items():
@@ -236,7 +241,10 @@ def table(report: Mapping[str, Any]) -> str:
         "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
         for cells in (list(zip(row, widths, strict=True)) for row in rows)
     ]
-    return "\n".join([*lines, *(c["sentence"] for c in report["comparisons"])])
+    told = []
+    if "log_ratio" in keys:
+        told = [f"no KL: replies were drawn with {report['truncation']}; the log-ratio's mean over them is none"]
+    return "\n".join([*lines, *told, *(c["sentence"] for c in report["comparisons"])])
 
 
 def repetition(ids: np.ndarray, n: int = _NGRAM) -> float:

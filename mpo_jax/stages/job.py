@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
 from mpo_jax import artifacts, checkpoint, sharding
 from mpo_jax.artifacts import BASE, POLICY, REWARD
-from mpo_jax.data import division, encode, sources, tokenizer
+from mpo_jax.data import division, encode, shares, tokenizer
+from mpo_jax.data.account import Account
 from mpo_jax.data.loader import Loader
-from mpo_jax.data.schemas import TextRecord
+from mpo_jax.data.reading import Reading
+from mpo_jax.data.records import TextRecord
 from mpo_jax.errors import InputError
+from mpo_jax.models import attention, decoder, hf, lora, parameters
 from mpo_jax.models import config as model_config
-from mpo_jax.models import decoder, hf, lora
 from mpo_jax.models.config import LoraConfig, ModelConfig
 from mpo_jax.models.presets import Preset
-from mpo_jax.run import Run, StageSettings
+from mpo_jax.run import Data, Run, StageSettings
+from mpo_jax.settings import plain
 from mpo_jax.types import PyTree
 
 
@@ -45,7 +47,8 @@ S = TypeVar("S", bound=StageSettings, covariant=True)
 class Job(Generic[S]):
     """settings: the stage's own. config: the whole run's. folder: where its artifact goes.
     inputs: role ("init", "reference", "reward", "pairs", ...) → artifact, or the list of them where it takes several.
-    preset: the base model where it is known by its numbers alone, as a plan knows it."""
+    preset: the base model where it is known by its numbers alone, as a plan knows it. accounts: of the data that the
+    stage has read so far."""
 
     name: str
     settings: S
@@ -55,6 +58,7 @@ class Job(Generic[S]):
     inputs: Mapping[str, Any]
     mesh: jax.sharding.Mesh
     preset: Preset | None = None
+    accounts: list[Account] = dataclasses.field(default_factory=list, compare=False)
 
     @property
     def seed(self) -> int:
@@ -93,22 +97,33 @@ def model(job: Job) -> ModelConfig:
         architecture.for_mesh(job.mesh),
         dtype=model_config.compute_dtype(settings.dtype, job.platform),
         remat=getattr(job.settings, "remat", "") or settings.remat,
-        attention=settings.attention,
         lora=LoraConfig(adapters.rank, adapters.alpha, adapters.targets) if adapters.rank else None,
     )
+    device = job.mesh.devices.flat[0]
+    backend = attention.choose(
+        settings.attention, config, job.platform, job.mesh.size, attention.compute_capability(device)
+    ).backend
+    config = dataclasses.replace(config, attention=backend)
     for length in (job.config.data.multiple, job.config.data.max_length):  # what rows of the data can be long
         config.check_attention(job.platform, job.mesh.shape.get("tensor", 1), length)
     return config
 
 
 def frozen_dtype(job: Job) -> str:
-    """Of weights that nothing trains; there is no mixed storage."""
+    """Of weights that nothing trains; there is no mixed storage. auto: as exact as what is computed with them, or a
+    policy and its frozen copy would differ before the first step."""
+    settings = job.config.model
+    if settings.frozen_dtype == "auto" and model_config.compute_dtype(settings.dtype, job.platform) == "float32":
+        return "float32"
     return model_config.compute_dtype(job.config.model.frozen_dtype, job.platform, "model.frozen_dtype")
 
 
 def stop_ids(job: Job) -> tuple[int, ...]:
-    """The base model's own stop ids."""
-    return hf.read_stop_ids(hf.resolve(job.config.model.path)) if job.preset is None else job.preset.stop_ids
+    """What ends a reply: the base model's own stop ids, and whatever ends a reply in training data."""
+    if job.preset is not None:
+        return job.preset.stop_ids
+    folder = str(hf.resolve(job.config.model.path))
+    return tokenizer.stop_ids(tokenizer.load_tokenizer(folder), hf.read_stop_ids(folder))
 
 
 def base_weights(job: Job, model: ModelConfig) -> PyTree:
@@ -151,11 +166,12 @@ def abstract_weights(model: ModelConfig, mesh, head: bool = False, dtype: str = 
         return without_output(whole) if head else whole
 
     abstract = jax.eval_shape(shapes)
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=where),
+    placed = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         abstract,
         sharding.tree_shardings(abstract, mesh),
     )
+    return parameters.frozen_copy(model, placed, dtype)
 
 
 def with_head(job: Job, model: ModelConfig, weights: PyTree) -> PyTree:
@@ -184,18 +200,17 @@ def load_tokenizer(job: Job, model: ModelConfig):
 
 
 def records(job: Job, share: str, loaded_tokenizer=None) -> list[TextRecord]:
-    """The text records of a share: "sft_reward", "policy" or "eval"."""
-    data = job.config.data
-    limit = data.limit or None
-    if share == "eval" and data.eval_split:
-        return sources.load(data.path, data.eval_split, loaded_tokenizer, limit)[0]
-    fractions = dict(data.shares)
-    if data.eval_split:
-        fractions = {name: part for name, part in fractions.items() if name != "eval"}
-        fractions = {name: part / sum(fractions.values()) for name, part in fractions.items()}
-    read, report = sources.load(data.path, data.split, loaded_tokenizer, limit)
-    say(report.line())
-    return division.select(read, share, fractions)
+    """The text records of a share: "sft_reward", "policy" or "eval"; process 0 prints the account of what was read."""
+    read, account = shares.read_share(data_division(job.config.data), share, loaded_tokenizer)
+    say(account.text())
+    job.accounts.append(account)
+    return read
+
+
+def data_division(data: Data) -> shares.Division:
+    """How the data is read and divided. InputError for settings of it that can't be meant."""
+    reading = Reading.of(plain(data))
+    return shares.Division(data.path, data.split, data.eval_split, dict(data.shares), data.limit or None, reading)
 
 
 def encode_rows(job: Job, model: ModelConfig, rows: list[TextRecord], replies: int, loaded_tokenizer) -> encode.Encoded:
@@ -204,7 +219,16 @@ def encode_rows(job: Job, model: ModelConfig, rows: list[TextRecord], replies: i
     limits = encode.Limits(
         data.max_length, data.max_response, max_prompt=data.max_prompt or None, too_long=data.too_long
     )
-    return encode.encode(rows, loaded_tokenizer, replies, limits, _cache(job))
+    return _encode(job, rows, loaded_tokenizer, replies, limits)
+
+
+def _encode(job: Job, rows: list[TextRecord], loaded_tokenizer, replies: int, limits: encode.Limits) -> encode.Encoded:
+    """The rows of records that were read last, whose account says what became of them."""
+    encoded = encode.encode(rows, loaded_tokenizer, replies, limits, _cache(job))
+    if job.accounts:
+        job.accounts[-1] = job.accounts[-1].with_rows(encoded.counts)
+        say(job.accounts[-1].text().split("\n")[-1])
+    return encoded
 
 
 def share_pairs(job: Job, model: ModelConfig, loaded_tokenizer, share: str) -> encode.Encoded:
@@ -240,7 +264,7 @@ def share_prompts(job: Job, model: ModelConfig, loaded_tokenizer, share: str) ->
     data = job.config.data
     rows = division.unique_prompts(records(job, share, loaded_tokenizer))
     limits = encode.Limits(data.max_length, data.max_response, max_prompt=prompt_limit(job), too_long=data.too_long)
-    return encode.encode(rows, loaded_tokenizer, 0, limits, _cache(job))
+    return _encode(job, rows, loaded_tokenizer, 0, limits)
 
 
 def prompt_limit(job: Job) -> int:
@@ -298,6 +322,7 @@ def check(job: Job) -> None:
     """InputError for what no stage of the run can do: rows beyond the model's context, attention that its backend can't
     compute. Nothing is loaded."""
     decoder_config, data = model(job), job.config.data
+    data_division(data)
     if data.max_length > decoder_config.max_positions:
         raise InputError(
             f"data.max_length: {data.max_length} is above the model's context of {decoder_config.max_positions} tokens"

@@ -14,7 +14,8 @@ from mpo_jax import artifacts
 from mpo_jax import settings as declared
 from mpo_jax.artifacts import POLICY, REPLIES, VERDICTS
 from mpo_jax.data import encode
-from mpo_jax.data.schemas import TextRecord
+from mpo_jax.data.records import TextRecord
+from mpo_jax.errors import InputError
 from mpo_jax.evaluation import judge, judge_client, judge_prompts, sections
 from mpo_jax.evaluation.judge_cache import Cache
 from mpo_jax.evaluation.judge_client import Endpoint
@@ -62,7 +63,10 @@ def check(job: Job[Settings]) -> None:
     if settings.judge in ("endpoint", "local"):
         judge_prompts.load(settings.prompt_file or settings.rubric)
     if settings.judge == "endpoint":
-        settings.check()
+        try:
+            settings.check()
+        except InputError as error:
+            raise InputError(f"stages.{job.name}.{error}") from None
         if jax.process_count() > 1:
             raise job.error("judge", "an endpoint is asked by one process; run this stage on one host")
 

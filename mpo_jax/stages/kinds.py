@@ -68,7 +68,8 @@ def plugged(stage: StageSettings) -> dict[str, str]:
 
 def _source(entry: Any) -> str:
     """The hash of the file that an entry of a table comes from; "" for the package's own."""
-    functions = [entry, *(getattr(entry, "__dict__", {}) or {}).values()]
+    functions = [entry, getattr(entry, "func", None), *(getattr(entry, "__dict__", {}) or {}).values()]
+    functions += [getattr(each, "func", None) for each in functions]  # of a functools.partial
     names = [name for each in functions if (name := getattr(each, "__module__", None)) in sys.modules]
     outside = [name for name in names if name.split(".")[0] not in ("mpo_jax", "builtins")]
     if not outside:

@@ -24,12 +24,15 @@ from jax.experimental import multihost_utils
 from mpo_jax import artifacts, optim, sharding
 from mpo_jax import metrics as metrics_log
 from mpo_jax.checkpoint import Checkpoints
+from mpo_jax.data.account import epochs
 from mpo_jax.data.loader import Loader
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.stages import job as jobs
+from mpo_jax.stages import nonfinite
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Training
 from mpo_jax.stages.job import Job
+from mpo_jax.stages.nonfinite import NonFinite as NonFinite
 from mpo_jax.stages.programs import Program, Programs, named
 from mpo_jax.types import Batch, PyTree, TrainState
 
@@ -41,10 +44,6 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 Loss = Callable[[PyTree, PyTree, Batch, jax.Array], tuple[jax.Array, jax.Array, Metrics]]
 """(params, frozen, batch, key) -> (sum, weight, metrics)."""
-
-
-class NonFinite(RuntimeError):
-    """The loss or the gradient became NaN or infinite; the message names the step and the batch's ids."""
 
 
 Step = Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, Any]]]
@@ -88,7 +87,8 @@ def programs(
     frozen = {"base": jobs.abstract_base(job, model)}
     optimizer, _ = optim.of_settings(job.settings, steps)
     state = abstract_state(optimizer, params, job.mesh)
-    step = jit_step(named(train_step(loss, optimizer, microbatches(job)), "train"), state, job.mesh)
+    skip = job.settings.on_nonfinite == "skip"
+    step = jit_step(named(train_step(loss, optimizer, microbatches(job), skip), "train"), state, job.mesh)
     extent = shapes.train(job, model, state, rows, job.settings.batch_size)
     forward = shapes.forward(model, rows)
     return {
@@ -147,11 +147,12 @@ def total_steps(job: Job[Training], loader: Loader) -> int:
     return steps
 
 
-def train_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches: int = 1):
+def train_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches: int = 1, skip: bool = False):
     """`(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Gradients of the loss's sum are added over microbatches and divided by the total weight once, so that accumulated
-    equals full batch under masks. metrics: f32 scalars; "grad_norm" is the norm before clipping.
+    equals full batch under masks. metrics: f32 scalars; "grad_norm" is the norm before clipping. skip: no update where
+    the loss or that norm is not finite.
     """
 
     def step(state: TrainState, frozen: PyTree, batch: Batch):
@@ -161,6 +162,9 @@ def train_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         out = means(sums) | {"loss": total / jnp.maximum(weight, 1e-8), "grad_norm": optax.tree.norm(grads)}
+        if skip:
+            ok = nonfinite.finite(out["loss"], out["grad_norm"])
+            params, opt_state = nonfinite.kept_where(ok, (params, opt_state), (state.params, state.opt_state))
         return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), out
 
     return step
@@ -204,12 +208,12 @@ def means(sums: Metrics) -> dict[str, jax.Array]:
 
 
 def evaluate(step: Callable, params: PyTree, frozen: PyTree, loader: Loader, batches: int) -> dict[str, float]:
-    """Means of the loss and its metrics over the first `batches` batches of a loader (one epoch at most).
+    """Means of the loss and its metrics over a fair sample of a loader's rows, of `batches` batches at most.
 
     step: an `evaluation_step`, compiled once for a run.
     """
     sums: Metrics = {}
-    with loader.batches(0, min(batches, loader.steps_per_epoch)) as stream:
+    with loader.sample(batches) as stream:
         for batch in stream:
             new = step(params, frozen, batch)
             sums = new if not sums else jax.tree.map(jnp.add, sums, new)
@@ -271,8 +275,8 @@ def _release(params: PyTree, frozen: PyTree) -> None:
 def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTree, dict[str, Any]]:
     """Trains for `steps` steps in all, from the last checkpoint in `folder` if there is one.
 
-    Returns the parameters and a summary: steps, final and best evaluation, padding efficiency, compiles after warm-up.
-    Exits with PREEMPTED after a SIGTERM, having saved. Raises NonFinite, with the last good checkpoint kept.
+    Returns the parameters and a summary: steps, those skipped, final and best evaluation, padding efficiency, compiles
+    after warm-up. Exits with PREEMPTED after a SIGTERM, having saved. Raises NonFinite; such a step is never saved.
     """
     settings, loader = training.settings, training.loader
     checkpoints = Checkpoints(folder / artifacts.CHECKPOINTS, keep=settings.keep)
@@ -284,10 +288,12 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
         state, progress = checkpoints.restore(latest, abstract)
     _release(training.params, training.frozen)
     start = int(state.step)
+    jobs.say(epochs(steps, loader.batch_size, len(loader.encoded)))
     eval_every = settings.eval_every or max(1, steps // 10)
     save_every = settings.save_every or max(1, steps // 10)
     stop = _StopNotice()
     compiles = {"first": 0, "late": 0}
+    watch = nonfinite.Watch(loader, settings.on_nonfinite == "skip", progress.get("skipped", 0))
     # Whatever ends the loop, saves that have begun are waited for.
     with (
         checkpoints,
@@ -303,21 +309,24 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
             compiles["late" if bucket in seen else "first"] += metrics_log.compiles() - before
             seen.add(bucket)
             done = step + 1
+            watch.look(done, out)
             checkpoints.check()
             if done % settings.log_every == 0 or done == steps:
                 now = time.perf_counter()
                 out |= {
                     "learning_rate": float(training.rate(step)),
+                    "rows": loader.real_rows(step),
                     "tokens": loader.real_tokens(step),
                     "padding_efficiency": loader.real_tokens(step) / batch.tokens.size,
                     "seconds": (now - last_time) / (done - last_done),
                 }
                 log.write(done, out)
-                _check_finite(log.last, loader)
+                watch.check(checkpoints.latest_step(), behind=True)
                 if training.watch is not None and log.last is not None:
                     training.watch(*log.last)
                 last_time, last_done = now, done
             if training.evaluate is not None and (done % eval_every == 0 or done == steps):
+                watch.check(checkpoints.latest_step())
                 evaluation = training.evaluate(state.params, training.frozen, done)
                 log.write_now(done, {f"eval/{name}": value for name, value in evaluation.items()})
                 progress["evaluation"] = evaluation
@@ -327,7 +336,8 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
             stopping = stop.at_this_step()
             if done % save_every == 0 or done == steps or stopping:
                 log.flush()
-                _check_finite(log.last, loader)
+                watch.check(checkpoints.latest_step())
+                progress["skipped"] = watch.skipped
                 checkpoints.save(done, state, progress)
             if stopping and done < steps:
                 jobs.say(f"stopped at step {done} of {steps}; run the same command again to continue")
@@ -337,6 +347,8 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
         params = _best_params(folder, progress["best_step"], params)
     summary = {
         "steps": steps,
+        "epochs": steps * loader.batch_size / len(loader.encoded),
+        "skipped": progress.get("skipped", 0),
         "evaluation": progress["evaluation"],
         "best": progress["best"],
         "best_step": progress["best_step"],
@@ -366,17 +378,6 @@ def _better(evaluation: dict[str, float], best: dict[str, float] | None, name: s
     sign, name = (-1, name[1:]) if name.startswith("-") else (1, name)
     value = sign * evaluation[name]
     return math.isfinite(value) and (best is None or value < sign * best[name])
-
-
-def _check_finite(last: tuple[int, dict[str, float]] | None, loader: Loader) -> None:
-    if last is None:
-        return
-    step, values = last
-    bad = [name for name in ("score", "loss", "grad_norm") if name in values and not math.isfinite(values[name])]
-    if bad:
-        _, rows = loader.rows(step - 1)
-        ids = loader.encoded.id[rows[rows >= 0]].tolist()
-        raise NonFinite(f"step {step}: {bad[0]} is {values[bad[0]]}; batch ids {ids}; the last good checkpoint is kept")
 
 
 _asked = itertools.count()

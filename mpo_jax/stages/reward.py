@@ -77,6 +77,8 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     tokenizer = jobs.load_tokenizer(job, model)
     settings = job.settings
     encoded = {share: jobs.share_pairs(job, model, tokenizer, share) for share in (settings.share, "eval")}
+    if settings.margin:
+        encode.check_margins(encoded[settings.share], f"stages.{job.name}.margin")
     if settings.folds:
         encoded[settings.share] = without_fold(encoded[settings.share], settings.folds, settings.fold)
     train, heldout = (

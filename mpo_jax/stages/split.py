@@ -82,7 +82,7 @@ def check(job: Job[Settings]) -> None:
     models = reward_models(job)
     if len(models) > 1:
         _check_folds(job, models)
-    elif job.settings.pair_source != "sampled" and job.config.stages[models[0].name].share == job.settings.share:
+    elif job.settings.pair_source != "sampled" and _learned_from(job, models[0].name) == job.settings.share:
         # A pair would be scored by a model that was trained on it.
         raise job.error(
             "share",
@@ -97,16 +97,23 @@ def reward_models(job: Job) -> list[Artifact]:
     return given if isinstance(given, list) else [given]
 
 
+def _learned_from(job: Job, name: str) -> str:
+    """The share that a reward model was trained on; "" where its kind, a plugin's, has none."""
+    return getattr(job.config.stages[name], "share", "")
+
+
 def _check_folds(job: Job[Settings], models: list[Artifact]) -> None:
     names = [artifact.name for artifact in models]
     folds = [job.config.stages[name] for name in names]
-    if [(each.folds, each.fold) for each in folds] != [(len(folds), index) for index in range(len(folds))]:
+    if [(getattr(each, "folds", 0), getattr(each, "fold", 0)) for each in folds] != [
+        (len(folds), index) for index in range(len(folds))
+    ]:
         raise job.error(
             "reward",
             f"{', '.join(names)}; expected the {len(names)} models of cross-fitting, with folds={len(names)} and "
             f"fold=0 to {len(names) - 1} in this order",
         )
-    if {each.share for each in folds} != {job.settings.share}:
+    if {_learned_from(job, name) for name in names} != {job.settings.share}:
         raise job.error("share", f"{job.settings.share!r}; the folds of {names[0]} are of another")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from mpo_jax import metrics
+from run_scripts.benchmarks import kernels
 from run_scripts.benchmarks.programs import Work
 
 _COMPILE_SECONDS = "/jax/core/compile/backend_compile_duration"
@@ -26,10 +27,11 @@ class CompileClock:
         self.seconds += duration_secs if event == _COMPILE_SECONDS else 0.0
 
 
-def work(make: Callable[[], Work], runs: int, warm: int = 2) -> dict[str, Any]:
+def work(make: Callable[[], Work], runs: int, warm: int = 2, traced: bool = False) -> dict[str, Any]:
     """Medians over `runs` units of work after `warm` untimed ones. best: seconds of one unit, the peers' name for it.
 
-    peak_rss_MiB: of the process, from the end of the first unit on. temporaries_MiB: of each program, as XLA says.
+    peak_rss_MiB: of the process, from the end of the first unit on. device_peak_MiB: of a GPU's
+    memory, from the start of the process on; None elsewhere. temporaries_MiB: of each program, as XLA says.
     """
     clock = CompileClock()
     metrics.compiles()
@@ -46,11 +48,15 @@ def work(make: Callable[[], Work], runs: int, warm: int = 2) -> dict[str, Any]:
     samples = [seconds(subject.once) for _ in range(runs)]
     late = metrics.compiles() - compiled
     peak = peak_rss()
+    device_peak = device_memory("peak_bytes_in_use")
     best = statistics.median(samples)
+    trace = {"kernels": kernels.measured(subject.once)} if traced else {}
     return {
         "best": best,
         "tokens_per_second": subject.tokens / best,
         "peak_rss_MiB": peak,
+        "device_peak_MiB": device_peak,
+        "planned_MiB": None if subject.planned is None else subject.planned / MIB,
         "compile_seconds": compile_seconds,
         "build_seconds": built,
         "first_seconds": first,
@@ -58,7 +64,7 @@ def work(make: Callable[[], Work], runs: int, warm: int = 2) -> dict[str, Any]:
         "temporaries_MiB": {name: temporaries(*program) / MIB for name, program in subject.programs.items()},
         "samples": samples,
         "load_average": os.getloadavg()[0],
-    }
+    } | trace
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -70,6 +76,12 @@ def seconds(function: Callable[[], Any]) -> float:
 def temporaries(function, arguments: tuple) -> int:
     """Bytes that XLA sets aside for a program beside its arguments and results."""
     return function.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+
+def device_memory(name: str) -> float | None:
+    """MiB of one of a device's own memory statistics; None where it keeps none (CPUs)."""
+    found = (jax.local_devices()[0].memory_stats() or {}).get(name)
+    return None if found is None else found / MIB
 
 
 def reset_peak() -> None:

@@ -125,7 +125,7 @@ def test_the_tensor_axis_repeats_rows_and_builds_them_once(monkeypatch):
 
 def test_the_global_batch_uses_every_row_once_with_zero_weight_fillers():
     encoded = make_encoded()
-    loader = Loader(encoded, 16, mesh=_spanning_mesh(jax.devices()[:8]))
+    loader = Loader(encoded, 16, mesh=_spanning_mesh(jax.devices()[:8]), shuffle=False)
     batches = [loader.batch(step) for step in range(loader.steps_per_epoch)]
     ids = np.concatenate([np.asarray(batch.id)[np.asarray(batch.weight) > 0] for batch in batches])
     assert sorted(ids.tolist()) == encoded.id.tolist()
@@ -133,6 +133,34 @@ def test_the_global_batch_uses_every_row_once_with_zero_weight_fillers():
         filler = np.asarray(batch.weight) == 0
         assert not np.asarray(batch.segments)[filler].any() and (np.asarray(batch.id)[filler] == -1).all()
     assert sum(loader.real_tokens(step) for step in range(loader.steps_per_epoch)) == len(encoded.tokens)
+
+
+def test_a_training_batch_holds_real_rows_only_and_says_how_many():
+    loader = Loader(make_encoded(61), 16)
+    assert loader.steps_per_epoch == 4
+    for step in range(3 * loader.steps_per_epoch):
+        batch = loader.batch(step)
+        assert (np.asarray(batch.weight) == 1).all() and loader.real_rows(step) == 16
+    few = Loader(make_encoded(5), 16)
+    assert few.steps_per_epoch == 1 and few.real_rows(0) == 5 and (np.asarray(few.batch(0).weight) == 1).all()
+    scored = Loader(make_encoded(61), 16, shuffle=False)
+    assert [scored.real_rows(step) for step in range(4)] == [16, 16, 16, 13]
+
+
+def test_a_sample_has_the_loaders_shapes_and_is_the_same_every_time():
+    encoded = make_encoded(61)
+    loader = Loader(encoded, 8, shuffle=False, seed=1)
+    shapes = {(shape.tokens.shape, shape.window) for shape in loader.shapes()}
+    found = []
+    for each in (loader, loader, Loader(encoded, 8, shuffle=False, seed=2)):
+        with each.sample(3) as stream:
+            batches = list(stream)
+        assert len(batches) == 3 and {(batch.tokens.shape, batch.window) for batch in batches} <= shapes
+        found.append(np.concatenate([np.asarray(batch.id) for batch in batches]).tolist())
+    assert found[0] == found[1] == found[2] and len(set(found[0])) == 24
+    with loader.sample(100) as stream:
+        every = np.concatenate([np.asarray(batch.id)[np.asarray(batch.weight) > 0] for batch in stream])
+    assert sorted(every.tolist()) == encoded.id.tolist()
 
 
 def test_shapes_are_what_batches_are():
@@ -165,6 +193,15 @@ def test_a_mesh_that_does_not_divide_the_batch():
 
 
 # Order and threads ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0, 1, 7, 8, 9, 23, 24])
+def test_a_run_resumed_at_any_step_sees_what_the_whole_run_saw(start):
+    def seen(first):
+        with Loader(make_encoded(), 8, seed=5).batches(first, 25) as run:  # three epochs and a step
+            return [(batch.window, np.asarray(batch.id).tolist()) for batch in run]
+
+    assert seen(0)[start:] == seen(start)
 
 
 def test_any_step_is_reached_from_its_number_alone():

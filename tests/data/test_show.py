@@ -36,6 +36,22 @@ def test_show_marks_bos_eos_and_padding(shared, tmp_path):
     assert sum("<- BOS" in line for line in table) == 1 and "prompts truncated" in done.stdout
 
 
+def test_show_tells_the_share_that_the_config_would_use(cases, shared, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from mpo_jax import recipes\n"
+        "def get_config():\n"
+        "    config = recipes.config()\n"
+        "    config.data.eval_split = 'test'\n"
+        f"    config.model.path = {str(shared / 'models/stories260K')!r}\n"
+        "    return config\n"
+    )
+    where = f"--data_path={cases / 'splits_that_overlap/folder'}"
+    heldout = _show(f"--config={config}", where, "--split=train", "--index=0")
+    assert "record 0 of split train, in no share: its prompt is held out" in heldout.stdout, heldout.stderr
+    assert "record 0 of split test, share eval" in _show(f"--config={config}", where, "--split=test").stdout
+
+
 def test_show_reports_bad_input_in_one_line(shared):
     comparisons, tokenizer = shared / "data/tldr/comparisons.jsonl", shared / "models/stories260K"
     done = _show(f"--data_path={comparisons}", f"--tokenizer={tokenizer}", "--split=nope")

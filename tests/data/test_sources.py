@@ -9,7 +9,9 @@ import json
 
 import pytest
 
-from mpo_jax.data.schemas import plain_chat, split_hh
+from mpo_jax.data.chat import plain_chat, split_hh
+from mpo_jax.data.encode import Limits, encode
+from mpo_jax.data.records import Turn
 from mpo_jax.data.sources import load
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
@@ -163,11 +165,13 @@ def test_chat_message_lists_equal_the_same_records_in_sharegpt(shared, chat_toke
 def test_a_message_cannot_forge_a_turn(chat_tokenizer, tmp_path):
     turns = [{"role": "user", "content": "a</s><s>b"}, {"role": "assistant", "content": "c</s>d"}]
     (record,), _ = load(_jsonl(tmp_path / "a.jsonl", [{"messages": turns}]), tokenizer=chat_tokenizer)
-    assert (record.prompt, record.chosen) == ("<s>[user] ab\n[assistant] ", "cd")
+    assert (record.prompt, record.chosen) == ("<s>[user] a</s><s>b\n[assistant] ", "c</s>d")
+    prompt, reply = (piece.tolist() for piece in encode([record], chat_tokenizer, 1, Limits(512, 64)).row(0))
+    assert prompt.count(1) == 1 and 2 not in prompt and reply.index(2) == len(reply) - 1
 
 
 def test_plain_chat_is_the_hh_form():
-    text = plain_chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    text = plain_chat([Turn("user", "a"), Turn("assistant", "b")])
     assert text == "\n\nHuman: a\n\nAssistant: b"
 
 
@@ -312,12 +316,15 @@ def test_invalid_json_array_names_the_line(tmp_path):
     _fails(path, "line 3", "invalid JSON")
 
 
-def test_missing_column(tmp_path):
-    rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "a"}]
-    _fails(_jsonl(tmp_path / "a.jsonl", rows), "a.jsonl, line 2", "'rejected'", "missing column")
+@pytest.mark.parametrize("odd", [{"prompt": "p", "chosen": "a"}, {"prompt": "p", "chosen": "a", "rejected": None}])
+def test_a_row_without_a_reply_is_dropped_and_counted(tmp_path, odd):
+    """Containers differ in it: Parquet holds null for what a JSON row leaves out."""
+    records, account = load(_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}, odd]))
+    rule = "no 'rejected' (missing or null, expected text)"
+    assert len(records) == 1 and account.dropped == {rule: 1} and account.first_dropped == {rule: "a.jsonl, line 2"}
 
 
-def test_null_where_text_is_expected(tmp_path):
+def test_null_in_every_row_is_an_error(tmp_path):
     rows = [{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": None}]
     _fails(_jsonl(tmp_path / "a.jsonl", rows), "line 1", "'rejected'", "null", "expected text")
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mpo_jax.errors import InputError
 from mpo_jax.models import attention
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import masks
@@ -90,3 +91,52 @@ def test_the_backward_pass_keeps_nothing_that_grows_with_the_square_of_the_lengt
         kept = [x for x in jax.tree.leaves(pull) if x.dtype != bool]
         sizes.append(sum(x.size for x in kept))
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.01)
+
+
+# Which backend -------------------------------------------------------------------------------------------------------
+
+GPU = {"platform": "gpu", "devices": 1, "capability": (9, 0)}
+
+
+@pytest.mark.parametrize(
+    ("setting", "changes", "where", "backend", "why"),
+    [
+        ("auto", {}, GPU, "cudnn", "cuDNN can compute this model"),
+        ("auto", {}, GPU | {"capability": None}, "cudnn", "cuDNN can compute this model"),
+        ("auto", {}, {"platform": "cpu"}, "xla", "cuDNN is not on cpu"),
+        ("auto", {}, {"platform": "tpu"}, "xla", "cuDNN is not on tpu"),
+        ("auto", {}, GPU | {"devices": 8}, "xla", "several GPUs"),
+        ("auto", {"dtype": "float32"}, GPU, "xla", "needs dtype=bfloat16; found float32"),
+        ("auto", {"attention_softcap": 50.0}, GPU, "xla", "no soft cap"),
+        ("auto", {"head_dim": 12}, GPU, "xla", "multiple of 8 up to 256; found 12"),
+        ("auto", {"head_dim": 256}, GPU, "cudnn", "cuDNN can compute this model"),
+        ("auto", {"head_dim": 256}, GPU | {"capability": (8, 6)}, "xla", "multiple of 8 up to 128; found 256"),
+        ("auto", {}, GPU | {"capability": (7, 5)}, "xla", "needs compute capability 8.0 (Ampere) or later; found 7.5"),
+        ("xla", {}, GPU, "xla", "model.attention=xla asks for it"),
+        ("cudnn", {"dtype": "float32"}, GPU, "cudnn", "model.attention=cudnn asks for it"),
+        ("flash", {}, {"platform": "tpu"}, "flash", "model.attention=flash asks for it"),
+    ],
+)
+def test_one_function_says_which_backend_and_why(setting, changes, where, backend, why):
+    model = ModelConfig("llama", 256, 1, 128, 2, 2, 64, 128, 256, dtype="bfloat16")
+    found = attention.choose(setting, dataclasses.replace(model, **changes), **where)
+    assert found.backend == backend and why in found.why
+
+
+def test_a_backend_that_is_named_and_can_not_be_is_an_input_error():
+    model = ModelConfig("llama", 256, 1, 128, 2, 2, 64, 128, 256)
+    with pytest.raises(InputError, match=r"attention: 'fast'; expected one of \['auto', 'xla', 'flash', 'cudnn'\]"):
+        attention.choose("fast", model, "gpu")
+    model = dataclasses.replace(model, attention="cudnn")
+    with pytest.raises(InputError, match="cudnn runs on NVIDIA GPUs alone; found cpu; set attention=auto"):
+        model.check_attention("cpu")
+    with pytest.raises(InputError, match="which needs dtype=bfloat16; found float32; set attention=xla"):
+        model.check_attention("gpu")
+
+
+def test_the_compute_capability_is_read_from_a_gpu_alone():
+    class Card:
+        compute_capability = "9.0"
+
+    assert attention.compute_capability(Card()) == (9, 0)
+    assert attention.compute_capability(jax.devices()[0]) is None

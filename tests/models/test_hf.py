@@ -20,7 +20,7 @@ from mpo_jax import sharding
 from mpo_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from mpo_jax.errors import InputError
 from mpo_jax.models import config as model_config
-from mpo_jax.models import decoder, hf, lora
+from mpo_jax.models import decoder, hf, lora, parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "tests" / "tools"
@@ -90,11 +90,13 @@ def test_every_mesh_reads_the_same_weights(config_json, stories, tmp_path, sizes
         assert not np.asarray(whole["params"]["embed"]["embedding"])[config.vocab_size :].any()
 
 
-def test_frozen_copies_are_cast_on_the_way_in(stories):
-    config = model_config.from_folder(stories)
+@pytest.mark.parametrize("dtype", ["float32", "mixed", "bfloat16"])
+def test_frozen_copies_are_cast_on_the_way_in(stories, dtype):
+    config = dataclasses.replace(model_config.from_folder(stories), dtype=dtype)
     weights, half = hf.import_weights(stories, config), hf.import_weights(stories, config, dtype="bfloat16")
-    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(half))
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(jnp.bfloat16), b), weights, half)
+    expected = parameters.frozen_copy(config, weights, "bfloat16")
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b) or a.dtype == b.dtype or 1 / 0, expected, half)
+    assert (half["params"]["layers"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16) == (dtype != "float32")
 
 
 def test_exported_stories_writes_the_same_story_in_transformers(torch, stories, tmp_path):

@@ -57,6 +57,52 @@ def test_peft_reads_our_adapter_and_we_read_pefts(torch, stories, adapted, tmp_p
     jax.tree.map(np.testing.assert_array_equal, back["lora"], weights["lora"])
 
 
+def test_an_exported_adapter_loads_from_any_folder_with_its_tokenizer(torch, stories, adapted, tmp_path, monkeypatch):
+    """As the model card says, with the base named relative to the folder that the run was started in."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    from transformers import AutoTokenizer
+
+    config, weights = adapted
+    monkeypatch.chdir(stories.parent)
+    hf_adapter.export_adapter(tmp_path / "out", config, weights, stories.name)
+    monkeypatch.chdir(tmp_path)
+    model = peft.AutoPeftModelForCausalLM.from_pretrained("out").eval()
+    with torch.no_grad():
+        there = model(torch.from_numpy(TOKENS.astype(np.int64))).logits.numpy()
+    found = logits(config, weights)
+    scale = max(1.0, found.std())
+    np.testing.assert_allclose(there / scale, found[..., : config.vocab_size] / scale, atol=1e-4)
+    ids = [AutoTokenizer.from_pretrained(folder)("Once upon a time").input_ids for folder in ("out", stories)]
+    assert ids[0] == ids[1]
+
+
+def test_the_hub_name_of_a_base_stays_what_it_is(stories, adapted, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "resolve", lambda name: str(stories))
+    monkeypatch.chdir(tmp_path)
+    hf_adapter.export_adapter(tmp_path / "out", *adapted, "owner/name")
+    assert json.loads((tmp_path / "out" / hf_adapter.CONFIG).read_text())["base_model_name_or_path"] == "owner/name"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"r": "3"}, "r: '3'; expected an integer"),
+        ({"lora_alpha": None}, "lora_alpha: None; expected a number"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices is set"),
+        ({"lora_bias": True}, "lora_bias is set"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication is set"),
+    ],
+)
+def test_adapter_settings_that_change_what_it_computes_are_refused(stories, adapted, tmp_path, change, told):
+    config, weights = adapted
+    hf_adapter.export_adapter(tmp_path, config, weights, str(stories))
+    path = tmp_path / hf_adapter.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=told) as caught:
+        hf_adapter.read_adapter_config(tmp_path, config)
+    assert str(caught.value).startswith(str(path))
+
+
 def test_bad_adapters_are_told_in_one_line(stories, adapted, random_model, tmp_path):
     config, weights = adapted
     hf_adapter.export_adapter(tmp_path, config, weights, str(stories))

@@ -73,7 +73,7 @@ def reference(job: Job, *rows):
 
 
 def cached(job: Job) -> set[str]:
-    return {path.name for path in (job.workdir / "cache").glob("reference-*.npy")}
+    return {path.name for path in (job.workdir / "cache").glob("reference-*.npz")}
 
 
 def test_reference_log_probs_equal_those_of_transformers(made, ran, stories, tmp_path, torch):

@@ -92,6 +92,22 @@ def test_kl_is_that_of_transformers(ran, stories, tmp_path):
     assert report["policies"]["dpo"]["kl"] == pytest.approx(np.mean(differences), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"top_p": 0.9, "top_k": 40}, "top_k 40, top_p 0.9"), ({"temperature": 0.0}, "temperature 0")],
+)
+def test_of_a_truncated_distribution_it_gives_no_kl(tmp_path, stories, settings, told):
+    job = evaluation(tmp_path, stories, count=4, labeller="", **settings)
+    with jax.set_mesh(job.mesh):
+        evaluate.run(job)
+    report = json.loads((job.folder / artifacts.REPORT).read_text())
+    assert report["truncation"] == told and report["frontier"] == {}
+    for means in report["policies"].values():
+        assert "log_ratio" in means and not {"kl", "kl_error"} & set(means)
+    shown = evaluate.table(report)
+    assert "log-ratio to sft" in shown and "KL to" not in shown and f"no KL: replies were drawn with {told}" in shown
+
+
 def test_comparisons_follow_the_scores(ran):
     _, _, report, lines = ran
     assert [(c["left"], c["right"], c["by"]) for c in report["comparisons"]] == [

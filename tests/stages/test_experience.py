@@ -132,6 +132,25 @@ def test_fractional_scores_arrive_unrounded():
     assert np.isnan(float(metrics["score"])), "the loop stops at it"
 
 
+def test_rloo_keeps_its_own_definition_and_ppo_whitens_unless_told_otherwise():
+    """Ahmadian et al. 2024: a sample's score less the mean of the prompt's other samples, nothing else."""
+    scores = jnp.asarray([[0.5, -0.25], [1.0, 3.0], [2.0, 2.0], [9.0, 9.0]], jnp.float32)
+    mask = np.asarray(np.arange(R)[None, None] < LENS[:, :, None])
+    params, frozen = arguments(ADAPTED)
+    params = {"policy": params["policy"]}  # RLOO has no critic
+    found = {}
+    for whiten in ("auto", "false", "true"):
+        rules = Rules(temperature=0.7, algorithm="rloo", whiten=whiten)
+        make = jax.jit(functools.partial(experience.make, ADAPTED, rules, None))
+        made, _ = make(params, frozen, made_up(), scores, jnp.float32(0.5))
+        found[whiten] = np.asarray(made.advantages)
+    wanted = np.where(mask, np.asarray(scores - scores[:, ::-1])[:, :, None], 0)[:3]  # the last row is filler
+    np.testing.assert_allclose(found["auto"][:3], wanted, atol=1e-5)
+    np.testing.assert_array_equal(found["auto"], found["false"])
+    assert np.std(found["true"][:3][mask[:3]]) == pytest.approx(1, abs=1e-3) != np.std(wanted[mask[:3]])
+    assert (Rules().whitens, Rules(algorithm="rloo").whitens, Rules(whiten="false").whitens) == (True, False, False)
+
+
 def test_rules_are_hashable():
     """A jitted function closes over them."""
     assert hash(Rules()) == hash(Rules())

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,7 @@ def test_summary_and_metrics(uninterrupted):
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert {"accuracy", "grad_norm", "learning_rate", "tokens", "padding_efficiency"} <= set(steps[0])
+    assert [line["rows"] for line in steps] == [SETTINGS["batch_size"]] * 12, "every step is of a full batch"
     assert [line["step"] for line in lines if "eval/loss" in line] == [5, 10, 12]
     assert summary["compiles_after_warmup"] == 0
     assert summary["compiles"] == summary["buckets"] == 2
@@ -210,6 +212,103 @@ def test_non_finite_loss_stops_and_names_the_rows(tmp_path):
         with jax.set_mesh(mesh):
             state, _ = found.restore(step, loop.abstract_state(whole.optimizer, whole.params, mesh))
         assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.params))
+
+
+def poisoned_by(*ids):
+    """The reward loss, NaN on batches that hold any of these rows; its gradient too."""
+
+    def loss(params, frozen, batch, key):
+        total, weight, sums = reward.make_loss(CONFIG)(params, frozen, batch, key)
+        bad = (batch.id[:, None] == jnp.asarray(ids)[None]).any()
+        return jnp.where(bad, jnp.nan, 1.0) * total, weight, sums
+
+    return loss
+
+
+def bad_steps(ids, steps=12):
+    loader = training(one_device())[0].loader
+    return [step + 1 for step in range(steps) if np.isin(loader.encoded.id[loader.rows(step)[1]], ids).any()]
+
+
+def saved_states(folder, whole, mesh):
+    """Step -> parameters of every state that is there, the best apart from them."""
+    with loop.Checkpoints(folder / "checkpoints") as found, jax.set_mesh(mesh):
+        like = loop.abstract_state(whole.optimizer, whole.params, mesh)
+        return {step: found.restore(step, like)[0].params for step in found._last.all_steps()}
+
+
+@pytest.mark.parametrize(("log_every", "save_every"), [(1, 1), (10, 1), (10, 4), (100, 100)])
+def test_a_non_finite_step_is_never_saved_however_seldom_the_loop_logs(tmp_path, log_every, save_every):
+    mesh, ids = one_device(), (1007,)
+    first = bad_steps(ids)[0]
+    whole, steps = training(
+        mesh, loss=poisoned_by(*ids), log_every=log_every, save_every=save_every, keep=3, eval_every=100
+    )
+    with jax.set_mesh(mesh), pytest.raises(loop.NonFinite, match=rf"^step {first}: loss is nan; batch ids \[.*1007"):
+        loop.train(whole, steps, tmp_path, mesh)
+    saved = saved_states(tmp_path, training(mesh)[0], mesh)
+    assert set(saved) == set(list(range(save_every, first, save_every))[-3:]), "and the good ones are not pruned for it"
+    for params in saved.values():
+        assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(params))
+    again, steps = training(
+        mesh, loss=poisoned_by(*ids), log_every=log_every, save_every=save_every, keep=3, eval_every=100
+    )
+    told = f"after step {max(saved)}, the last" if saved else "from the beginning"
+    with jax.set_mesh(mesh), pytest.raises(loop.NonFinite, match=told):
+        loop.train(again, steps, tmp_path, mesh)  # resumes before it, and meets it again
+
+
+def test_a_non_finite_gradient_under_a_finite_loss_is_seen(tmp_path):
+    mesh = one_device()
+
+    def loss(params, frozen, batch, key):
+        total, weight, sums = reward.make_loss(CONFIG)(params, frozen, batch, key)
+        zero = total - jax.lax.stop_gradient(total)
+        return total + jnp.sqrt(zero), weight, sums  # the root's slope at 0 is infinite
+
+    whole, steps = training(mesh, loss=loss, log_every=5, eval_every=100)
+    with jax.set_mesh(mesh), pytest.raises(loop.NonFinite, match=r"^step 1: grad_norm is (nan|inf)"):
+        loop.train(whole, steps, tmp_path, mesh)
+
+
+def test_a_stage_may_skip_such_batches_and_counts_them_over_a_resume(tmp_path):
+    mesh, ids = one_device(), (1007,)
+    bad = bad_steps(ids)
+    assert 0 < len(bad) < 6
+    settings = {"on_nonfinite": "skip", "log_every": 4, "save_every": 2}
+
+    def go(folder):
+        whole, steps = training(mesh, loss=poisoned_by(*ids), **settings)
+        with jax.set_mesh(mesh):
+            return loop.train(whole, steps, folder, mesh)
+
+    params, summary = go(tmp_path / "whole")
+    assert summary["skipped"] == len(bad)
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(params))
+    states = saved_states(tmp_path / "whole", training(mesh)[0], mesh)
+    assert max(states) == 12
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "last" / "12")
+    resumed, again = go(tmp_path / "half")
+    assert equal(resumed, params) and again["skipped"] == len(bad)
+
+
+def test_a_skipped_step_leaves_parameters_and_moments_as_they_were():
+    mesh = one_device()
+    whole, _ = training(mesh, loss=poisoned_by(*range(1000, 1045)), on_nonfinite="skip")
+    with jax.set_mesh(mesh):
+        state = loop.init_state(whole.optimizer, whole.params, whole.key, mesh)
+        before = jax.device_get((state.params, state.opt_state))
+        state, out = whole.step(state, whole.frozen, whole.loader.batch(0))
+    assert int(state.step) == 1 and np.isnan(float(out["loss"]))
+    assert equal((state.params, state.opt_state), before)
+
+
+def test_where_every_batch_is_skipped_the_stage_stops(tmp_path):
+    mesh = one_device()
+    whole, steps = training(mesh, loss=poisoned_by(*range(1000, 1045)), on_nonfinite="skip", eval_every=100, steps=30)
+    with jax.set_mesh(mesh), pytest.raises(loop.NonFinite, match=r"step 1: .* 1\d steps in a row were skipped"):
+        loop.train(whole, steps, tmp_path, mesh)
 
 
 @pytest.mark.parametrize(

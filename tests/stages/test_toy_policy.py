@@ -63,13 +63,14 @@ def weights(seed: int, spread: float):
 
 
 @functools.cache
-def training(algorithm: str, updates: int, target_kl: float = 0.0):
+def training(algorithm: str, updates: int, target_kl: float = 0.0, bad: int = -1):
     """Jitted `(first policy, reference) -> f32 [updates,4]`, the policy after each update; compiled once for both
-    starts."""
+    starts. bad: an update whose scores are NaN, and which is to be skipped."""
     samples = 4 if algorithm == "rloo" else 1
     rows = ROWS // samples
     settings = Settings(algorithm=algorithm, samples=samples, batch_size=rows, **SETTINGS)
-    settings = settings.model_copy(update={"target_kl": target_kl})  # below 0 too, which no run may have
+    more = {"target_kl": target_kl, "on_nonfinite": "stop" if bad < 0 else "skip"}
+    settings = settings.model_copy(update=more)  # a target below 0 too, which no run may have
     how = SamplingConfig(max_new_tokens=2, n=samples)
     names = ("policy", "value") if algorithm == "ppo" else ("policy",)
     rate = optim.schedule("linear", 1e-2, 0, updates * settings.inner_epochs, 0.1)
@@ -93,7 +94,7 @@ def training(algorithm: str, updates: int, target_kl: float = 0.0):
         def step(state, number):
             rollout = sampling.sample(MODEL, how, state.params["policy"], prompts(rows), 3, number)
             drawn = rollout.batch.tokens[:, 1:].reshape(rows, samples, 2)
-            scores = table[2 * drawn[:, :, 0] + drawn[:, :, 1]]
+            scores = jnp.where(number == bad, jnp.nan, table[2 * drawn[:, :, 0] + drawn[:, :, 1]])
             frozen = {"base": {}, "reference": reference}
             made, metrics = experience.make(
                 MODEL, settings, None, state.params, frozen, rollout, scores, state.extra["kl_coefficient"]
@@ -112,6 +113,15 @@ def test_a_target_kl_that_is_never_reached_changes_nothing():
     without, beyond, at_once = (training("rloo", 3, target)(*start) for target in (0.0, 1e9, -1e-9))
     np.testing.assert_allclose(without, beyond, atol=1e-6)
     assert np.abs(np.asarray(without - at_once)).max() > 1e-4, "the rest of a step's updates is skipped"
+
+
+@pytest.mark.parametrize("target_kl", [0.0, 1e9])
+def test_a_skipped_step_leaves_the_policy_where_it_was(target_kl):
+    start = weights(2, 4.0), weights(1, 1.0)
+    whole, skipping = training("rloo", 3, target_kl)(*start), training("rloo", 3, target_kl, bad=1)(*start)
+    np.testing.assert_allclose(skipping[0], whole[0], atol=1e-6)
+    np.testing.assert_array_equal(skipping[1], skipping[0])
+    assert np.isfinite(skipping).all() and np.abs(np.asarray(skipping[2] - skipping[1])).max() > 1e-4
 
 
 STARTS = {"the reference": (1, 1.0), "elsewhere": (2, 4.0)}

@@ -63,7 +63,7 @@ def make_evaluation(
     def evaluate(params: PyTree, frozen: PyTree, step: int) -> dict[str, float]:
         sums: loop.Metrics = {}
         table: list[dict[str, Any]] = []
-        with loader.batches(0, min(settings.eval_batches, loader.steps_per_epoch)) as stream:
+        with loader.sample(settings.eval_batches) as stream:
             for batch in stream:
                 rollout = draw(frozen["base"] | params["policy"], batch, job.seed, 0)
                 given = None if label is None else label(rollout)

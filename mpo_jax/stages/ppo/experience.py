@@ -116,7 +116,7 @@ def make(
     if "sft" in frozen:
         sft = reference_logps(model, frozen["base"] | frozen["sft"], rollout, rules.temperature)
         metrics["kl_sft"] = _mean(policy.kl_metrics(seen.logps, sft, mask)["kl"])
-    if rules.whiten:
+    if rules.whitens:
         advantages = returns.whiten(advantages, mask)
     experience = Experience(rollout, seen.logps, reference, values, advantages, targets, raw)
     return experience, metrics

@@ -13,6 +13,10 @@ from mpo_jax.optim import Rate
 from mpo_jax.settings import Amount, Count, OneOf, Section, Share, Whole, changed, role, setting
 from mpo_jax.stages.base import Training
 
+Switch = Annotated[
+    Literal["auto", "true", "false"],
+    pydantic.BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool | str) else value),
+]
 Scorer = Annotated[str, OneOf(LABELLERS, more=("reward",))]
 Gold = Annotated[str, OneOf(LABELLERS, more=("",))]
 
@@ -28,11 +32,18 @@ class Rules(Section):
     )
     gamma: Share = setting(1.0, "discount of later rewards")
     lam: Share = setting(0.95, "of the generalised advantage estimate; Schulman et al. 2016, eq. 16")
-    whiten: bool = setting(True, "bring advantages to mean 0, variance 1")
+    whiten: Switch = setting(
+        "auto",
+        "bring advantages to mean 0, variance 1; auto: PPO's alone, since RLOO's authors don't",
+    )
     kl_term: Literal["k1", "k2"] = setting("k1", "where the KL penalty stands: k1 inside the reward, k2 in the loss")
     missing_eos_penalty: Amount = setting(0.0, "taken off the score of a reply without a stop token")
     score_clip: Amount = setting(0.0, "bound of a score's size, after normalising; 0: none")
     critic: Literal["separate", "shared"] = setting("separate", "a model of its own, or a head on the policy's trunk")
+
+    @property
+    def whitens(self) -> bool:
+        return ESTIMATORS[self.algorithm].whitens if self.whiten == "auto" else self.whiten == "true"
 
 
 class Settings(Training, Rules):

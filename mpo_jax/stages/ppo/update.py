@@ -11,7 +11,7 @@ from mpo_jax import optim, sharding
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import returns
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import loop
+from mpo_jax.stages import loop, nonfinite
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.ppo import experience as experiences
 from mpo_jax.stages.ppo.settings import Rules, Settings
@@ -117,6 +117,7 @@ def make_update(settings: Settings, model: ModelConfig, optimizer):
             minibatch = take_rows(experience, chosen)
 
             def go(params, opt_state):
+                before = params, opt_state
                 key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), index)
                 grads, total, weight, sums = loop.accumulate(loss, params, frozen, minibatch, key, rows // part)
                 weight = jnp.maximum(weight, 1e-8)
@@ -125,7 +126,11 @@ def make_update(settings: Settings, model: ModelConfig, optimizer):
                 # Not the gradients: a critic on the policy's trunk would move it, and the moments may warm up.
                 updates |= {"policy": jax.tree.map(lambda u: warm * u, updates["policy"])}
                 out = loop.means(sums) | {"loss": total / weight, "grad_norm": optax.tree.norm(grads)}
-                return optax.apply_updates(params, updates), opt_state, out
+                updated = optax.apply_updates(params, updates), opt_state
+                if settings.on_nonfinite == "skip":
+                    ok = nonfinite.finite(out["loss"], out["grad_norm"])
+                    updated = nonfinite.kept_where(ok, updated, before)
+                return *updated, out
 
             if not settings.target_kl:  # nothing stops: a branch would copy the state
                 params, opt_state, out = go(params, opt_state)
@@ -146,6 +151,8 @@ def make_update(settings: Settings, model: ModelConfig, optimizer):
             extra["kl_coefficient"] = returns.adapt_kl_coefficient(
                 extra["kl_coefficient"], kl, settings.kl_target, settings.kl_gain
             )
+            if settings.on_nonfinite == "skip":
+                extra = nonfinite.kept_where(jnp.isfinite(kl), extra, dict(state.extra))
         done = jnp.sum(out["updates"])
         metrics = {name: jnp.sum(values) / done for name, values in out.items() if name != "updates"}
         metrics |= {"updates": done, "ratio_deviation_first": out["ratio_deviation"][0]}

@@ -1,0 +1,162 @@
+"""Rows of a source enter; which columns they have, of what kind, and what they mean leaves: by all rows, not the first.
+
+A column that is not read and whose name tells that it should be is an error, since what it says would vanish.
+"""
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from mpo_jax.data.reading import ROLES, Reading
+from mpo_jax.data.row import Row, is_empty, is_list
+from mpo_jax.errors import InputError
+
+_MEANINGFUL = {
+    "chosen", "rejected", "response", "responses", "completion", "completions", "answer", "answers", "reply",
+    "replies", "output", "outputs", "generation", "generations", "candidate", "candidates", "summary", "summaries",
+    "winner", "loser", "target", "targets", "ref", "label", "labels", "preference", "preferences", "preferred",
+    "better", "best", "worse", "worst", "safer", "safe", "choice", "rank", "ranks", "ranking", "rating", "ratings",
+    "score", "scores", "reward", "rewards", "margin", "helpfulness", "harmlessness", "correctness", "coherence",
+    "complexity", "verbosity", "honesty", "truthfulness", "toxicity", "quality", "vote", "votes", "upvotes",
+    "thumbs", "feedback", "critique", "system", "persona", "tool", "tools", "function", "functions", "history",
+    "context", "messages", "conversation", "conversations", "dialogue", "dialog", "prompt", "question",
+    "instruction", "input", "query", "demonstration", "confidence", "judgment", "verdict", "desirable",
+    "undesirable", "good", "bad", "correct", "incorrect", "accepted", "acceptable", "liked", "win", "wins", "won",
+    "lost", "preamble", "instructions", "questions", "inputs", "queries", "prompts", "sys", "api", "apis", "stars",
+    "grade", "grades", "turns", "image", "images", "audio", "video",
+}  # fmt: skip
+_ABOUT = {
+    "id", "ids", "model", "models", "source", "sources", "policy", "name", "names", "hash", "sha256", "sha1", "md5",
+    "length", "len", "tokens", "token", "type", "category", "url", "lang", "language", "date", "time", "timestamp",
+    "version", "count", "num", "number", "idx", "index", "origin", "provider", "author", "annotator", "license",
+}  # fmt: skip
+_COUNTS = {"num", "n", "len", "number", "count"}
+
+
+def words(name: str) -> list[str]:
+    """The words of a column's name, in lower case: `chosen-avgRating` has three."""
+    return re.findall(r"[a-z]+|\d+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
+
+
+def is_meaningful(name: str) -> bool:
+    """Whether a column's name tells of replies, labels, ratings, system texts, tools or turns, and not about them."""
+    found = words(name)
+    if not _MEANINGFUL & set(found):
+        return False
+    return not (found[0] in _COUNTS or found[-1] in _ABOUT or "sha" in found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """kinds: column → the kinds of its values, of those that say something, in order of appearance; an empty set for a
+    column that says nothing in any row. first: column → where it first says something."""
+
+    kinds: Mapping[str, frozenset[str]]
+    first: Mapping[str, str]
+
+    def has(self, *names: str) -> bool:
+        """Whether each of the columns says something in some row."""
+        return all(self.kinds.get(name) for name in names)
+
+    def holds(self, name: str, *kinds: str) -> bool:
+        """Whether a column has values of one of the kinds: text, number, bool, list, object."""
+        return bool(self.kinds.get(name, frozenset()) & set(kinds))
+
+    def with_empty(self) -> "Survey":
+        """The same, columns that say nothing taken as text."""
+        return Survey({name: kinds or frozenset({"text"}) for name, kinds in self.kinds.items()}, self.first)
+
+    def first_of(self, names: Iterable[str]) -> str | None:
+        return next((name for name in names if self.has(name)), None)
+
+
+def survey(rows: Sequence[Row]) -> Survey:
+    """Of all rows."""
+    kinds: dict[str, set[str]] = {}
+    first: dict[str, str] = {}
+    for row in rows:
+        for name, value in row.values.items():
+            found = kinds.setdefault(name, set())
+            if not is_empty(value):
+                found.add(_kind(value))
+                first.setdefault(name, row.where)
+    return Survey({name: frozenset(found) for name, found in kinds.items()}, first)
+
+
+def _kind(value) -> str:
+    if isinstance(value, str | bytes):
+        return "text"
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int | float):
+        return "number"
+    return "list" if is_list(value) else "object"
+
+
+def rename(rows: Sequence[Row], reading: Reading, place: str) -> tuple[list[Row], dict[str, str]]:
+    """The rows with the names that `reading.columns` gives them, without the columns to be ignored; and what is to be
+    said of the ignored. InputError for a name that no row has."""
+    known = {name for row in rows for name in row.values}
+    for key, names in (("columns", reading.columns.values()), ("ignore", reading.ignore)):
+        for name in names:
+            if name not in known and key == "columns":
+                raise InputError(f"{place}: data.{key} names {name!r}; columns here: {', '.join(sorted(known))}")
+    said = {name: "ignored (data.ignore)" for name in reading.ignore if name in known}
+    if not reading.columns and not said:
+        return list(rows), {}
+    for role, name in reading.columns.items():
+        if role in known and role != name and role not in reading.columns.values():
+            said[role] = f"unread, since data.columns takes {name!r} for it"
+    moved = {name: role for role, name in reading.columns.items()}
+    left = (set(reading.ignore) | set(reading.columns)) - set(moved)
+    return [
+        dataclasses.replace(
+            row, values={moved.get(name, name): value for name, value in row.values.items() if name not in left}
+        )
+        for row in rows
+    ], said
+
+
+def check_unread(
+    rows: Sequence[Row], found: Survey, uses: Mapping[str, str], known: Collection[str], place: str
+) -> dict[str, str]:
+    """What is to be said of every column that is not used. InputError for those that look as if they should be.
+
+    A column is harmless that says nothing, that the form knows and leaves, or that repeats one that is used."""
+    said, suspicious = {}, []
+    for name, kinds in found.kinds.items():
+        if name in uses:
+            continue
+        if not kinds:
+            said[name] = "empty"
+        elif name in known:
+            said[name] = "unread (known to this form, and left)"
+        elif not is_meaningful(name):
+            said[name] = "unread"
+        elif same := next((used for used in uses if _same(rows, name, used, uses)), None):
+            said[name] = f"unread (the same as {same!r})"
+        else:
+            suspicious.append(name)
+    if suspicious:
+        names = ", ".join(map(repr, suspicious))
+        raise InputError(
+            f"{found.first.get(suspicious[0], place)}: column{'s' * (len(suspicious) > 1)} {names} would not be read "
+            f"(read: {', '.join(uses) or 'none'}); say what each is, data.columns.ROLE={suspicious[0]!r} with a role "
+            f"of {', '.join(ROLES)}, or leave it out, data.ignore={tuple(suspicious)!r}"
+        )
+    return said
+
+
+def _same(rows: Sequence[Row], name: str, used: str, uses: Mapping[str, str]) -> bool:
+    """Whether a column only repeats another one, or `messages` prompt and reply together."""
+
+    def repeats(row: Row) -> bool:
+        value: Any = row.values.get(name)
+        other: Any = row.values.get(used)
+        if is_empty(value) or value == other:
+            return True
+        head: Any = row.values.get("prompt")
+        return is_list(value) and is_list(other) and is_list(head) and list(value) == [*head, *other]
+
+    return all(repeats(row) for row in rows)

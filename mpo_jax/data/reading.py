@@ -1,0 +1,81 @@
+"""How the rows of a source are to be read, beyond what they say themselves: the settings under `config.data`."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from mpo_jax.errors import InputError
+
+TEMPLATES = ("auto", "plain", "chat")
+SYSTEMS = ("turn", "user")
+ROLES = {
+    "prompt": "the prompt, as text or messages",
+    "messages": "a whole conversation, its last turn the reply; or the prompt of pairs, as messages",
+    "input": "what is joined to the prompt by a line break",
+    "chosen": "the better reply",
+    "rejected": "the worse reply",
+    "completion": "the one reply of a demonstration",
+    "label": "whether a completion is good: true or false, 1 or 0",
+    "first": "one of two replies",
+    "second": "the other of two replies",
+    "choice": "which of the two is better: 0 or 1, 1 or 2, below or above 0, or a name",
+    "system": "the system text",
+    "history": "past turns, as [user, assistant] pairs or messages",
+    "tools": "the functions that a model may call",
+    "margin": "how much better chosen is",
+    "score_chosen": "the rating of the better reply",
+    "score_rejected": "the rating of the worse reply",
+    "confidence": "the annotator's confidence",
+    "split": "the split a row belongs to",
+}
+"""What a column can be: the keys of `Reading.columns`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """columns: role (`ROLES`) → the file's name for it, where the file has another. ignore: columns that look as if
+    they meant something and are to be left unread. template: "auto" shows conversations by the tokenizer's chat
+    template, where it has one, and prompts that are plain text as they are; "plain" shows all in HH's form; "chat"
+    makes plain prompts a user's turn too. template_kwargs: the template's own settings. system: "turn", or "user" for
+    templates that take no system turn: its text then begins the first user's. common_prompt: where pairs have no prompt
+    column, the beginning that both replies have in common is the prompt.
+
+    InputError for a value outside these."""
+
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
+    template: str = "auto"
+    template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    system: str = "turn"
+    common_prompt: bool = False
+
+    def __post_init__(self):
+        for role in self.columns:
+            if role not in ROLES:
+                raise InputError(f"data.columns: unknown role {role!r}; expected one of {', '.join(ROLES)}")
+        if len(set(self.columns.values())) < len(self.columns):
+            raise InputError(f"data.columns: {dict(self.columns)} names a column twice; expected one role for each")
+        for key, value, known in (("template", self.template, TEMPLATES), ("system", self.system, SYSTEMS)):
+            if value not in known:
+                raise InputError(f"data.{key}: {value!r}; expected one of {', '.join(known)}")
+        taken = _template_arguments() & set(self.template_kwargs)
+        if taken:
+            raise InputError(
+                f"data.template_kwargs: {', '.join(sorted(taken))} cannot be set here; they are not a template's own"
+            )
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "Reading":
+        """From the settings under `config.data`, where an empty name for a role means the role's own."""
+        names = {field.name for field in dataclasses.fields(cls)} & set(data)
+        given: dict[str, Any] = {name: data[name] for name in names}
+        columns = {role: name for role, name in dict(given.get("columns") or {}).items() if name}
+        return cls(**(given | {"columns": columns, "ignore": tuple(given.get("ignore") or ())}))
+
+
+def _template_arguments() -> set[str]:
+    from transformers import PreTrainedTokenizerBase
+
+    names = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs", "self"}
+    return names | {"messages", "strftime_now"}

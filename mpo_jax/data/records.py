@@ -1,0 +1,87 @@
+"""What a row of a data set says, as text records: the one form that every source is read into.
+
+Two keys of a record decide where it goes: `prompt_key` tells prompts apart, `first_turn` divides them into shares. Both
+come from what the data says, never from how a chat template shows it today.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One message. role: system, user, assistant or tool. rest: its other keys (tool calls, a name) as JSON, or ""."""
+
+    role: str
+    content: str
+    rest: str = ""
+
+    def message(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        return {"role": self.role, "content": self.content} | (json.loads(self.rest) if self.rest else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A prompt's conversation. tools: the functions that a model may call, as JSON, or "". options: the template's own
+    settings, as JSON, or ""."""
+
+    turns: tuple[Turn, ...]
+    tools: str = ""
+    options: str = ""
+
+    @property
+    def first_turn(self) -> str:
+        """What the user said first: the same for a conversation and all its continuations."""
+        said = [turn for turn in self.turns if turn.role == "user"] or list(self.turns)
+        return said[0].content.strip() if said else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRecord:
+    """A prompt and its replies as text.
+
+    rejected is None for posts with a reference summary; chosen is None too for prompts alone. id: the row's number in
+    its split, drops included. split: the split it came from. confidence: the annotator's, in the source's own units.
+    margin: how much better chosen is, in the source's own units. templated: prompt and replies were written by a chat
+    template, so special tokens in them are meant as such. marked: prompt and replies once more, for the rare record
+    whose messages spell out special tokens themselves: those stand between marks there and are text. chat: the
+    conversation that the prompt shows, where there is one. form: the kind of row it was read from, for messages.
+    """
+
+    prompt: str
+    chosen: str | None
+    rejected: str | None
+    id: int
+    split: str
+    confidence: float | None = None
+    margin: float | None = None
+    templated: bool = False
+    marked: tuple[str, ...] = ()
+    chat: Chat | None = None
+    form: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def prompt_key(self) -> str:
+        """Equal for equal prompts: the turns of a conversation, or the text of a prompt without turns."""
+        if self.chat is None:
+            return self.prompt
+        turns = [[turn.role, turn.content.strip(), turn.rest] for turn in self.chat.turns]
+        return json.dumps([turns, self.chat.tools], ensure_ascii=False)
+
+    @property
+    def first_turn(self) -> str:
+        """What divides records into shares: the first thing the user says, or the text of a prompt without turns."""
+        return self.prompt if self.chat is None else self.chat.first_turn
+
+
+def records_fingerprint(records: Sequence[TextRecord]) -> str:
+    """Hash of every field of every record, in order."""
+    state = hashlib.blake2b(digest_size=16)
+    names = [field.name for field in dataclasses.fields(TextRecord) if field.compare]
+    for record in records:
+        state.update(repr([getattr(record, name) for name in names]).encode("utf-8", "surrogatepass") + b"\n")
+    return state.hexdigest()

@@ -1,0 +1,81 @@
+"""Files and JSON values enter; their checksums leave, and are held against those that were written down.
+
+CRC-32 finds every flipped bit and every cut of a file; it is no defence against somebody who changes a file on purpose.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from etils import epath
+
+from mpo_jax.errors import InputError
+
+SEAL = "checksum"
+"""The key under which a sealed JSON object holds its own checksum."""
+_BLOCK = 1 << 22
+
+
+def of_file(path: epath.PathLike) -> str:
+    """The CRC-32 of a file's content, as 8 hex digits."""
+    state = 0
+    with epath.Path(path).open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            state = zlib.crc32(block, state)
+    return f"{state:08x}"
+
+
+def of_folder(folder: epath.PathLike, leave_out: Iterable[str] = ()) -> dict[str, str]:
+    """Name beneath the folder -> checksum of every file. leave_out: names of files and folders at its top."""
+    left_out = set(leave_out)
+    tops = [path for path in epath.Path(folder).iterdir() if path.name not in left_out]
+    return {name: of_file(path) for top in sorted(tops) for name, path in _files(top, top.name)}
+
+
+def verify(folder: epath.PathLike, sums: Mapping[str, str], wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """InputError that names the first file of a folder that is missing or has changed since its checksum was written.
+
+    wanted: which of the names to hold against their checksums."""
+    folder = epath.Path(folder)
+    for name, known in sums.items():
+        if not wanted(name):
+            continue
+        path = folder / name
+        if not path.exists():
+            raise InputError(f"{path}: missing; {remedy(folder)}")
+        if (found := of_file(path)) != known:
+            raise InputError(f"{path}: damaged (its checksum is {found}, {known} was written); {remedy(folder)}")
+
+
+def remedy(folder: epath.PathLike) -> str:
+    """What helps against a damaged file of a stage or a cache."""
+    return f"delete the folder {epath.Path(folder).name}, and the same command makes it again"
+
+
+def seal(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its own checksum. The values are as JSON holds them."""
+    return dict(value) | {SEAL: _of_value(value)}
+
+
+def unseal(path: epath.PathLike, value: Any) -> dict[str, Any]:
+    """The object that was sealed. InputError, naming the file, where it is none or has changed."""
+    remedy_ = remedy(epath.Path(path).parent)
+    if not isinstance(value, dict) or SEAL not in value:
+        raise InputError(f"{path}: not what this package writes, or cut; {remedy_}")
+    inner = {name: each for name, each in value.items() if name != SEAL}
+    if _of_value(inner) != value[SEAL]:
+        raise InputError(f"{path}: damaged (its checksum does not fit its text); {remedy_}")
+    return inner
+
+
+def _of_value(value: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+
+
+def _files(path: epath.Path, name: str) -> Iterable[tuple[str, epath.Path]]:
+    if not path.is_dir():
+        yield name, path
+        return
+    for child in sorted(path.iterdir()):
+        yield from _files(child, f"{name}/{child.name}")

@@ -1,0 +1,41 @@
+"""A model's config and its weights enter; the dtype that each frozen weight may be kept in leaves.
+
+A frozen copy of a policy must compute what the policy itself computes: KL 0 and ratio 1 before the first update. So a
+weight that nothing trains is kept in a narrower dtype only where the forward pass reads it in that dtype anyway.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpo_jax.models.config import ModelConfig
+from mpo_jax.sharding import map_weights
+from mpo_jax.types import PyTree
+
+
+def read_dtype(config: ModelConfig, name: str) -> str:
+    """The dtype that the forward pass casts a weight to before anything else. name: as in the tables of `sharding`."""
+    *parents, leaf = name.split("/")
+    if leaf == "scale" or parents[-1].endswith("norm") or parents[0] == "head":
+        return "float32"  # norms and the scalar head are computed in float32
+    if leaf in ("embedding", "bias"):
+        return config.activation_dtype
+    return config.operand_dtype
+
+
+def frozen_dtype(config: ModelConfig, name: str, dtype: str) -> jnp.dtype:
+    """What a weight that nothing trains is kept in, where `dtype` is asked for: that, or a wider one it is read in."""
+    return jnp.promote_types(dtype, read_dtype(config, name))
+
+
+def frozen_copy(config: ModelConfig, weights: PyTree, dtype: str) -> PyTree:
+    """Weights, or their shapes, in the dtypes that they are kept in where nothing trains them."""
+
+    def cast(name: str, leaf: Any) -> Any:
+        kept = frozen_dtype(config, name, dtype)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, kept, sharding=leaf.sharding)
+        return leaf.astype(kept)
+
+    return map_weights(cast, weights)

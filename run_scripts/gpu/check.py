@@ -1,0 +1,118 @@
+"""A GPU (or, for a proof of the check itself, a CPU) enters; OUT/gpu.json and OUT/gpu.md leave.
+
+`python -m run_scripts.gpu.check OUT [--only=numbers,whole,speed] [--platform=cpu]`, as run_scripts/gpu_check.sh starts
+it. Each part is a process of its own, so that the memory it holds ends with it, and a part that dies is a failure told.
+On a GPU, numbers and whole run side by side: nearly all of their time is compiling, on the host.
+"""
+
+import argparse
+import concurrent.futures
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpo_jax import allocator
+from run_scripts.gpu import report
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PARTS = ("numbers", "whole", "speed")
+_PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12",
+             "flax", "optax", "orbax-checkpoint", "transformers", "torch", "numpy")  # fmt: skip
+_SECONDS = {"numbers": 400, "whole": 400, "speed": 1800}  # a part that takes longer hangs
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--platform", choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument("--cases", default="", help="of the part speed: these alone, by name")
+    parser.add_argument("--seconds", type=int, default=240, help="of the part speed: later no case begins")
+    parser.add_argument("--no-torch", action="store_true", help="of the part speed: without torch beside it")
+    given = parser.parse_args()
+    only = given.only.split(",")
+    for name in only:
+        if name not in PARTS:
+            parser.error(f"--only={name}: expected some of {', '.join(PARTS)}")
+    given.out.mkdir(parents=True, exist_ok=True)
+    extra = [f"--cases={given.cases}", f"--seconds={given.seconds}", *["--no-torch"] * given.no_torch]
+    with concurrent.futures.ThreadPoolExecutor(2 if given.platform == "gpu" else 1) as pool:
+        list(pool.map(lambda name: run_part(name, given.out, given.platform), [x for x in only if x != "speed"]))
+    if "speed" in only:
+        run_part("speed", given.out, given.platform, extra)
+    return finish(given.out, describe(given.platform))
+
+
+def run_part(name: str, out: Path, where: str, extra: Sequence[str] = ()) -> None:
+    """Runs a part; what it finds lies in out/name.json, also where it dies."""
+    path = out / f"{name}.json"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", f"run_scripts.gpu.{name}", f"--out={path}", f"--platform={where}", *extra]
+    try:
+        done = subprocess.run(command, cwd=ROOT, timeout=_SECONDS[name], env=environment(where, name)).returncode
+        words = f"the process ended with status {done}"
+    except subprocess.TimeoutExpired:
+        words = f"stopped after {_SECONDS[name]} seconds"
+    found = json.loads(path.read_text()) if path.exists() else {"part": name, "done": False, "seconds": 0.0, "rows": []}
+    if not found["done"]:
+        row = {"name": "the part itself", "value": words, "unit": "", "bound": "comes to its end", "ok": False}
+        found["rows"].append(row | {"note": ""})
+        path.write_text(json.dumps(found, indent=1))
+
+
+def finish(out: Path, machine: dict[str, str]) -> int:
+    """Writes both files from the parts that lie in `out`, those of earlier calls too; the exit status."""
+    paths = [out / f"{name}.json" for name in PARTS]
+    parts = {path.stem: json.loads(path.read_text()) for path in paths if path.exists()}
+    (out / "gpu.json").write_text(json.dumps({"machine": machine, "parts": parts}, indent=1))
+    (out / "gpu.md").write_text(report.markdown(machine, parts))
+    print(f"{report.verdict(parts)}; the table is in {out / 'gpu.md'}")
+    return 1 if report.failures(parts) or not parts else 0
+
+
+def environment(where: str, name: str) -> dict[str, str]:
+    """Of a part: JAX's platform, with the CPU beside a GPU, to be compared with; nothing asks a network. Of the card,
+    speed takes what a run takes, and the others leave room for each other and for torch."""
+    share = allocator.GPU_SHARE if name == "speed" else 0.3
+    set_here = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    set_here["JAX_PLATFORMS"] = "cpu" if where == "cpu" else "cuda,cpu"
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(share)} | os.environ | set_here
+
+
+def describe(where: str) -> dict[str, str]:
+    """Date, card, driver and versions, as words."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "card": "none: run on a CPU, to prove the check itself" if where == "cpu" else _card(),
+        "python": platform.python_version(),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+    return found
+
+
+def _card() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "unknown (no nvidia-smi)"
+    asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    done = subprocess.run(asked, capture_output=True, text=True)
+    name, memory, driver = (
+        part.strip() for part in (done.stdout.splitlines() or ["unknown,unknown,unknown"])[0].split(",")
+    )
+    return f"{name}, {memory}, driver {driver}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Frozen copies in bfloat16 of every family, whole and as adapters, in every compute dtype: they compute what the
+trained copies compute, so that KL is 0 and the ratio 1 before the first update."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpo_jax import sampling, scoring
+from mpo_jax.models import decoder, lora, parameters
+from mpo_jax.models.config import DTYPES, LoraConfig
+from mpo_jax.types import Batch
+
+FAMILIES = ("llama", "llama_linear", "qwen2", "qwen3", "gemma2", "gpt_neox", "gpt2")
+
+
+def batch(rows=3, length=24) -> Batch:
+    tokens = np.random.default_rng(0).integers(3, 96, (rows, length)).astype(np.int32)
+    columns = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    segments = np.where(columns < 8, 1, 2).astype(np.int32)
+    ids, weight = np.arange(rows, dtype=np.int32), np.ones(rows, np.float32)
+    return Batch(tokens, columns, segments, ids, ids, weight, window=16)
+
+
+def trained(random_model, name, dtype, rank):
+    """Float32 weights as training holds them, in every leaf of which bfloat16 would lose something."""
+    config, weights = random_model(name, dtype=dtype)
+    if rank:
+        config = dataclasses.replace(config, lora=LoraConfig(rank, 8.0, ("q", "o", "down")))
+        weights = weights | lora.init(config, jax.random.key(0))
+    flat, tree = jax.tree.flatten(weights)
+    noise = np.random.default_rng(1)
+    return config, jax.tree.unflatten(tree, [x + 0.05 * noise.standard_normal(x.shape, np.float32) for x in flat])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "rank"), [("llama_linear", 3), ("qwen3", 0), ("gemma2", 0), ("gpt_neox", 3), ("gpt2", 0)]
+)
+def test_a_frozen_copy_computes_what_the_trained_one_computes(random_model, name, dtype, rank):
+    config, weights = trained(random_model, name, dtype, rank)
+    frozen = parameters.frozen_copy(config, weights, "bfloat16")
+    rows = batch()
+
+    @jax.jit
+    def computed(weights, rows):
+        logps = scoring.response_logps(config, weights, rows, entropy=True)
+        return logps.logps, logps.entropy, scoring.response_scores(config, weights, rows, 1)
+
+    # Not bit for bit: arguments of other dtypes make another program, whose float32 sums may run in another order.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), computed(weights, rows), computed(frozen, rows)
+    )
+    layouts = (jax.jit(sampling.decode_layout, static_argnums=0)(config, tree) for tree in (weights, frozen))
+    jax.tree.map(np.testing.assert_array_equal, *layouts)
+    if dtype == "bfloat16":  # and rounding all of it is not the same
+        rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights)
+        assert np.abs(np.asarray(computed(rounded, rows)[2] - computed(weights, rows)[2])).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_what_is_read_narrow_is_kept_narrow(random_model, name):
+    for dtype, wide in (("float32", {"all"}), ("mixed", {"embedding", "bias", "norms"}), ("bfloat16", {"norms"})):
+        config, weights = trained(random_model, name, dtype, 3)
+        flat = jax.tree_util.tree_flatten_with_path(parameters.frozen_copy(config, weights, "bfloat16"))[0]
+        for path, leaf in flat:
+            *_, parent, own = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+            kinds = {"all", own} | ({"norms"} if parent.endswith("norm") or parent == "head" else set())
+            assert leaf.dtype == (jnp.float32 if kinds & wide else jnp.bfloat16), (dtype, path)
+    config, weights = trained(random_model, name, "bfloat16", 3)
+    kept = parameters.frozen_copy(config, weights, "float32")
+    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {np.dtype(np.float32)}
+
+
+def test_what_a_plan_counts_is_what_a_run_keeps(random_model):
+    config, weights = trained(random_model, "gpt2", "bfloat16", 3)
+    shapes = parameters.frozen_copy(config, jax.eval_shape(lambda: weights), "bfloat16")
+    kept = parameters.frozen_copy(config, weights, "bfloat16")
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), kept)
+
+
+def test_a_sampler_reads_norms_as_the_scorer_does(random_model):
+    config, weights = trained(random_model, "gemma2", "bfloat16", 0)
+    cast = decoder.cast_weights(config, weights)
+    assert cast["params"]["final_norm"]["scale"].dtype == jnp.float32
+    assert cast["params"]["layers"]["attn"]["q"]["kernel"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("name", "rank"), [("qwen3", 3), ("gpt2", 0)])
+def test_log_probs_in_bfloat16_do_not_rest_on_which_casts_the_compiler_keeps(random_model, name, rank):
+    config, weights = trained(random_model, name, "bfloat16", rank)
+    found = []
+    for excess in (True, False):
+        options = {"xla_allow_excess_precision": excess}
+        run = jax.jit(lambda w, rows: scoring.response_logps(config, w, rows).logps, compiler_options=options)
+        found.append(np.asarray(run(weights, batch())))
+    np.testing.assert_array_equal(*found)
