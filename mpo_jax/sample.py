@@ -2,11 +2,13 @@
 
 `python -m mpo_jax.sample --model=FOLDER_OR_STAGE --prompt="Once upon a time" --n=4 --temperature=0.7
 --max_new_tokens=64 --seed=0`. Temperature 0 is greedy. One reply is printed token by token; of several, each when it is
-complete, behind its number.
+complete, behind its number. Where the model has a chat template, the prompt is the user's turn; `--raw` continues its
+text as it stands. Without `--prompt`, each line of the standard input is a turn of one conversation.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 
 import jax
 from absl import flags
@@ -14,6 +16,8 @@ from absl import flags
 from mpo_jax import command, finished, sampling
 from mpo_jax.artifacts import POLICY
 from mpo_jax.data.prompts import prompt_batch
+from mpo_jax.data.records import TextRecord
+from mpo_jax.data.sources import conversation
 from mpo_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from mpo_jax.data.tokenizer import stop_ids as all_stop_ids
 from mpo_jax.errors import InputError
@@ -27,7 +31,7 @@ _HELD_BACK = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
 
 
 def replies(
-    config: ModelConfig, settings: SamplingConfig, weights: PyTree, tokenizer, prompt: str, seed: int
+    config: ModelConfig, settings: SamplingConfig, weights: PyTree, tokenizer, prompt: str | TextRecord, seed: int
 ) -> Iterator[tuple[int, str, bool]]:
     """Pieces of the replies to a prompt as they come: (which reply, text, whether that ends it)."""
     batch = prompt_batch([prompt], tokenizer)
@@ -65,27 +69,61 @@ def load(model: str) -> tuple[ModelConfig, PyTree, str, tuple[int, ...]]:
     return config, weights, str(hf.resolve(job.config.model.path)), jobs.stop_ids(job)
 
 
-def speak(model: str, prompt: str, settings: SamplingConfig, seed: int) -> None:
-    """Prints the replies of a policy to a prompt; the settings' stop ids are the policy's, and what ends a reply
-    in training data."""
+def speak(
+    model: str,
+    prompts: str | Iterator[str],
+    settings: SamplingConfig,
+    seed: int,
+    system: str = "",
+    raw: bool = False,
+) -> None:
+    """Prints the replies of a policy to a prompt, or to each of several, which are then the turns of one conversation.
+    The settings' stop ids are the policy's, and what ends a reply in training data.
+
+    system: a system turn before all others. raw: the prompts are continued as they stand, each by itself.
+    """
     config, weights, folder, stop_ids = load(model)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config.vocab_size, folder)
     settings = dataclasses.replace(settings, stop_ids=all_stop_ids(tokenizer, stop_ids))
     settings.check(config, 1)
-    unfinished = [""] * settings.n
-    for index, piece, ended in replies(config, settings, weights, tokenizer, prompt, seed):
-        if settings.n == 1:
+    chat = bool(tokenizer.chat_template) and not raw
+    if system and not chat:
+        raise InputError("--system: a prompt without a chat template has no system turn; leave it out")
+    turns = [{"role": "system", "content": system}] if system else []
+    for prompt in [prompts] if isinstance(prompts, str) else prompts:
+        turns.append({"role": "user", "content": prompt})
+        shown = conversation(turns, tokenizer) if chat else prompt
+        said = _print(replies(config, settings, weights, tokenizer, shown, seed), settings.n)
+        turns.append({"role": "assistant", "content": said.strip()})
+
+
+def _print(pieces: Iterator[tuple[int, str, bool]], n: int) -> str:
+    """Prints replies as they come; the first of them."""
+    said = [""] * n
+    for index, piece, ended in pieces:
+        said[index] += piece
+        if n == 1:
             print(piece, end="\n" if ended else "", flush=True)
-            continue
-        unfinished[index] += piece
-        if ended:
-            print(f"[{index}] {unfinished[index]}", flush=True)
+        elif ended:
+            print(f"[{index}] {said[index]}", flush=True)
+    return said[0]
+
+
+def turns_of(lines: Sequence[str] | Iterator[str]) -> Iterator[str]:
+    """The turns that a person types, or pipes in: lines that are not empty."""
+    if sys.stdin.isatty():
+        print("one line is one turn; Ctrl-D ends the conversation", file=sys.stderr)
+    for line in lines:
+        if line.strip():
+            yield line.rstrip("\n")
 
 
 def define() -> None:
     flags.DEFINE_string("model", None, "Hugging Face folder, or WORKDIR/NAME of a finished stage.")
-    flags.DEFINE_string("prompt", None, "What the replies continue.")
+    flags.DEFINE_string("prompt", None, "What the replies answer or continue. Default: lines of the standard input.")
+    flags.DEFINE_string("system", "", "A system turn, for a model with a chat template.")
+    flags.DEFINE_bool("raw", False, "Continue the prompt's text as it stands, without the model's chat template.")
     flags.DEFINE_integer("n", 1, "Replies to the prompt.")
     flags.DEFINE_float("temperature", 1.0, "0 is greedy.")
     flags.DEFINE_integer("top_k", None, "Sample from the most probable tokens alone. Default: from all.")
@@ -98,8 +136,10 @@ def define() -> None:
 def work() -> None:
     given = flags.FLAGS
     model, prompt = given.model, given.prompt
-    if not model or not prompt:
+    if not model or prompt == "":
         raise InputError(f"--{'prompt' if model else 'model'} is missing; give --model=FOLDER_OR_STAGE --prompt=TEXT")
+    if prompt is None and given.n > 1:
+        raise InputError(f"--n={given.n}: a conversation goes on from one reply; give a --prompt, or n=1")
     settings = SamplingConfig(
         temperature=given.temperature,
         top_k=given.top_k,
@@ -108,7 +148,7 @@ def work() -> None:
         max_new_tokens=given.max_new_tokens,
         n=given.n,
     )
-    speak(model, prompt, settings, given.seed)
+    speak(model, turns_of(sys.stdin) if prompt is None else prompt, settings, given.seed, given.system, given.raw)
 
 
 def run() -> None:

@@ -3,7 +3,9 @@ what they claim, alone or in a batch, on one device or eight."""
 
 import dataclasses
 import functools
+import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -458,9 +460,41 @@ def test_spoken_replies(stories, capfd):
         spoken("a", n=2, temperature=0.0)
 
 
+def test_a_conversation_goes_through_the_chat_template(tmp_path, stories, capfd, monkeypatch):
+    """What the model reads is what transformers' template makes of all turns so far."""
+    folder = tmp_path / "chat"
+    shutil.copytree(stories, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    read = []
+    real = sample.prompt_batch
+
+    def noted(prompts, tokenizer):
+        read.append(prompts[0])
+        return real(prompts, tokenizer)
+
+    monkeypatch.setattr(sample, "prompt_batch", noted)
+    how = SamplingConfig(temperature=0.0, max_new_tokens=4)
+    sample.speak(str(folder), iter(["Hello", "Bye"]), how, 0, system="Be kind.")
+    first = capfd.readouterr().out.split("\n")[0].strip()
+    turns = [("system", "Be kind."), ("user", "Hello"), ("assistant", first), ("user", "Bye")]
+    tokenizer = load_tokenizer(str(folder))
+    for count, record in ((2, read[0]), (4, read[1])):
+        messages = [{"role": role, "content": text} for role, text in turns[:count]]
+        assert record.prompt == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    sample.speak(str(folder), "Hello", how, 0, raw=True)
+    assert read[2] == "Hello"
+    with pytest.raises(InputError, match="--system"):
+        sample.speak(str(stories), "Hello", how, 0, system="Be kind.")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--prompt="], "--prompt is missing"), (["--prompt=a", "--model=nowhere"], "nowhere")],
+    [(["--n=2"], "--n=2"), (["--prompt="], "--prompt is missing"), (["--prompt=a", "--model=nowhere"], "nowhere")],
 )
 def test_command_line_refuses_in_one_line(stories, flags, message):
     command = [sys.executable, "-m", "mpo_jax.sample", f"--model={stories}", *flags]
