@@ -12,7 +12,8 @@ from mpo_jax import recipes
 MODEL = recipes.MODELS["tiny"]
 
 
-def get_config():
+def get_config(variant=""):
+    recipes.variants(variant, models=False)
     config = recipes.config()
     config.name = "quickstart"
     config.model.path = MODEL

@@ -61,17 +61,29 @@ def check_card() -> None:
         return
     if os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() in ("false", "0"):
         return
-    share = float(next((os.environ[name] for name in _FRACTIONS if os.environ.get(name)), GPU_SHARE))
+    share = _share()
     for name, total, free in _cards():
         if share * total <= free:
             continue
-        fits = int(100 * free / total) - 2
+        fits = int(100 * free / max(total, 1)) - 2
         remedy = f" or set {_FRACTION}=0.{fits:02d}" if fits >= 5 else ""
         raise InputError(
             f"{name}: {free / 1024:.1f} of {total / 1024:.1f} GiB are free, and this process would take "
             f"{share * total / 1024:.1f}; another process holds the rest (nvidia-smi names it). End that one, choose "
             f"another card with CUDA_VISIBLE_DEVICES,{remedy or ' or wait'}"
         )
+
+
+def _share() -> float:
+    """Of a card, as the environment says. InputError for what is no share."""
+    name = next((name for name in _FRACTIONS if os.environ.get(name)), "")
+    try:
+        share = float(os.environ[name]) if name else GPU_SHARE
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise InputError(f"{name}: {os.environ[name]!r}; expected a number above 0 and up to 1")
+    return share
 
 
 def _cards() -> list[tuple[str, float, float]]:

@@ -122,13 +122,6 @@ def write_arrays(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None
     write_bytes(path, held.getvalue())
 
 
-def write_array(path: epath.PathLike, array: np.ndarray) -> None:
-    """An .npy file of one array, see `write_bytes`."""
-    held = io.BytesIO()
-    np.save(held, array)
-    write_bytes(path, held.getvalue())
-
-
 def write_gaps(folder: epath.PathLike, table: GapTable) -> None:
     """The scored pairs of a split."""
     arrays = {field.name: getattr(table, field.name) for field in dataclasses.fields(table)}
@@ -161,7 +154,14 @@ def read_json(path: epath.PathLike, default: Any = None) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); delete its folder to run the stage again") from error
+        raise InputError(f"{path}: not valid JSON ({error}); {_remedy(path)}") from error
+
+
+def _remedy(path: epath.Path) -> str:
+    """What helps against a damaged file: of a run's own folder or its cache that file alone is made again."""
+    if path.name == STAGES_FILE or path.parent.name == CACHE:
+        return "delete this file, and the same command writes it again"
+    return integrity.remedy(path.parent)
 
 
 def read_lines(path: epath.PathLike) -> list[Any]:
@@ -169,8 +169,12 @@ def read_lines(path: epath.PathLike) -> list[Any]:
     path = epath.Path(path)
     if not path.exists():
         raise InputError(f"{path}: not found")
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; {_remedy(path)}") from error
     rows = []
-    for number, line in enumerate(split_lines(path.read_text()), 1):
+    for number, line in enumerate(split_lines(text), 1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
@@ -204,7 +208,7 @@ def _numpy(path: epath.PathLike, read: Callable[[Any], Any]) -> Any:
     try:
         return read(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: damaged ({error}); delete its folder to run the stage again") from error
+        raise InputError(f"{path}: damaged ({error}); {_remedy(path)}") from error
 
 
 # Stages ---------------------------------------------------------------------------------------------------------------
@@ -235,7 +239,10 @@ def verify(folder: epath.PathLike, weights: bool = True) -> None:
 def stage_folders(workdir: epath.PathLike) -> dict[str, epath.Path]:
     """Name -> folder of a run's stages, as its STAGES_FILE lists them; {} where the folder is no run's."""
     file = epath.Path(workdir) / STAGES_FILE
-    return {name: file.parent / folder for name, folder in read_json(file, default={}).items()}
+    folders = read_json(file, default={})
+    if not isinstance(folders, dict) or not all(isinstance(each, str) for each in folders.values()):
+        raise InputError(f"{file}: expected the names of stages with their folders; {_remedy(file)}")
+    return {name: file.parent / folder for name, folder in folders.items()}
 
 
 def finished_stages(workdir: epath.PathLike) -> dict[str, tuple[epath.Path, dict[str, Any]]]:

@@ -6,11 +6,14 @@ codes. Flags are defined when a command begins, not when its module is imported,
 
 import inspect
 import json
+import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 from absl import flags, logging
 
 from mpo_jax import settings
@@ -82,27 +85,100 @@ def config_file(name: str) -> str:
 
 def _parse(argv: list[str], folders: str) -> None:
     """Reads the flags. InputError for one that is unknown, mistyped, or names no setting of the config."""
-    given = [argv[0]]
+    given, config = [argv[0]], ""
     rest = iter(argv[1:])
     for argument in rest:
         if argument == "--config":
             argument = f"--config={next(rest, '')}"
         head, _, value = argument.partition("=")
-        given.append(f"--config={config_file(value)}" if head == "--config" else argument)
-    if folders and (named := [argument for argument in given[1:] if not argument.startswith("-")]):
+        if head == "--config":
+            if config:
+                raise InputError(f"--config: given twice, {config} and {value}; expected one")
+            config = value
+            argument = f"--config={config_file(value)}"
+        given.append(argument)
+    named = [argument for argument in given[1:] if not argument.startswith("-")] if folders else []
+    if named:
+        if (
+            len(named) > 1
+            and not isinstance(flags.FLAGS[folders], flags.MultiFlag)
+            and flags.FLAGS[folders].value is None
+        ):
+            raise InputError(f"--{folders}: expected one folder; found {len(named)}")
         given = [argument for argument in given if argument not in named] + [f"--{folders}={','.join(named)}"]
+    if config:
+        _check_overrides(_load(given, config), given)
     try:
+        sys.argv = given  # where overrides of the config are looked for
         left = flags.FLAGS(given)
+    except flags.UnrecognizedFlagError as error:
+        raise InputError(f"--{error.flagname}: no such flag; --help lists them") from None
     except flags.Error as error:
-        raise InputError(" ".join(str(error).split()).removeprefix("flag ")) from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        cause: BaseException = error
-        while cause.args and isinstance(cause.args[0], BaseException):  # ml_collections wraps a mistyped key's KeyError
-            cause = cause.args[0]
-        told = " ".join(str(cause.args[0] if cause.args else cause).split())
-        raise InputError(told if isinstance(cause, InputError) else f"--config: no such key: {told}") from error
+        raise InputError(_reworded(" ".join(str(error).split()).removeprefix("flag "))) from None
     if len(left) > 1:
         raise InputError(f"unexpected arguments {left[1:]}; every argument is a flag, as in --name=value")
+
+
+def _load(given: list[str], typed: str) -> Any:
+    """The config by itself, before anything is overridden. InputError for whatever is wrong with its file."""
+    alone = [given[0], next(argument for argument in given if argument.startswith("--config="))]
+    sys.argv = alone
+    try:
+        flags.FLAGS(alone)
+    except Exception as error:  # a config is code of somebody else's
+        raise InputError(f"--config={typed}: {_cause(error)}") from error
+    config = flags.FLAGS["config"].value
+    flags.FLAGS.unparse_flags()
+    if not isinstance(config, ml_collections.ConfigDict):
+        kind = type(config).__name__
+        raise InputError(f"--config={typed}: get_config() returned {kind}; expected an ml_collections.ConfigDict")
+    return config
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong at the bottom of an error, and where in the config."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    if isinstance(error, InputError):
+        return str(error)
+    if "no attribute 'get_config'" in str(error):
+        return "defines no get_config(); expected a Python file with one, as configs/tldr.py"
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno}: {error.msg}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "mpo_jax" not in frame.filename]
+    place = f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
+
+
+def _check_overrides(config: Any, given: list[str]) -> None:
+    """InputError, by the whole key, for an override of what the config has not."""
+    for argument in given[1:]:
+        name = argument.partition("=")[0].removeprefix("--config.")
+        if not argument.startswith("--config."):
+            continue
+        part: Any = config
+        for depth, key in enumerate(parts := name.split("."), 1):
+            if not isinstance(part, ml_collections.ConfigDict):
+                raise InputError(f"{name}: no such setting; {'.'.join(parts[: depth - 1])} has none within it")
+            if key not in part:
+                raise InputError(f"{'.'.join(parts[:depth])}: no such setting{settings.nearest(key, part)}")
+            part = part[key]
+        if isinstance(part, ml_collections.ConfigDict):
+            raise InputError(
+                f"{name}: expected one of its settings, as --config.{name}.{next(iter(part), 'NAME')}=VALUE"
+            )
+
+
+def _reworded(told: str) -> str:
+    """A flag's own error by the setting's key, in our words."""
+    found = re.match(r"--config\.([\w.]+)=(.*?): ", told)
+    if found is None:
+        return told
+    value: Any = flags.FLAGS["config"].value
+    for key in found[1].split("."):
+        value = value[key] if isinstance(value, ml_collections.ConfigDict) and key in value else None
+    words = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list, as a,b"}
+    return f"{found[1]}: {found[2]!r}; expected {words.get(type(value), 'another value')}"
 
 
 def _fail(told: str) -> None:

@@ -26,6 +26,8 @@ def find(stage: epath.PathLike) -> epath.Path:
     known = artifacts.stage_folders(path.parent)
     folder = known.get(path.name, path)
     if not (folder / artifacts.CONFIG).exists():
+        if path.name in known:
+            raise InputError(f"{stage}: {folder.name} holds no {artifacts.CONFIG}; run the stage again")
         hint = f"; expected one of {', '.join(known)}" if known else f"; no {artifacts.STAGES_FILE} in {path.parent}"
         raise InputError(f"{stage}: no such stage{hint}")
     if artifacts.read_manifest(folder) is None:

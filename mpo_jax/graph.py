@@ -96,7 +96,10 @@ def _content(stage: str, key: str, value: Any) -> Any:
         return value
     if not epath.Path(value).is_file():
         raise InputError(f"stages.{stage}.{key}: {value}: no such file")
-    return epath.Path(value).read_text()
+    try:
+        return epath.Path(value).read_text()
+    except UnicodeDecodeError as error:
+        raise InputError(f"stages.{stage}.{key}: {value}: not UTF-8 at byte {error.start}") from error
 
 
 def connections(run: Run) -> dict[str, Inputs]:

@@ -22,7 +22,6 @@ from mpo_jax.errors import InputError
 from mpo_jax.models import hf, presets
 from mpo_jax.run import Run
 from mpo_jax.stages import kinds
-from mpo_jax.stages.loop import NonFinite
 
 
 def define() -> None:
@@ -48,10 +47,7 @@ def work() -> int | None:
     # Compiled programs outlive the process: a resumed or repeated run starts with its first step at once.
     jax.config.update("jax_compilation_cache_dir", str(workdir / COMPILED))
     mesh = sharding.make_mesh(**dict(config.mesh))
-    try:
-        pipeline.run(config, workdir, mesh, given.stages)
-    except NonFinite as error:
-        raise InputError(str(error)) from error
+    pipeline.run(config, workdir, mesh, given.stages)
     return None
 
 
@@ -63,7 +59,10 @@ def read(config) -> Run:
 def dry_run(config: Run, workdir: epath.Path, only: list[str]) -> str:
     """Checks everything; the graph with the state of every stage. Neither weights nor data need be at hand: then keys
     are unknown. Nothing is downloaded, and nothing is written."""
-    here = hf.at_hand(config.model.path)
+    try:
+        here = hf.at_hand(config.model.path)
+    except InputError as error:
+        raise InputError(f"model.path: {error}") from None
     known = parts.at_hand(config.data.path) and here
     notes = []
     try:

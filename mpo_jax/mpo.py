@@ -9,7 +9,7 @@ import difflib
 import importlib
 import sys
 
-from mpo_jax import allocator
+from mpo_jax import __version__, allocator
 
 COMMANDS = {
     "run": ("mpo_jax.main", "run the stages of a config that are not done"),
@@ -30,9 +30,7 @@ def main() -> None:
         print(_help())
         sys.exit(0 if name else 1)
     if name == "--version":
-        from importlib.metadata import version
-
-        print(f"mpo_jax {version('mpo_jax')}")
+        print(f"mpo_jax {__version__}")
         return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)

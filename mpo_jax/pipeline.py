@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from etils import epath
 
+import mpo_jax
 from mpo_jax import artifacts, graph, processes, settings
 from mpo_jax.artifacts import BASE
 from mpo_jax.errors import InputError
@@ -28,6 +29,7 @@ from mpo_jax.run import Run, as_json
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import kinds
 from mpo_jax.stages.job import Job
+from mpo_jax.stages.nonfinite import NonFinite
 
 PACKAGES = ("mpo_jax", "jax", "flax", "optax", "orbax-checkpoint")
 
@@ -51,6 +53,8 @@ def check(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = (), pres
     """
     inputs = graph.connections(config)
     wanted = graph.needed(inputs, only)
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir: {workdir} is no folder; expected one, or a name that is not taken")
     if any(kinds.of(config.stages[name]).mapped for name in wanted):
         jobs.local(workdir)
     if preset is None:
@@ -128,6 +132,7 @@ def run_stage(config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node],
     job = Job(node.name, node.settings, config, node.folder, workdir, taken, mesh)
     kind = kinds.of(node.settings)
     kind.check(job)
+    packages = {name: _version(name) for name in PACKAGES}
     processes.first(functools.partial(_verify, [nodes[source].folder for source in node.sources]))
     inputs = _inputs(nodes, node)
     if jobs.is_first():
@@ -136,7 +141,10 @@ def run_stage(config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node],
         artifacts.write_json(node.folder / artifacts.INPUTS, inputs)
     processes.barrier(f"{node.name} begun")
     with jax.set_mesh(mesh):
-        summary = kind.run(job)
+        try:
+            summary = kind.run(job)
+        except NonFinite as error:
+            raise InputError(f"stages.{node.name}: {error}") from error
     processes.barrier(f"{node.name} finished")
     if jobs.is_first():
         manifest = {
@@ -148,12 +156,20 @@ def run_stage(config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node],
             "shared": node.shared,
             "inputs": inputs,
             "vocabulary": jobs.model(job).vocab_size,
-            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "packages": packages,
             "data": [account.as_json() for account in job.accounts],
             "summary": summary,
         }
         artifacts.write_manifest(node.folder, manifest)
     processes.barrier(f"{node.name} written")
+
+
+def _version(package: str) -> str:
+    """Of an installed package; this one may run from a clone that nothing installed."""
+    try:
+        return mpo_jax.__version__ if package == mpo_jax.__name__ else importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _verify(folders: Iterable[epath.Path]) -> None:

@@ -15,6 +15,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from mpo_jax import command, main
+from mpo_jax.errors import InputError
 from mpo_jax.planning import chips, proposal, report, stages
 from mpo_jax.planning.estimate import Assumptions
 from mpo_jax.run import Run
@@ -34,6 +35,8 @@ def define() -> None:
 def work() -> int:
     given = flags.FLAGS
     topology = command.required(given.topology, "topology", chips.known("").removeprefix("expected "))
+    if given.json and not epath.Path(given.json).parent.is_dir():
+        raise InputError(f"--json: {given.json}: no such folder; make it first")
     logging.set_verbosity(logging.ERROR)
     assumptions = Assumptions(given.pairs, given.easy, given.utilisation)
     fits = plan(main.read(given.config), topology, assumptions, given.stages, given.propose, given.json)

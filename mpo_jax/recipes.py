@@ -50,19 +50,22 @@ def _values(section: settings.Section) -> dict[str, Any]:
     return {name: _values(value) if isinstance(value, settings.Section) else value for name, value in found.items()}
 
 
-def variants(text: str, *known: str) -> tuple[set[str], str]:
-    """The words after a config's colon (`debug,pythia-1b`): those of `known`, and the base model's name or ""."""
+def variants(text: str, *known: str, models: bool = True) -> tuple[set[str], str]:
+    """The words after a config's colon (`debug,pythia-1b`): those of `known`, and the base model's name or "".
+
+    models: whether a model may be named. InputError for any other word."""
     words = [word for word in text.split(",") if word]
-    allowed = [*known, *MODELS]
+    allowed = [*known, *(MODELS if models else ())]
+    some = f"some of {', '.join(allowed)}" if allowed else "none: this config has no variants"
     for word in words:
         if word not in allowed:
             near = difflib.get_close_matches(word, allowed, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; expected some of {', '.join(allowed)}"
+            hint = f"; did you mean {near[0]!r}?" if near else f"; expected {some}"
             raise InputError(f"config: no variant {word!r}{hint}")
-    models = [word for word in words if word in MODELS]
-    if len(models) > 1:
-        raise InputError(f"config: two models, {' and '.join(models)}; expected one")
-    return {word for word in words if word in known}, "".join(models)
+    named = [word for word in words if word in MODELS]
+    if len(named) > 1:
+        raise InputError(f"config: two models, {' and '.join(named)}; expected one")
+    return {word for word in words if word in known}, "".join(named)
 
 
 def crossfit(stages, reward: str, split: str, folds: int) -> None:

@@ -40,7 +40,7 @@ class Model(Section):
         "auto", "of computation; auto: bfloat16 on accelerators, float32 on a CPU"
     )
     frozen_dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "of frozen weights; auto: bfloat16 on accelerators, float32 on a CPU"
+        "auto", "of frozen weights; auto: float32 on a CPU or where dtype is, else bfloat16"
     )
     remat: Remat = setting(
         "none", "what is computed again in the backward pass; full keeps a layer's input, dots matrix products too",
@@ -151,7 +151,7 @@ class Run(Section):
 
     name: str = setting("mpo", "of the run, shown in its reports", min_length=1)
     seed: Seed = setting(0, "of data order, sampling and fresh weights")
-    plugins: Names = setting((), "modules that register kinds, objectives or labellers of their own")
+    plugins: Names = setting((), "modules that register kinds, objectives, estimators or labellers of their own")
     model: Model = Model()
     mesh: Mesh = Mesh()
     data: Data = Data()
@@ -194,7 +194,7 @@ def parse(values: Mapping[str, Any], kinds: Mapping[str, type[StageSettings]], f
 def check_name(name: Any) -> None:
     """InputError for a stage's name that can't be a folder's."""
     wrong = not isinstance(name, str) or not name or name.startswith((".", "-")) or len(name) > 100
-    if wrong or any(letter in name for letter in "/\\: \0\n"):
+    if wrong or any(letter in name for letter in "/\\:, \0\n"):
         raise InputError(f"stages.{name}: expected a name of letters, digits, '_', '-' and '.', as a folder has")
 
 

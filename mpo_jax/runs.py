@@ -45,6 +45,8 @@ def listing(workdir: epath.Path) -> str:
         shown = kinds.shown().get(manifest["kind"], Shown())
         told = ", ".join(figures(manifest["summary"], shown.figures))
         rows.append((name, manifest["kind"], "done", f"{made:%Y-%m-%d %H:%M}", told))
+    if not rows:
+        return "  no stages"
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip()

@@ -37,15 +37,21 @@ Share = Annotated[float, annotated_types.Interval(ge=0, le=1)]
 
 
 def _one_or_many(value: Any) -> Any:
-    if isinstance(value, list):
-        value = tuple(value)
+    value = _parted(value)
     if isinstance(value, str) or (isinstance(value, tuple) and all(isinstance(each, str) for each in value)):
         return value
     raise PydanticCustomError("names", "expected a name, or a list of names")
 
 
-LISTS = pydantic.BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-"""Lists are tuples too: what a config or a JSON file holds."""
+def _parted(value: Any) -> Any:
+    """A list as a tuple; "a,b" within it, as a flag gives, as two."""
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(part for each in value for part in (each.split(",") if isinstance(each, str) else [each]))
+
+
+LISTS = pydantic.BeforeValidator(_parted)
+"""What a config, a JSON file or a flag holds for several values."""
 Names = Annotated[tuple[str, ...], LISTS]
 """Several names."""
 OneOrMany = Annotated[
@@ -169,7 +175,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: the one that was probably meant, or all that there are."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; expected one of {', '.join(known)}" if len(known) <= 12 else "; `mpo run --help` lists what there is"
 
 
 _EXPECTED = {

@@ -94,10 +94,10 @@ def work() -> None:
     path, folder = given.data_path, given.tokenizer
     limits, division = Limits(512, 192), Division(path or "")
     if given.config is not None:
-        given.config.data.path, given.config.model.path = (
-            path or given.config.data.path,
-            folder or given.config.model.path,
-        )
+        for section, value in (("data", path), ("model", folder)):
+            if value:
+                given.config[section] = given.config.get(section, {})
+                given.config[section].path = value
         config = main.read(given.config)
         data, path, folder = config.data, config.data.path, config.model.path
         limits = Limits(data.max_length, data.max_response, data.max_prompt or None, data.too_long)

@@ -83,7 +83,7 @@ def choose(
     InputError for an unknown setting.
     """
     if setting not in ATTENTION_SETTINGS:
-        raise InputError(f"attention: {setting!r}; expected one of {list(ATTENTION_SETTINGS)}")
+        raise InputError(f"model.attention: {setting!r}; expected one of {list(ATTENTION_SETTINGS)}")
     if setting != "auto":
         return Choice(setting, f"model.attention={setting} asks for it")
     if platform != "gpu":

@@ -40,9 +40,9 @@ class LoraConfig:
     def __post_init__(self):
         unknown = sorted(set(self.targets) - set(PROJECTIONS))
         if unknown or not self.targets:
-            raise InputError(f"lora.targets: {unknown or 'empty'}; expected names among {list(PROJECTIONS)}")
+            raise InputError(f"model.lora.targets: {unknown or 'empty'}; expected names among {list(PROJECTIONS)}")
         if self.rank < 1:
-            raise InputError(f"lora.rank: {self.rank}; expected at least 1")
+            raise InputError(f"model.lora.rank: {self.rank}; expected at least 1")
 
     @property
     def scale(self) -> float:
@@ -132,19 +132,21 @@ class ModelConfig:
             return
         name = self.attention
         if self.heads % tensor:
-            raise InputError(f"attention: {name} needs heads that mesh tensor={tensor} divides; found {self.heads}")
+            raise InputError(
+                f"model.attention: {name} needs heads that mesh.tensor={tensor} divides; found {self.heads}"
+            )
         if name == "flash" and platform in ("cpu", "tpu"):
             if row_len is not None and row_len % FLASH_MULTIPLE:
                 raise InputError(
-                    f"attention: flash needs rows of a multiple of {FLASH_MULTIPLE} columns; found {row_len} (set "
-                    f"data.multiple={FLASH_MULTIPLE}; for rollouts the prompt's slots and n x max_new_tokens; or xla)"
+                    f"model.attention: flash needs rows of a multiple of {FLASH_MULTIPLE} columns; found {row_len} "
+                    f"(set data.multiple={FLASH_MULTIPLE}; in rollouts the prompt and n x max_new_tokens count; or xla)"
                 )
             return
         if platform in ("cpu", "tpu"):
-            raise InputError(f"attention: cudnn runs on NVIDIA GPUs alone; found {platform}; set attention=auto")
+            raise InputError(f"model.attention: cudnn runs on NVIDIA GPUs alone; found {platform}; set attention=auto")
         obstacle = self.cudnn_obstacle()
         if obstacle is not None:
-            raise InputError(f"attention: {name} on {platform} is cuDNN, which {obstacle}; set attention=xla")
+            raise InputError(f"model.attention: {name} on {platform} is cuDNN, which {obstacle}; set attention=xla")
 
     def cudnn_obstacle(self, capability: tuple[int, int] | None = None) -> str | None:
         """Why cuDNN's fused attention can't compute this model, as the end of "cuDNN, which ..."; None where it can.

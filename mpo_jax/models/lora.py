@@ -26,7 +26,7 @@ def init(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> PyTre
     shapes = projection_shapes(config)
     unknown = sorted(set(adapters.targets) - set(shapes))
     if unknown:
-        raise InputError(f"lora.targets: {unknown}; a {config.family} model has {sorted(shapes)}")
+        raise InputError(f"model.lora.targets: {unknown}; a {config.family} model has {sorted(shapes)}")
 
     def draw():
         tree: dict = {"attn": {}, "mlp": {}}

@@ -58,10 +58,21 @@ class Settings(StageSettings, Endpoint):
 def check(job: Job[Settings]) -> None:
     """InputError for a judge that can't be asked; nobody is asked."""
     settings = job.settings
+    evaluation = job.config.stages[job.inputs["evaluate"].name]
+    known = getattr(evaluation, "policies", ())  # a plugin's kind may have none
+    for name, role_ in [(each, "policies") for each in settings.policies] + [(settings.baseline, "baseline")]:
+        if name and known and name not in known:
+            raise job.error(role_, f"{name!r} is none of the evaluation's policies {', '.join(known)}")
+    for judge_, needed in (("gold", "labeller"), ("reward", "reward")):
+        if settings.judge == judge_ and not getattr(evaluation, needed, judge_):
+            raise job.error("judge", f"{judge_!r}, but stages.{job.inputs['evaluate'].name}.{needed} is empty")
     if settings.judge == "local":
         jobs.check_batch(job, settings.batch_size)
     if settings.judge in ("endpoint", "local"):
-        judge_prompts.load(settings.prompt_file or settings.rubric)
+        try:
+            judge_prompts.load(settings.prompt_file or settings.rubric)
+        except InputError as error:
+            raise job.error("prompt_file", str(error)) from None
     if settings.judge == "endpoint":
         try:
             settings.check()

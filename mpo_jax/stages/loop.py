@@ -32,7 +32,6 @@ from mpo_jax.stages import nonfinite
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Training
 from mpo_jax.stages.job import Job
-from mpo_jax.stages.nonfinite import NonFinite as NonFinite
 from mpo_jax.stages.programs import Program, Programs, named
 from mpo_jax.types import Batch, PyTree, TrainState
 

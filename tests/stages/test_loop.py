@@ -24,7 +24,7 @@ from mpo_jax.errors import InputError
 from mpo_jax.models import decoder
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.run import Run
-from mpo_jax.stages import kinds, loop, reward, sft
+from mpo_jax.stages import kinds, loop, nonfinite, reward, sft
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.job import Job
 
@@ -204,7 +204,7 @@ def test_non_finite_loss_stops_and_names_the_rows(tmp_path):
         return jnp.where((batch.id == 1007).any(), jnp.nan, total), weight, sums
 
     whole, steps = training(mesh, loss=poisoned, save_every=1)
-    with jax.set_mesh(mesh), pytest.raises(loop.NonFinite, match=r"loss is nan; batch ids \[.*1007.*\]"):
+    with jax.set_mesh(mesh), pytest.raises(nonfinite.NonFinite, match=r"loss is nan; batch ids \[.*1007.*\]"):
         loop.train(whole, steps, tmp_path, mesh)
     found = loop.Checkpoints(tmp_path / "checkpoints")
     step = found.latest_step()
@@ -244,7 +244,10 @@ def test_a_non_finite_step_is_never_saved_however_seldom_the_loop_logs(tmp_path,
     whole, steps = training(
         mesh, loss=poisoned_by(*ids), log_every=log_every, save_every=save_every, keep=3, eval_every=100
     )
-    with jax.set_mesh(mesh), pytest.raises(loop.NonFinite, match=rf"^step {first}: loss is nan; batch ids \[.*1007"):
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(nonfinite.NonFinite, match=rf"^step {first}: loss is nan; batch ids \[.*1007"),
+    ):
         loop.train(whole, steps, tmp_path, mesh)
     saved = saved_states(tmp_path, training(mesh)[0], mesh)
     assert set(saved) == set(list(range(save_every, first, save_every))[-3:]), "and the good ones are not pruned for it"
@@ -254,7 +257,7 @@ def test_a_non_finite_step_is_never_saved_however_seldom_the_loop_logs(tmp_path,
         mesh, loss=poisoned_by(*ids), log_every=log_every, save_every=save_every, keep=3, eval_every=100
     )
     told = f"after step {max(saved)}, the last" if saved else "from the beginning"
-    with jax.set_mesh(mesh), pytest.raises(loop.NonFinite, match=told):
+    with jax.set_mesh(mesh), pytest.raises(nonfinite.NonFinite, match=told):
         loop.train(again, steps, tmp_path, mesh)  # resumes before it, and meets it again
 
 
@@ -267,7 +270,7 @@ def test_a_non_finite_gradient_under_a_finite_loss_is_seen(tmp_path):
         return total + jnp.sqrt(zero), weight, sums  # the root's slope at 0 is infinite
 
     whole, steps = training(mesh, loss=loss, log_every=5, eval_every=100)
-    with jax.set_mesh(mesh), pytest.raises(loop.NonFinite, match=r"^step 1: grad_norm is (nan|inf)"):
+    with jax.set_mesh(mesh), pytest.raises(nonfinite.NonFinite, match=r"^step 1: grad_norm is (nan|inf)"):
         loop.train(whole, steps, tmp_path, mesh)
 
 
@@ -307,7 +310,7 @@ def test_a_skipped_step_leaves_parameters_and_moments_as_they_were():
 def test_where_every_batch_is_skipped_the_stage_stops(tmp_path):
     mesh = one_device()
     whole, steps = training(mesh, loss=poisoned_by(*range(1000, 1045)), on_nonfinite="skip", eval_every=100, steps=30)
-    with jax.set_mesh(mesh), pytest.raises(loop.NonFinite, match=r"step 1: .* 1\d steps in a row were skipped"):
+    with jax.set_mesh(mesh), pytest.raises(nonfinite.NonFinite, match=r"step 1: .* 1\d steps in a row were skipped"):
         loop.train(whole, steps, tmp_path, mesh)
 
 

@@ -15,7 +15,7 @@ from mpo_jax.artifacts import POLICY, REWARD
 from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.errors import InputError
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import loop
+from mpo_jax.stages import nonfinite
 from mpo_jax.stages.job import Artifact
 from mpo_jax.stages.ppo import stage as ppo
 from mpo_jax.stages.ppo import update
@@ -153,7 +153,7 @@ def test_reward_that_becomes_nan(ran, tmp_path):
     head |= {"head": jax.tree.map(lambda x: x * np.nan, head["head"])}
     checkpoint.save_weights(epath.Path(tmp_path) / "reward" / artifacts.WEIGHTS, head)
     inputs = dict(job.inputs) | {"reward": Artifact("reward", REWARD, epath.Path(tmp_path) / "reward")}
-    with pytest.raises(loop.NonFinite, match=r"step 3: score is nan; batch ids \[\d"):
+    with pytest.raises(nonfinite.NonFinite, match=r"step 3: score is nan; batch ids \[\d"):
         run(ppo_job.replaced(broken, inputs=inputs))
     step, state = state_of(broken)
     assert step == 2
