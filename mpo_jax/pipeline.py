@@ -53,10 +53,10 @@ def check(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = (), pres
     """
     inputs = graph.connections(config)
     wanted = graph.needed(inputs, only)
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f"--workdir: {workdir} is no folder; expected one, or a name that is not taken")
     if any(kinds.of(config.stages[name]).mapped for name in wanted):
         jobs.local(workdir)
+    if not artifacts.is_remote(workdir) and workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir: {workdir} is no folder; expected one, or a name that is not taken")
     if preset is None:
         try:
             hf.resolve(config.model.path)

@@ -67,7 +67,7 @@ def test_scores(tmp_path, stories):
     job = make_job(tmp_path, stories, made.rows(12), judge="reward")
     found = run(job)
     assert found["by"] == "the reward model" and not found["habits"]["asked"]
-    with pytest.raises(InputError, match="hold no gold scores"):
+    with pytest.raises(InputError, match=r"judge: 'gold', but stages\.evaluate\.labeller is empty"):
         run(make_job(tmp_path, stories, made.rows(12), judge="gold"))
     with pytest.raises(InputError, match=r"stages\.judge\.judge: 'human'; expected one of endpoint, local, reward"):
         make_job(tmp_path, stories, made.rows(12), judge="human")
