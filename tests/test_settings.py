@@ -1,10 +1,11 @@
 """Values of every kind enter every setting; a section leaves, or one line for each error that begins with its key."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from mpo_jax import recipes, settings
+from mpo_jax import command, recipes, settings
 from mpo_jax.errors import InputError
 from mpo_jax.run import Columns, Data, Lora, Mesh, Model, Run, Shares, StageSettings, as_json, parse
 from mpo_jax.settings import Section
@@ -231,3 +232,8 @@ def test_every_setting_has_a_line_of_help():
         assert all(line.help and line.allowed and line.default for line in lines)
         told = {line.name.split(".")[0] for line in lines}
         assert told == set(section.model_fields) - {"kind", "stages"}, where
+
+
+def test_the_reference_page_is_that_of_the_sections():
+    page = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
+    assert page.read_text() == command.settings_page() + "\n", "mpo show --settings > docs/settings.md"
