@@ -6,6 +6,7 @@ codes. Flags are defined when a command begins, not when its module is imported,
 
 import inspect
 import json
+import os
 import re
 import sys
 import traceback
@@ -42,6 +43,7 @@ def start(
     define: defines the flags. sections: heading -> settings that `--help` lists. resumable: whether what was
     interrupted goes on with the same command. folders: the flag that arguments without a name are the values of.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is as it should be
     module = inspect.getmodule(work)
     known = set(flags.FLAGS)
     define()
