@@ -140,14 +140,17 @@ def work() -> None:
         raise InputError(f"--{'prompt' if model else 'model'} is missing; give --model=FOLDER_OR_STAGE --prompt=TEXT")
     if prompt is None and given.n > 1:
         raise InputError(f"--n={given.n}: a conversation goes on from one reply; give a --prompt, or n=1")
-    settings = SamplingConfig(
-        temperature=given.temperature,
-        top_k=given.top_k,
-        top_p=given.top_p,
-        min_new_tokens=given.min_new_tokens,
-        max_new_tokens=given.max_new_tokens,
-        n=given.n,
-    )
+    try:
+        settings = SamplingConfig(
+            temperature=given.temperature,
+            top_k=given.top_k,
+            top_p=given.top_p,
+            min_new_tokens=given.min_new_tokens,
+            max_new_tokens=given.max_new_tokens,
+            n=given.n,
+        )
+    except InputError as error:  # it begins with the flag's name
+        raise InputError(f"--{error}") from None
     speak(model, turns_of(sys.stdin) if prompt is None else prompt, settings, given.seed, given.system, given.raw)
 
 
