@@ -50,6 +50,7 @@ MANIFEST = "manifest.json"  # written last: the stage is finished
 # Names: of a training's folder
 METRICS = "metrics.jsonl"
 EVENTS = "events"  # TensorBoard's
+WANDB_ID = "wandb_id"  # of the stage's own run there
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"  # final weights
 VALUE = "value"  # the critic's
@@ -59,6 +60,9 @@ TRAINING_SAMPLES = "samples.jsonl"  # a line for each evaluation while a policy 
 # Names: of what other stages leave
 GAPS, PAIR_ROWS, HELDOUT = "gaps.npz", "pairs", "heldout"
 REPORT, SAMPLE_PAIRS = "report.json", "samples.json"
+GAPS_PLOT, EASY_PLOT, AGREEMENT_PLOT, CONFIDENCE_PLOT = (
+    "gaps.png", "easy_share.png", "agreement.png", "confidence.png",
+)  # fmt: skip
 REPLIES_FILE, SAMPLED = "replies.jsonl", "sampled"
 JUDGE_TABLE, VERDICTS_FILE = "judge.json", "verdicts.jsonl"
 

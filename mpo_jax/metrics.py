@@ -242,8 +242,7 @@ def _start_wandb(folder: epath.Path):
     except ImportError as error:
         raise InputError("wandb: true, but wandb is not installed; pip install wandb, or set it to false") from error
     # The id lies beside the metrics, so that a resumed stage goes on in its own run.
-    path = folder / "wandb_id"
+    path = folder / artifacts.WANDB_ID
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(uuid.uuid4().hex)
+        artifacts.write_text(path, uuid.uuid4().hex)
     return wandb.init(project="mpo_jax", dir=str(folder), name=folder.name, id=path.read_text(), resume="allow")

@@ -1,18 +1,22 @@
 """Tables enter; PNG files leave. Drawn without a display."""
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from mpo_jax import artifacts
+
 
 def save(path: epath.PathLike, figure) -> None:
-    """Writes a figure as PNG and closes it."""
+    """Writes a figure as PNG, whole or not at all, and closes it."""
     from matplotlib import pyplot
 
-    with epath.Path(path).open("wb") as file:
-        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+    held = io.BytesIO()
+    figure.savefig(held, format="png", dpi=120, bbox_inches="tight")
+    artifacts.write_bytes(path, held.getvalue())
     pyplot.close(figure)
 
 

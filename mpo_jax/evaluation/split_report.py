@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mpo_jax import artifacts
 from mpo_jax.data.encode import Encoded
 from mpo_jax.evaluation import pairs as pair_tables
 from mpo_jax.evaluation import plots
@@ -58,11 +59,11 @@ def lengths(lens: np.ndarray) -> dict[str, Any]:
 
 def draw(folder: epath.Path, gap: np.ndarray, report: dict[str, Any]) -> None:
     """gaps.png, easy_share.png, agreement.png and, where confidences are known, confidence.png."""
-    plots.gap_histogram(folder / "gaps.png", gap, report["threshold"])
-    plots.easy_share(folder / "easy_share.png", gap, report["threshold"])
+    plots.gap_histogram(folder / artifacts.GAPS_PLOT, gap, report["threshold"])
+    plots.easy_share(folder / artifacts.EASY_PLOT, gap, report["threshold"])
     deciles = report["agreement_by_gap_decile"]
     plots.bars(
-        folder / "agreement.png",
+        folder / artifacts.AGREEMENT_PLOT,
         [f"{row['from']:.2f}–{row['to']:.2f}" for row in deciles],
         [row["agreement"] for row in deciles],
         [row["pairs"] for row in deciles],
@@ -72,7 +73,7 @@ def draw(folder: epath.Path, gap: np.ndarray, report: dict[str, Any]) -> None:
     if "by_confidence" in report["scores"]:
         rows = report["scores"]["by_confidence"]
         plots.bars(
-            folder / "confidence.png",
+            folder / artifacts.CONFIDENCE_PLOT,
             [f"{row['confidence']:g}" for row in rows],
             [row["accuracy"] for row in rows],
             [row["pairs"] for row in rows],

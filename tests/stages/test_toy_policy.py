@@ -51,7 +51,7 @@ def every_reply() -> Rollout:
 
 def distribution(weights) -> jax.Array:
     """f32 [4]: the exact probability of each reply."""
-    seen = experience.judge(MODEL, {"policy": weights}, {}, every_reply(), Settings())
+    seen = experience.policy_view(MODEL, {"policy": weights}, {}, every_reply(), Settings())
     return jnp.exp(seen.logps.sum(axis=2))[0]
 
 

@@ -39,8 +39,8 @@ def make_labeller(labeller: str, sampling: SamplingConfig, tokenizer):
 def measuring_step(model: ModelConfig, rules: Rules):
     """Jitted `experience.measure`."""
 
-    def measure(params, frozen, rollout, given):
-        return experiences.measure(model, rules, params, frozen, rollout, given)
+    def measure(params, frozen, rollout, label_scores):
+        return experiences.measure(model, rules, params, frozen, rollout, label_scores)
 
     return jax.jit(measure)
 
@@ -66,8 +66,8 @@ def make_evaluation(
         with loader.sample(settings.eval_batches) as stream:
             for batch in stream:
                 rollout = draw(frozen["base"] | params["policy"], batch, job.seed, 0)
-                given = None if label is None else label(rollout)
-                new, scores = scored(params, frozen, rollout, given)
+                label_scores = None if label is None else label(rollout)
+                new, scores = scored(params, frozen, rollout, label_scores)
                 if gold is not None:
                     real = np.asarray(loop.on_host(rollout.batch.weight)) > 0
                     new = new | {"gold_score": (gold(rollout)[real].sum(), real.sum())}

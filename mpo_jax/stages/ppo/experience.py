@@ -21,7 +21,7 @@ from mpo_jax.types import Experience, PyTree, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class PolicyView:
     """The policy's view of a rollout: logps, entropy, values f32 [B,N,R], mask bool [B,N,R]."""
 
     logps: jax.Array
@@ -42,9 +42,9 @@ def response_mask(rollout: Rollout) -> jax.Array:
     return (segments > 0) & (rollout.batch.weight > 0)[:, None, None]
 
 
-def judge(
+def policy_view(
     model: ModelConfig, params: PyTree, base: PyTree, rollout: Rollout, rules: Rules, entropy: bool = False
-) -> Judged:
+) -> PolicyView:
     """Log-probs of a rollout's tokens under params["policy"] and, where there is a critic, its values."""
     slots = slots_of(rollout)
     batch, shape = rollout.batch, rollout.logps.shape
@@ -57,7 +57,7 @@ def judge(
             values = scoring.values_of_hidden(params["value"], hidden, batch)
         else:
             values = scoring.response_values(model, base | params["value"], batch, slots)
-    return Judged(
+    return PolicyView(
         out.logps.reshape(shape),
         None if out.entropy is None else out.entropy.reshape(shape),
         None if values is None else values.reshape(shape),
@@ -86,19 +86,19 @@ def make(
     params: PyTree,
     frozen: PyTree,
     rollout: Rollout,
-    given: jax.Array | None,
+    label_scores: jax.Array | None,
     coefficient: jax.Array,
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """The experience of a rollout and its metrics, f32 scalars.
 
     statistics: mean and standard deviation by which scores are normalised; None: they stay raw.
-    frozen: {"base", "reference", "reward"?, "sft"?}. given: scores f32 [B,N] from a labeller instead of the reward
-    model, or None. coefficient: f32 [], of the KL penalty inside the reward (k1).
+    frozen: {"base", "reference", "reward"?, "sft"?}. label_scores: f32 [B,N], a labeller's instead of the reward
+    model's, or None. coefficient: f32 [], of the KL penalty inside the reward (k1).
     """
-    seen = judge(model, params, frozen["base"], rollout, rules, entropy=True)
-    mask = seen.mask
+    view = policy_view(model, params, frozen["base"], rollout, rules, entropy=True)
+    mask = view.mask
     reference = reference_logps(model, frozen["base"] | frozen["reference"], rollout, rules.temperature)
-    raw = score(model, frozen, rollout) if given is None else given
+    raw = score(model, frozen, rollout) if label_scores is None else label_scores
     scores = raw
     if statistics is not None:
         scores = returns.normalise(raw, *statistics, rules.score_clip or None)
@@ -106,34 +106,34 @@ def make(
         scores = jnp.clip(raw, -rules.score_clip, rules.score_clip)
     inside = coefficient if rules.kl_term == "k1" else jnp.float32(0)
     rewards = returns.kl_rewards(
-        scores, seen.logps, reference, mask, rollout.finished, inside, rules.missing_eos_penalty
+        scores, view.logps, reference, mask, rollout.finished, inside, rules.missing_eos_penalty
     )
-    values = jnp.zeros_like(rewards) if seen.values is None else seen.values
+    values = jnp.zeros_like(rewards) if view.values is None else view.values
     advantages, targets = ESTIMATORS[rules.algorithm].advantages(
         rewards, values, mask, rollout.batch.weight, rules.gamma, rules.lam
     )
-    metrics = _metrics(rollout, seen, reference, raw, advantages, targets) | {"kl_coefficient": coefficient}
+    metrics = _metrics(rollout, view, reference, raw, advantages, targets) | {"kl_coefficient": coefficient}
     if "sft" in frozen:
         sft = reference_logps(model, frozen["base"] | frozen["sft"], rollout, rules.temperature)
-        metrics["kl_sft"] = _mean(policy.kl_metrics(seen.logps, sft, mask)["kl"])
+        metrics["kl_sft"] = _mean(policy.kl_metrics(view.logps, sft, mask)["kl"])
     if rules.whitens:
         advantages = returns.whiten(advantages, mask)
-    experience = Experience(rollout, seen.logps, reference, values, advantages, targets, raw)
+    experience = Experience(rollout, view.logps, reference, values, advantages, targets, raw)
     return experience, metrics
 
 
 def measure(
-    model: ModelConfig, rules: Rules, params: PyTree, frozen: PyTree, rollout: Rollout, given: jax.Array | None
+    model: ModelConfig, rules: Rules, params: PyTree, frozen: PyTree, rollout: Rollout, label_scores: jax.Array | None
 ) -> tuple[losses.Metrics, jax.Array]:
     """What an evaluation keeps of a rollout, as sums with their weights, and its scores f32 [B,N]."""
     own = {"policy": params["policy"]}
-    seen = judge(model, own, frozen["base"], rollout, rules)
+    view = policy_view(model, own, frozen["base"], rollout, rules)
     reference = reference_logps(model, frozen["base"] | frozen["reference"], rollout, rules.temperature)
-    raw = score(model, frozen, rollout) if given is None else given
-    real = jnp.any(seen.mask, axis=2)
+    raw = score(model, frozen, rollout) if label_scores is None else label_scores
+    real = jnp.any(view.mask, axis=2)
     count = losses.count(real)
-    lens = jnp.sum(seen.mask.astype(jnp.float32), axis=2)
-    repeated = moments.repeated_ngram_share(_response_tokens(rollout), seen.mask)
+    lens = jnp.sum(view.mask.astype(jnp.float32), axis=2)
+    repeated = moments.repeated_ngram_share(_response_tokens(rollout), view.mask)
     kept = {
         "score": raw,
         "response_len": lens,
@@ -141,25 +141,25 @@ def measure(
         "repetition": repeated,
     }
     sums = {name: (masks.masked_sum(values, real), count) for name, values in kept.items()}
-    kl = policy.kl_metrics(seen.logps, reference, seen.mask)
+    kl = policy.kl_metrics(view.logps, reference, view.mask)
     sums |= {"kl": kl["kl"], "kl_k3": kl["kl_k3"]}
     if "sft" in frozen:
         sft = reference_logps(model, frozen["base"] | frozen["sft"], rollout, rules.temperature)
-        sums["kl_sft"] = policy.kl_metrics(seen.logps, sft, seen.mask)["kl"]
-    if given is not None and "reward" in frozen:
+        sums["kl_sft"] = policy.kl_metrics(view.logps, sft, view.mask)["kl"]
+    if label_scores is not None and "reward" in frozen:
         sums["reward_score"] = (masks.masked_sum(score(model, frozen, rollout), real), count)
     return sums, raw
 
 
-def _metrics(rollout: Rollout, seen: Judged, reference, raw, advantages, targets) -> dict[str, jax.Array]:
-    mask = seen.mask
+def _metrics(rollout: Rollout, view: PolicyView, reference, raw, advantages, targets) -> dict[str, jax.Array]:
+    mask = view.mask
     real = jnp.any(mask, axis=2)
     lens = jnp.sum(mask.astype(jnp.float32), axis=2)
-    _, kl_variance = moments.moments(jnp.sum(jnp.where(mask, seen.logps - reference, jnp.float32(0)), axis=2), real)
+    _, kl_variance = moments.moments(jnp.sum(jnp.where(mask, view.logps - reference, jnp.float32(0)), axis=2), real)
     score_mean, score_variance = moments.moments(raw, real)
     advantage_mean, advantage_variance = moments.moments(advantages, mask)
     tokens = _response_tokens(rollout)
-    metrics = {name: _mean(pair) for name, pair in policy.kl_metrics(seen.logps, reference, mask).items()}
+    metrics = {name: _mean(pair) for name, pair in policy.kl_metrics(view.logps, reference, mask).items()}
     metrics |= {
         "kl_error": jnp.sqrt(kl_variance / jnp.maximum(losses.count(real), 1)),
         "score": score_mean,
@@ -170,13 +170,13 @@ def _metrics(rollout: Rollout, seen: Judged, reference, raw, advantages, targets
         "finished": masks.masked_mean(rollout.finished.astype(jnp.float32), real),
         "score_length_correlation": moments.correlation(raw, lens, real),
         "repetition": masks.masked_mean(moments.repeated_ngram_share(tokens, mask), real),
-        "sampler_scorer_difference": jnp.max(jnp.where(mask, jnp.abs(rollout.logps - seen.logps), jnp.float32(0))),
+        "sampler_scorer_difference": jnp.max(jnp.where(mask, jnp.abs(rollout.logps - view.logps), jnp.float32(0))),
         "response_tokens": jnp.sum(lens),
     }
-    if seen.entropy is not None:
-        metrics["entropy"] = masks.masked_mean(seen.entropy, mask)
-    if seen.values is not None:
-        metrics["explained_variance"] = returns.explained_variance(seen.values, targets, mask)
+    if view.entropy is not None:
+        metrics["entropy"] = masks.masked_mean(view.entropy, mask)
+    if view.values is not None:
+        metrics["explained_variance"] = returns.explained_variance(view.values, targets, mask)
     return metrics
 
 
@@ -197,16 +197,16 @@ def make_loss(model: ModelConfig, rules: Rules, clip: float, value_clip: float |
 
     def loss(params: PyTree, frozen: PyTree, experience: Experience, key: jax.Array) -> losses.Loss:
         rollout = experience.rollout
-        seen = judge(model, params, frozen["base"], rollout, rules, entropy=entropy != 0)
-        mask = seen.mask
-        policy_loss = policy.ppo(seen.logps, experience.old_logps, experience.advantages, mask, clip)
+        view = policy_view(model, params, frozen["base"], rollout, rules, entropy=entropy != 0)
+        mask = view.mask
+        policy_loss = policy.ppo(view.logps, experience.old_logps, experience.advantages, mask, clip)
         terms: list = []
-        if seen.entropy is not None:
-            terms.append((entropy, policy.entropy_bonus(seen.entropy, mask)))
+        if view.entropy is not None:
+            terms.append((entropy, policy.entropy_bonus(view.entropy, mask)))
         if rules.kl_term == "k2":
-            terms.append((frozen["kl_coefficient"], policy.kl_k2(seen.logps, experience.ref_logps, mask)))
-        if seen.values is not None:
-            terms.append((1.0, policy.value(seen.values, experience.values, experience.returns, mask, value_clip)))
+            terms.append((frozen["kl_coefficient"], policy.kl_k2(view.logps, experience.ref_logps, mask)))
+        if view.values is not None:
+            terms.append((1.0, policy.value(view.values, experience.values, experience.returns, mask, value_clip)))
         return losses.add(policy_loss, *terms)
 
     return loss

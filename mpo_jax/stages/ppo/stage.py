@@ -82,13 +82,13 @@ def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
         arguments = (weights, prompts, shapes.scalar(job), state.step)
         drawn = shapes.on_rows(job, draw.eval_shape(*arguments))
         scores = shapes.rows_of(job, (settings.batch_size, how.n), jnp.float32)
-        given = None if settings.labeller == "reward" else scores
-        return Program(draw, arguments, shapes.decode(model, how, prompts), held, per), drawn, given
+        label_scores = None if settings.labeller == "reward" else scores
+        return Program(draw, arguments, shapes.decode(model, how, prompts), held, per), drawn, label_scores
 
     trunks = len(params) + len(frozen) - 1
-    sample, drawn, given = rollout(sampling, "step")
+    sample, drawn, label_scores = rollout(sampling, "step")
     prepare = scoring_step(model, settings, statistics, job.mesh)
-    whole = (params, frozen, drawn, given, state.extra["kl_coefficient"])
+    whole = (params, frozen, drawn, label_scores, state.extra["kl_coefficient"])
     made, _ = prepare.eval_shape(*whole)
     update = update_step(settings, model, optimizer, state, job.mesh)
     extent = shapes.train(
@@ -99,11 +99,10 @@ def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
         "experience": Program(prepare, whole, shapes.forward(model, drawn.batch, trunks), held),
         "update": Program(update, (state, frozen, shapes.on_rows(job, made), shapes.scalar(job, jnp.float32)), extent),
     }
-    single, drawn, given = rollout(dataclasses.replace(sampling, n=1), "evaluation")
-    measure = Program(
-        measuring_step(model, settings), (params, frozen, drawn, given), shapes.forward(model, drawn.batch, trunks),
-        held, "evaluation",
-    )  # fmt: skip
+    single, drawn, label_scores = rollout(dataclasses.replace(sampling, n=1), "evaluation")
+    forward = shapes.forward(model, drawn.batch, trunks)
+    measured = (params, frozen, drawn, label_scores)
+    measure = Program(measuring_step(model, settings), measured, forward, held, "evaluation")
     if sampling.n == 1:  # the same program, planned once
         return compiled | {"measure": measure}
     return compiled | {"evaluation_rollout": single, "measure": measure}

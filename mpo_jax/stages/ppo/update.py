@@ -45,8 +45,8 @@ def scoring_step(model: ModelConfig, rules: Rules, statistics: tuple[float, floa
     """Jitted `experience.make`: rows lie over the mesh as the rollout's, metrics are everywhere."""
     where = (sharding.batch_sharding(mesh), sharding.replicated(mesh))
 
-    def experience(params, frozen, rollout, given, coefficient):
-        return experiences.make(model, rules, statistics, params, frozen, rollout, given, coefficient)
+    def experience(params, frozen, rollout, label_scores, coefficient):
+        return experiences.make(model, rules, statistics, params, frozen, rollout, label_scores, coefficient)
 
     return jax.jit(experience, out_shardings=where)
 
@@ -68,8 +68,8 @@ def make_step(job: Job[Settings], compiled: Programs, gold) -> loop.Step:
         watch.begin()
         rollout = draw(frozen["base"] | state.params["policy"], prompts, job.seed, state.step)
         seconds = {"seconds_rollout": watch.lap(rollout.logps)}
-        given = None if gold is None else gold(rollout)
-        experience, metrics = prepare(state.params, frozen, rollout, given, state.extra["kl_coefficient"])
+        label_scores = None if gold is None else gold(rollout)
+        experience, metrics = prepare(state.params, frozen, rollout, label_scores, state.extra["kl_coefficient"])
         seconds["seconds_scoring"] = watch.lap(experience.advantages)
         state, more = update(state, frozen, experience, metrics["kl"])
         seconds["seconds_update"] = watch.lap(more["loss"])
