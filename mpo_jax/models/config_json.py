@@ -3,14 +3,13 @@
 `transformers` refuses a wrongly typed value too; a text "false" that is taken for true would change the model unseen.
 """
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from mpo_jax.errors import InputError
+from mpo_jax.models.hf_files import read_json
 
 ADAPTER = "adapter_config.json"
 _REQUIRED: Any = object()
@@ -30,15 +29,7 @@ def read_config_json(folder: epath.PathLike) -> dict[str, Any]:
         raise InputError(f"{adapter}: this is an adapter's folder, not a whole model's; {instead}")
     if not path.exists():
         raise InputError(f"{path}: not found; expected a Hugging Face model folder")
-    if "://" not in str(path) and not Path(path).is_file():  # a pipe would be waited for; epath takes it for a file
-        raise InputError(f"{path}: is no regular file")
-    try:
-        config = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: holds a {type(config).__name__}; expected an object")
-    return config
+    return read_json(path)
 
 
 def check_whole(config: dict[str, Any], families: list[str]) -> str:

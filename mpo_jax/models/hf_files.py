@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -124,9 +125,10 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path | epath.Path) -> dict[str, Any]:
     """The object in a JSON file. InputError, naming the file, where there is none."""
-    if not path.is_file():
+    local = "://" not in str(path)
+    if not (Path(path) if local else path).is_file():  # a pipe would be waited for; epath takes it for a file
         raise InputError(f"{path}: {'is no regular file' if path.exists() else 'not found'}")
     try:
         value = json.loads(path.read_text())

@@ -50,6 +50,11 @@ class Stage:
         return settings.roles(self.settings)
 
 
+def rows_of_share(job: Job, pairs: int, easy: float) -> float:
+    """`Stage.rows` of a kind that reads the pairs of its setting `share`."""
+    return pairs * dict(job.config.data.shares)[job.settings.share]
+
+
 class Training(StageSettings, Optimizer):
     """What every training has."""
 

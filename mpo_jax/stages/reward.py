@@ -23,7 +23,7 @@ from mpo_jax.settings import Whole, role, setting
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import loop, rows
 from mpo_jax.stages import programs as shapes
-from mpo_jax.stages.base import Stage, Training
+from mpo_jax.stages.base import Stage, Training, rows_of_share
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Programs
 
@@ -141,6 +141,6 @@ STAGE = Stage(
     run=run,
     programs=programs,
     check=loop.check,
-    rows=lambda job, pairs, easy: pairs * dict(job.config.data.shares)[job.settings.share],
+    rows=rows_of_share,
     shown=Shown(curves=(("loss", "loss"), ("accuracy", "accuracy")), figures=("steps", "report.accuracy")),
 )

@@ -27,7 +27,7 @@ from mpo_jax.settings import Amount, Count, OneOf, OneOrMany, Whole, changed, ro
 from mpo_jax.stages import buckets, candidates, rows
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
-from mpo_jax.stages.base import Stage
+from mpo_jax.stages.base import Stage, rows_of_share
 from mpo_jax.stages.candidates import Pairing, Scored
 from mpo_jax.stages.job import Artifact, Job
 from mpo_jax.stages.programs import Programs
@@ -243,7 +243,7 @@ STAGE = Stage(
     run=run,
     programs=programs,
     check=check,
-    rows=lambda job, pairs, easy: pairs * dict(job.config.data.shares)[job.settings.share],
+    rows=rows_of_share,
     shown=Shown(figures=("threshold", "counts.*", "agreement"), part="splits", make=sections.split),
     mapped=True,
 )
