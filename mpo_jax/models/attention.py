@@ -14,6 +14,7 @@ from mpo_jax.errors import InputError
 from mpo_jax.models import flash
 from mpo_jax.models.config import ATTENTION_SETTINGS, NO_WINDOW, ModelConfig
 from mpo_jax.ops import masks
+from mpo_jax.ops.product import einsum_in_float32
 from mpo_jax.ops.rounding import rounded
 from mpo_jax.types import record
 
@@ -157,13 +158,15 @@ def _attend(scale: float, softcap: float | None, q: jax.Array, k: jax.Array, v: 
     """Attention whose mask is causal or less: q [B,K,G,T,D], k and v [B,K,T,D], mask bool [B,T,T] -> [B,K,G,T,D].
 
     A block of queries meets the keys up to its end alone, and the backward pass computes the weights again, as
-    [keys, queries], so that its products need no transpose of them; what is kept is linear in T.
+    [keys, queries], so that its products need no transpose of them; what is kept is linear in T. Nothing is kept that
+    the forward pass alone would not write, such as the normalisers: XLA would order its sums in another way, and a
+    policy's log-probs under a gradient would no longer be those of its frozen copy.
     """
     return _attend_forward(scale, softcap, q, k, v, mask)[0]
 
 
 def _attend_forward(scale, softcap, q, k, v, mask):
-    outs, normalisers = [], []
+    outs = []
     for begin, end in _blocks(q.shape[3]):
         seen = mask[:, None, None, begin:end, :end]
         logits = jnp.einsum("bkgtd,bksd->bkgts", q[:, :, :, begin:end], k[:, :, :end], preferred_element_type=_F32)
@@ -173,14 +176,13 @@ def _attend_forward(scale, softcap, q, k, v, mask):
         total = jnp.sum(weights, axis=-1, keepdims=True)
         out = jnp.einsum("bkgts,bksd->bkgtd", rounded(weights, v.dtype), v[:, :, :end], preferred_element_type=_F32)
         outs.append(rounded(out / total, q.dtype))
-        normalisers.append(top + jnp.log(total))
     out = jnp.concatenate(outs, axis=3)
-    return out, (q, k, v, mask, out, jnp.concatenate(normalisers, axis=3)[..., 0])
+    return out, (q, k, v, mask, out)
 
 
 def _attend_backward(scale, softcap, kept, of_out):
     """Letters of products: b rows, k key-value heads, g queries to one of them, t queries, s keys, d dimensions."""
-    q, k, v, mask, out, normalisers = kept
+    q, k, v, mask, out = kept
     mean = jnp.sum((of_out * out).astype(_F32), axis=-1)  # of a query's weight gradients, under its weights
     across, seen = k.swapaxes(2, 3), mask.swapaxes(1, 2)
     of_q_blocks, of_k, of_v = [], jnp.zeros(k.shape, _F32), jnp.zeros(v.shape, _F32)
@@ -192,14 +194,13 @@ def _attend_backward(scale, softcap, kept, of_out):
 
         logits = jnp.einsum("bksd,bkgtd->bksgt", k[:, :, :end], queries, preferred_element_type=_F32) * scale
         capped = _capped(logits, softcap)
-        shifted = jnp.where(seen[:, None, :end, None, begin:end], capped - of_queries(normalisers), _MASKED)
-        weights = jnp.exp(shifted)
+        weights = jax.nn.softmax(jnp.where(seen[:, None, :end, None, begin:end], capped, _MASKED), axis=2)
         of_weights = jnp.einsum("bksd,bkgtd->bksgt", v[:, :, :end], cotangent, preferred_element_type=_F32)
         of_logits = weights * (of_weights - of_queries(mean)) * scale
         if softcap is not None:
             of_logits *= 1 - (capped / softcap) ** 2
         of_logits, weights = of_logits.astype(k.dtype), weights.astype(v.dtype)
-        of_q_blocks.append(jnp.einsum("bkds,bksgt->bkdgt", across[..., :end], of_logits, preferred_element_type=_F32))
+        of_q_blocks.append(einsum_in_float32("bkds,bksgt->bkdgt", across[..., :end], of_logits))
         of_k = of_k.at[:, :, :end].add(jnp.einsum("bksgt,bkgtd->bksd", of_logits, queries, preferred_element_type=_F32))
         of_v = of_v.at[:, :, :end].add(jnp.einsum("bksgt,bkgtd->bksd", weights, cotangent, preferred_element_type=_F32))
     of_q = jnp.concatenate(of_q_blocks, axis=4).transpose(0, 1, 3, 4, 2)

@@ -50,10 +50,24 @@ def products(x: jax.Array, weights: Sequence[jax.Array], dtype: DTypeLike) -> li
 def over_rows(x: jax.Array, gradient: jax.Array, dtype: DTypeLike) -> jax.Array:
     """x [M,K] and gradient [M,N], both cast to `dtype` and multiplied over M -> f32 [K,N], a weight's gradient."""
     if x.dtype == jnp.bfloat16:  # what accelerators compute in, which read either operand along any axis
-        return jax.lax.dot_general(
-            x, gradient.astype(dtype), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        return einsum_in_float32("mk,mn->kn", x, gradient.astype(dtype))
     return _dot(_transpose(x.astype(dtype)), gradient.astype(dtype), (1, 0))
+
+
+def einsum_in_float32(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """An einsum of two arrays of one dtype, f32.
+
+    For products whose operands are summed over another axis than their last: in bfloat16 jaxlib 0.10.2 refuses some of
+    them on a CPU at run time ("Unsupported element type for DotThunk"), so there they meet in float32.
+    """
+    multiply = functools.partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32)
+    if x.dtype != jnp.bfloat16:
+        return multiply(x, y)
+
+    def widened(x, y):
+        return multiply(x.astype(jnp.float32), y.astype(jnp.float32))
+
+    return jax.lax.platform_dependent(x, y, cpu=widened, default=multiply)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
