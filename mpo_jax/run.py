@@ -39,8 +39,10 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "mixed"] = setting(
         "auto", "of computation; auto: bfloat16 on accelerators, float32 on a CPU"
     )
-    frozen_dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "of frozen weights; auto: float32 on a CPU or where dtype is, else bfloat16"
+    frozen_dtype: Literal["auto", "float32", "bfloat16", "int8"] = setting(
+        "auto",
+        "of frozen weights; auto: float32 on a CPU or where dtype is, else bfloat16; int8: projections in eight bits, "
+        "on one device; the reference is then not quite the policy that it is a copy of",
     )
     remat: Remat = setting(
         "none", "what is computed again in the backward pass; full keeps a layer's input, dots matrix products too",

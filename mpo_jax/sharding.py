@@ -11,6 +11,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mpo_jax.errors import InputError
+from mpo_jax.ops.product import Int8
 from mpo_jax.types import PyTree
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -126,8 +127,12 @@ def tree_shardings(weights: PyTree, mesh: Mesh) -> PyTree:
 
 
 def map_weights(function: Callable, weights: PyTree) -> PyTree:
-    """`function(name, leaf)` over a weights tree, with names as in the tables."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(weight_name(path), leaf), weights)
+    """`function(name, leaf)` over a weights tree, with names as in the tables. What is in eight bits stays so."""
+
+    def by_name(path, leaf):
+        return leaf if isinstance(leaf, Int8) else function(weight_name(path), leaf)
+
+    return jax.tree_util.tree_map_with_path(by_name, weights, is_leaf=lambda leaf: isinstance(leaf, Int8))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -14,19 +14,45 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mpo_jax.ops.rounding import rounded
+from mpo_jax.types import record
 
 _FEW_ROWS = 256
 _TILE = 32  # rows and columns of the blocks in which `_transposed` moves an operand
 
 
+@record
+class Int8:
+    """A weight in eight bits: values i8 of the weight's own shape, times scale f32, which is 1 long along every input
+    axis: one for each output ("per channel", Dettmers et al. 2022, arXiv 2208.07339, section 2.1)."""
+
+    values: jax.Array
+    scale: jax.Array
+
+    def reshape(self, *shape: int) -> "Int8":
+        """As a matrix whose outputs are its last axis."""
+        return Int8(self.values.reshape(*shape), self.scale.reshape(-1))
+
+
+def quantise(weight: jax.Array, inputs: Sequence[int]) -> Int8:
+    """The nearest in eight bits, symmetric about 0. inputs: the axes that a product sums over. An output whose weights
+    are all 0 has scale 0."""
+    wide = weight.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=tuple(inputs), keepdims=True) / 127
+    return Int8(jnp.round(wide / jnp.where(scale > 0, scale, jnp.float32(1))).astype(jnp.int8), scale)
+
+
 def product(
-    x: jax.Array, weight: jax.Array, dtype: DTypeLike, result: DTypeLike | None = None, transposed: bool = False
+    x: jax.Array, weight: jax.Array | Int8, dtype: DTypeLike, result: DTypeLike | None = None, transposed: bool = False
 ) -> jax.Array:
     """x [..., K] times weight [K, N], both cast to `dtype` -> [..., N] in `result`, or else in x's own dtype.
 
     transposed: the weight is [N, K]. Where x is float32 and `dtype` bfloat16 ("mixed"), the result and both gradients
-    are float32, from bfloat16 operands; otherwise it is the plain product, as accelerators want it.
+    are float32, from bfloat16 operands; otherwise it is the plain product, as accelerators want it. A weight in eight
+    bits ([K, N], nothing trains it) is widened, which is exact, and its outputs are scaled.
     """
+    if isinstance(weight, Int8):
+        out = product(x, weight.values.astype(dtype), dtype, result)
+        return rounded(out.astype(jnp.float32) * weight.scale.reshape((1,) * (out.ndim - 1) + (-1,)), out.dtype)
     if jnp.dtype(dtype) != x.dtype:
         out = _mixed(transposed, x.reshape(-1, x.shape[-1]), weight)
         return out.reshape(*x.shape[:-1], -1)
@@ -34,17 +60,18 @@ def product(
     return jax.lax.dot_general(x, rounded(weight, dtype), axes, preferred_element_type=result)
 
 
-def products(x: jax.Array, weights: Sequence[jax.Array], dtype: DTypeLike) -> list[jax.Array]:
+def products(x: jax.Array, weights: Sequence[jax.Array | Int8], dtype: DTypeLike) -> list[jax.Array]:
     """`product` of one x [..., K] with several weights [K, N], each in x's dtype.
 
     A "mixed" x of few rows meets them side by side, as one matrix: such products are short beside what it takes to
     start them. Of many rows, that gains nothing.
     """
     rows = math.prod(x.shape[:-1])
-    if jnp.dtype(dtype) == x.dtype or rows > _FEW_ROWS or len(weights) == 1:
+    plain = [weight for weight in weights if not isinstance(weight, Int8)]
+    if jnp.dtype(dtype) == x.dtype or rows > _FEW_ROWS or len(weights) == 1 or len(plain) < len(weights):
         return [product(x, weight, dtype) for weight in weights]
-    ends = itertools.accumulate(weight.shape[1] for weight in weights[:-1])
-    return jnp.split(product(x, jnp.concatenate(weights, axis=1), dtype), list(ends), axis=-1)
+    ends = itertools.accumulate(weight.shape[1] for weight in plain[:-1])
+    return jnp.split(product(x, jnp.concatenate(plain, axis=1), dtype), list(ends), axis=-1)
 
 
 def over_rows(x: jax.Array, gradient: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -113,6 +113,8 @@ def frozen_dtype(job: Job) -> str:
     """Of weights that nothing trains; there is no mixed storage. auto: as exact as what is computed with them, or a
     policy and its frozen copy would differ before the first step."""
     settings = job.config.model
+    if settings.frozen_dtype == "int8":
+        return "int8"
     if settings.frozen_dtype == "auto" and model_config.compute_dtype(settings.dtype, job.platform) == "float32":
         return "float32"
     return model_config.compute_dtype(job.config.model.frozen_dtype, job.platform, "model.frozen_dtype")
@@ -130,17 +132,25 @@ def base_weights(job: Job, model: ModelConfig) -> PyTree:
     """What lies beneath every policy: the base model's frozen {"params"} under LoRA, {} without."""
     if model.lora is None:
         return {}
-    return hf.import_weights(job.config.model.path, model, job.mesh, frozen_dtype(job))
+    return _narrowed(
+        model, hf.import_weights(job.config.model.path, model, job.mesh, frozen_dtype(job)), frozen_dtype(job)
+    )
 
 
 def load_weights(job: Job, artifact: Artifact, model: ModelConfig, dtype: str = "float32") -> PyTree:
     """The collections an artifact adds to `base_weights`, sharded over the job's mesh, in `dtype`."""
     if artifact.name == BASE:
         if model.lora is None:
-            return hf.import_weights(job.config.model.path, model, job.mesh, dtype)
+            return _narrowed(model, hf.import_weights(job.config.model.path, model, job.mesh, dtype), dtype)
         return lora.init(model, jax.random.fold_in(key(job), 0), job.mesh)
-    abstract = abstract_weights(model, job.mesh, head=artifact.produces == REWARD, dtype=dtype)
-    return checkpoint.restore_weights(artifact.folder / artifacts.WEIGHTS, abstract)
+    stored = "bfloat16" if dtype == "int8" else dtype
+    abstract = abstract_weights(model, job.mesh, head=artifact.produces == REWARD, dtype=stored)
+    return _narrowed(model, checkpoint.restore_weights(artifact.folder / artifacts.WEIGHTS, abstract), dtype)
+
+
+def _narrowed(model: ModelConfig, weights: PyTree, dtype: str) -> PyTree:
+    """Weights as read, in eight bits where they are to be."""
+    return parameters.frozen_copy(model, weights, dtype) if dtype == "int8" else weights
 
 
 def save_weights(job: Job, weights: PyTree, name: str = artifacts.WEIGHTS) -> None:
@@ -322,6 +332,8 @@ def check(job: Job) -> None:
     """InputError for what no stage of the run can do: rows beyond the model's context, attention that its backend can't
     compute. Nothing is loaded."""
     decoder_config, data = model(job), job.config.data
+    if frozen_dtype(job) == "int8" and job.mesh.size > 1:
+        raise InputError(f"model.frozen_dtype: int8 is for one device; found {job.mesh.size}")
     data_division(data)
     if data.max_length > decoder_config.max_positions:
         raise InputError(

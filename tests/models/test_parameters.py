@@ -11,6 +11,7 @@ import pytest
 from mpo_jax import sampling, scoring
 from mpo_jax.models import decoder, lora, parameters
 from mpo_jax.models.config import DTYPES, LoraConfig
+from mpo_jax.ops.product import Int8
 from mpo_jax.types import Batch
 
 FAMILIES = ("llama", "llama_linear", "qwen2", "qwen3", "gemma2", "gpt_neox", "gpt2")
@@ -106,6 +107,26 @@ def test_what_a_plan_counts_is_what_a_run_keeps(random_model):
     shapes = parameters.frozen_copy(config, jax.eval_shape(lambda: weights), "bfloat16")
     kept = parameters.frozen_copy(config, weights, "bfloat16")
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), kept)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_copy_in_eight_bits_computes_what_its_values_mean(random_model, name):
+    config, weights = trained(random_model, name, "float32", 3)
+    kept = parameters.frozen_copy(config, weights, "int8")
+    shapes = parameters.frozen_copy(config, jax.eval_shape(lambda: weights), "int8")
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), kept)
+    narrow = [leaf for leaf in jax.tree.leaves(kept) if leaf.dtype == jnp.int8]
+    kernels = sum(x.size for path, x in jax.tree_util.tree_leaves_with_path(weights["params"]["layers"])
+                  if jax.tree_util.keystr(path).endswith("'kernel']"))  # fmt: skip
+    assert sum(leaf.nbytes for leaf in narrow) == kernels, "a byte for each weight of a projection"
+
+    def is_eight(leaf):
+        return isinstance(leaf, Int8)
+
+    meant = jax.tree.map(lambda x: x.values * x.scale if is_eight(x) else x, kept, is_leaf=is_eight)
+    logps = jax.jit(lambda weights: scoring.response_logps(config, weights, batch()).logps)
+    np.testing.assert_allclose(logps(kept), logps(meant), atol=1e-5)
+    assert 1e-4 < np.abs(np.asarray(logps(kept) - logps(weights))).max() < 0.3
 
 
 def test_a_sampler_reads_norms_as_the_scorer_does(random_model):

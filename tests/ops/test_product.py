@@ -10,7 +10,7 @@ import pytest
 
 from mpo_jax.models import decoder
 from mpo_jax.models.config import ModelConfig
-from mpo_jax.ops.product import product, products
+from mpo_jax.ops.product import product, products, quantise
 
 
 def rounded(x) -> np.ndarray:
@@ -95,3 +95,28 @@ def test_a_model_in_mixed_is_the_model_within_bfloat16():
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(mixed), strict=True):
         assert b.dtype == jnp.float32
         assert jnp.linalg.norm(a - b) <= 0.03 * jnp.linalg.norm(a) + 1e-6
+
+
+def test_eight_bits_by_hand():
+    weight = jnp.asarray([[1.27, 0.0, -4.0], [-0.635, 0.0, 0.5]])  # two inputs, three outputs
+    kept = quantise(weight, [0])
+    np.testing.assert_array_equal(kept.values, [[127, 0, -127], [-64, 0, 16]])  # -63.5 goes to the even one
+    np.testing.assert_allclose(kept.scale, [[0.01, 0, 4 / 127]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_product_with_eight_bits_is_the_one_with_what_they_mean(stored, dtype):
+    if (stored, dtype) == ("bfloat16", "float32"):
+        pytest.skip("activations are never narrower than operands")
+    x, weight, gradient = operands(33, 64, 32, False)
+    x = jnp.asarray(x, stored)
+    kept = quantise(jnp.asarray(weight), [0])
+    out, back = jax.vjp(lambda x: product(x, kept.reshape(64, -1), dtype), x)
+    (of_x,) = back(jnp.asarray(gradient, stored))
+    assert out.dtype == of_x.dtype == x.dtype
+    meant = np.asarray(kept.values) * np.asarray(kept.scale, np.float64)
+    assert np.abs(meant - weight).max() <= np.abs(weight).max() / 254 * 1.001
+    rounding = 1e-5 if dtype == "float32" else 2e-2
+    np.testing.assert_allclose(np.asarray(out, np.float64), np.asarray(x, np.float64) @ meant, atol=8 * rounding)
+    np.testing.assert_allclose(np.asarray(of_x, np.float64), gradient @ meant.T, atol=8 * rounding)

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from mpo_jax import settings
+from mpo_jax.errors import InputError
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Job
 from tests.planning import case
@@ -23,12 +24,23 @@ from tests.planning import case
         ("cpu", "auto", "auto", "float32"),
         ("cpu", "mixed", "auto", "float32"),
         ("cpu", "bfloat16", "auto", "float32"),
+        ("gpu", "auto", "int8", "int8"),
+        ("cpu", "float32", "int8", "int8"),
     ],
 )
 def test_a_frozen_policy_is_kept_as_exactly_as_it_is_computed_with(platform, dtype, frozen, expected):
     """Found on a GPU: with dtype=float32, auto kept the reference in bfloat16, and the first loss was not ln 2."""
     model = SimpleNamespace(dtype=dtype, frozen_dtype=frozen)
     assert jobs.frozen_dtype(SimpleNamespace(platform=platform, config=SimpleNamespace(model=model))) == expected
+
+
+def test_eight_bits_are_refused_on_several_devices():
+    planned = case.job("dpo", case.one_cpu(), case.model())
+    narrow = dataclasses.replace(planned, config=settings.replaced(planned.config, {"model.frozen_dtype": "int8"}))
+    jobs.check(narrow)
+    several = dataclasses.replace(narrow, mesh=jax.make_mesh((1, 2, 1), ("data", "fsdp", "tensor")))
+    with pytest.raises(InputError, match=r"^model\.frozen_dtype: int8 is for one device; found 2$"):
+        jobs.check(several)
 
 
 def test_a_gpu_computes_attention_by_cudnn_and_a_cpu_by_xla(monkeypatch):

@@ -50,3 +50,21 @@ def test_before_the_first_update_the_policy_is_its_reference(tmp_path, stories, 
     )
     assert kl <= 10 * ROUNDING and ratio <= ROUNDING
     assert abs(loss) <= ROUNDING and of_pairs <= 10 * ROUNDING
+
+
+def test_over_a_base_in_eight_bits_adapters_begin_at_their_reference(tmp_path, stories):
+    """Policy and reference share the base, so its rounding is no KL; the sampler draws from it too."""
+    job = make_job(tmp_path, stories, rank=4, steps=1, inner_epochs=1, minibatches=1)
+    job = replaced(job, {"model.frozen_dtype": "int8", "data.max_buckets": 1})
+    start = first_step(job, ppo)
+    assert max(abs(start[name]) for name in ("kl", "kl_k3", "kl_error")) <= 10 * ROUNDING
+    assert start["ratio_deviation_first"] <= 10 * ROUNDING
+    assert start["sampler_scorer_difference"] < 1e-3
+
+
+@pytest.mark.slow
+def test_beside_a_reference_in_eight_bits_a_policy_begins_at_a_small_kl(tmp_path, stories):
+    job = make_job(tmp_path, stories, steps=1, inner_epochs=1, minibatches=1)
+    start = first_step(replaced(job, {"model.frozen_dtype": "int8", "data.max_buckets": 1}), ppo)
+    print(f"int8 reference: k3 {start['kl_token_k3']:.1e} nats a token")
+    assert 1e-7 < start["kl_token_k3"] < 1e-2 and start["ratio_deviation_first"] <= ROUNDING
