@@ -78,7 +78,7 @@ class TrainState:
     """All that a training stage must save to go on as if never stopped.
 
     step: i32 []. params: the trainable weights only. opt_state: optax's. key: a typed PRNG key.
-    extra: stage-specific scalars (KL coefficient, running statistics).
+    extra: a stage's own: scalars (KL coefficient), or arrays that lie as parameters do (a reference that moves).
     """
 
     step: jax.Array

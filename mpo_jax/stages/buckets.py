@@ -80,13 +80,24 @@ def pairs(artifact: Artifact) -> Encoded:
     Flipped pairs stand where the split's settings put them: among the hard, nowhere, or turned around among the easy.
     """
     encoded = jobs.read_rows(artifact.folder / artifacts.PAIR_ROWS)
+    return encoded if artifact.part == "all" else encode.take(encoded, *_chosen(artifact))
+
+
+def gaps(artifact: Artifact) -> np.ndarray:
+    """f32 [pairs]: the gap of each of `pairs(artifact)`, of one that stands turned around with its sign changed."""
+    gap = artifacts.read_gaps(artifact.folder).gap
     if artifact.part == "all":
-        return encoded
-    table = artifacts.read_gaps(artifact.folder)
-    rows, swapped = members(table, artifact.part, _flipped(artifact))
+        return gap
+    rows, turned = _chosen(artifact)
+    return np.where(turned, -gap[rows], gap[rows])
+
+
+def _chosen(artifact: Artifact) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a part, and which are turned around. InputError for a part without any."""
+    rows, turned = members(artifacts.read_gaps(artifact.folder), artifact.part, _flipped(artifact))
     if not len(rows):
         raise InputError(f"{artifact.name}/{artifact.part} is empty; change the split's threshold")
-    return encode.take(encoded, rows, swapped)
+    return rows, turned
 
 
 def prompts(artifact: Artifact) -> Encoded:
