@@ -90,8 +90,9 @@ class TrainState:
 
 @record
 class GapTable:
-    """Scored pairs, a row each. id, prompt_id: i32 [rows]. score_chosen, score_rejected, gap: f32 [rows], reward units
-    (gap = chosen - rejected). bucket: i8 [rows], an index into `BUCKETS`."""
+    """Scored pairs, a row each. id, prompt_id: i32 [rows]. score_chosen, score_rejected, gap: f32 [rows], in the unit
+    of the split's measure (gap = chosen - rejected; of margins and of ranks, which know no replies, rejected is 0).
+    bucket: i8 [rows], an index into `BUCKETS`, or LEFT_OUT."""
 
     id: np.ndarray
     prompt_id: np.ndarray
@@ -102,3 +103,5 @@ class GapTable:
 
 
 BUCKETS = ("easy", "hard", "flipped")
+LEFT_OUT = -1
+"""Stands for a bucket where a pair is in none of them."""

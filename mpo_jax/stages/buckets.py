@@ -1,6 +1,7 @@
 """Scored pairs enter; easy, hard and flipped ones leave, by the gap of each; and a split's artifact, part by part.
 
-A pair's gap is its chosen score minus its rejected one, in reward units (Gou & Nguyen 2024, arXiv 2403.19443).
+A pair's gap is its chosen score minus its rejected one, by the measure of the split: in the paper, and by default, in
+reward units (Gou & Nguyen 2024, arXiv 2403.19443).
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from mpo_jax.data.plan import sample_rows
 from mpo_jax.errors import InputError
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Artifact, Job
-from mpo_jax.types import BUCKETS, GapTable
+from mpo_jax.types import BUCKETS, LEFT_OUT, GapTable
 
 
 def gap_threshold(gap: np.ndarray, threshold: float, quantile: float = 0.0) -> float:
@@ -23,12 +24,37 @@ def gap_threshold(gap: np.ndarray, threshold: float, quantile: float = 0.0) -> f
     return float(np.quantile(np.abs(gap), quantile)) if quantile else float(threshold)
 
 
-def buckets(gap: np.ndarray, threshold: float) -> np.ndarray:
-    """i8 [pairs], an index into BUCKETS. easy: gap >= threshold; flipped: gap <= -threshold; hard: between."""
+def top_threshold(name: str, gap: np.ndarray, count: int) -> float:
+    """The `count`-th largest gap. name: the stage's. InputError where that is not above 0."""
+    above = int((gap > 0).sum())
+    if count > above:
+        raise InputError(f"stages.{name}.top_k: {count}; expected at most {above}, the pairs whose gap is above 0")
+    return float(np.sort(gap)[-count])
+
+
+def buckets(gap: np.ndarray, threshold: float, band: float = 0.0) -> np.ndarray:
+    """i8 [pairs], an index into BUCKETS. easy: gap >= threshold; flipped: gap <= -threshold; hard: between. LEFT_OUT:
+    between, but of a size from (1 - band) * threshold up."""
     bucket = np.full(len(gap), BUCKETS.index("hard"), np.int8)
+    if band:
+        bucket[np.abs(gap) >= (1 - band) * threshold] = LEFT_OUT
     bucket[gap >= threshold] = BUCKETS.index("easy")
     bucket[gap <= -threshold] = BUCKETS.index("flipped")
     return bucket
+
+
+def only_top(bucket: np.ndarray, gap: np.ndarray, count: int) -> np.ndarray:
+    """The buckets with `count` easy pairs: of those whose gap is exactly the threshold, the first; others are hard."""
+    first = np.argsort(-gap, kind="stable")[:count]
+    easy = bucket == BUCKETS.index("easy")
+    easy[first] = False
+    return np.where(easy, np.int8(BUCKETS.index("hard")), bucket)
+
+
+def agreed(bucket: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The buckets where a pair is flipped only if a second model's gap, f32 [pairs], is below 0 too, else hard."""
+    alone = (bucket == BUCKETS.index("flipped")) & ~(second < 0)
+    return np.where(alone, np.int8(BUCKETS.index("hard")), bucket)
 
 
 def members(table: GapTable, part: str, flipped: str) -> tuple[np.ndarray, np.ndarray]:

@@ -37,6 +37,16 @@ def sampling(kind: str, **settings):
     return lambda folder, shared: split_job.make_job(folder, shared, kind, limit=30, **settings)
 
 
+def measured(folder, shared) -> Job:
+    """A split whose gaps are of everything at once, with a second reward model."""
+    job = split_job.make_job(folder, shared)
+    roles = {"implicit": "policy", "reference": "policy", "second": "reward"}
+    inputs = job.inputs | {role: job.inputs[name] for role, name in roles.items()}
+    named = {role: artifact.name for role, artifact in inputs.items()}
+    measures = ("reward", "implicit", "reference_loss")
+    return split_job.make_job(folder, shared, inputs=inputs, gap=measures, **named)
+
+
 def ppo(**settings):
     """One step, on rows of one length."""
     small = {"steps": 1, "inner_epochs": 1, "minibatches": 1, "eval_batches": 1}
@@ -73,7 +83,15 @@ CASES: dict[str, Callable[..., Job]] = {
     "reward": on_data("reward", margin=False),
     "pairs": sampling("pairs"),
     "split": sampling("split", pair_source="both"),
+    "split, by all measures": measured,
     "dpo": on_split("dpo", {"init": "init", "reference": "sft", "pairs": "prompts"}, pairs="split/all", **TRAINING),
+    "dpo, a moving reference": on_split(
+        "dpo", {"init": "init", "reference": "sft", "pairs": "prompts"},
+        pairs="split/all", reference_every=1, **TRAINING,
+    ),
+    "dpo, without a reference": on_split(
+        "dpo", {"init": "init", "pairs": "prompts"}, pairs="split/all", objective="simpo", reference="", **TRAINING
+    ),
     "ppo": ppo(),
     "ppo, two samples by a labeller": ppo(samples=2, algorithm="rloo", labeller="vader", gold="vader"),
     "evaluate": on_split(
