@@ -1,4 +1,4 @@
-"""What configs are composed of: stages of a kind, the runs of the paper, sweeps, cross-fitting, small settings.
+"""What configs are composed of: stages of a kind, the runs of the paper, sweeps, cross-fitting, rounds, small settings.
 
 `stage(kind, **settings)` gives a stage of the graph with every key its kind has, so that any of them can be overridden
 on the command line: `--config.stages.dpo.beta=0.2`. What each key means, `mpo show --settings` tells.
@@ -137,6 +137,34 @@ def sweep(stages, name: str, key: str, values: Iterable[Any]) -> None:
                 stage[role] = tuple(dict.fromkeys(renamed(source, tag) for source in given for tag in tags))
             elif isinstance(given, str):
                 stage[role] = renamed(given, tags[0])
+
+
+def rounds(count: int, split, dpo, ppo=None, policy: str = "sft") -> dict[str, ml_collections.ConfigDict]:
+    """Stages of `count` rounds: the policy of the round before samples and scores pairs, which are split; DPO learns
+    from the easy ones and PPO, where given, from the hard prompts. split_1, dpo_1, mpo_1, split_2, ...
+
+    split, dpo, ppo: stages of a round, each with what it shall be set to; what their roles name of a round's own
+    stages, and the policy that it begins with, is put in here. policy: what the first round begins with.
+    """
+    made: dict[str, ml_collections.ConfigDict] = {}
+    for number in range(1, count + 1):
+        names = {kind: f"{kind}_{number}" for kind in ("split", "dpo", "mpo")}
+        parts = {
+            "split": (split, {"policy": policy, "seed": split.seed + number - 1}),
+            "dpo": (dpo, {"init": policy, "reference": policy, "pairs": _of(names["split"], dpo.pairs)}),
+        }
+        if ppo is not None:
+            of_ppo = {"init": names["dpo"], "reference": names["dpo"], "prompts": _of(names["split"], ppo.prompts)}
+            parts["mpo"] = ppo, of_ppo
+        for kind, (given, roles) in parts.items():
+            made[names[kind]] = ml_collections.ConfigDict(given.to_dict() | roles)
+        policy = names["dpo" if ppo is None else "mpo"]
+    return made
+
+
+def _of(split: str, source: str) -> str:
+    """The same part of another split: ("split_2", "split/easy") is "split_2/easy"."""
+    return f"{split}/{source.partition('/')[2]}"
 
 
 LARGE_DPO = {"batch_size": 64, "microbatch": 32, "learning_rate": 5e-7, "beta": 0.1}  # Rafailov et al. 2023

@@ -108,3 +108,25 @@ def test_unknown_keys_of_a_stage_are_errors():
         recipes.stage("dpo", bta=0.2)
     with pytest.raises(ValueError, match="unknown kind of stage 'dp'"):
         recipes.stage("dp")
+
+
+def test_rounds_are_ordinary_stages_each_on_the_policy_of_the_one_before():
+    parts = {
+        "split": recipes.stage("split", pair_source="sampled", threshold=2.0, seed=3),
+        "dpo": recipes.stage("dpo", beta=0.2),
+        "ppo": recipes.stage("ppo", prompts="split/all"),
+    }
+    made = recipes.rounds(2, **parts)
+    assert list(made) == ["split_1", "dpo_1", "mpo_1", "split_2", "dpo_2", "mpo_2"]
+    assert [(made[f"split_{n}"].policy, made[f"split_{n}"].seed, made[f"split_{n}"].threshold) for n in (1, 2)] == [
+        ("sft", 3, 2.0), ("mpo_1", 4, 2.0)
+    ]  # fmt: skip
+    dpo, ppo = made["dpo_2"], made["mpo_2"]
+    assert (dpo.init, dpo.reference, dpo.pairs, dpo.beta) == ("mpo_1", "mpo_1", "split_2/easy", 0.2)
+    assert (ppo.init, ppo.reference, ppo.prompts) == ("dpo_2", "dpo_2", "split_2/all")
+    config = recipes.config()
+    config.model.path, config.data.path = "MODEL", "DATA"
+    config.stages.update({"sft": recipes.stage("sft"), "reward": recipes.stage("reward")} | made)
+    assert list(graph.connections(kinds.read(config.to_dict()))) == ["sft", "reward", *made]
+    alone = recipes.rounds(2, parts["split"], parts["dpo"])
+    assert list(alone) == ["split_1", "dpo_1", "split_2", "dpo_2"] and alone["split_2"].policy == "dpo_1"

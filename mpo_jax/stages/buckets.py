@@ -126,6 +126,11 @@ def _chosen(artifact: Artifact) -> tuple[np.ndarray, np.ndarray]:
     return rows, turned
 
 
+def chosen(encoded: Encoded) -> Encoded:
+    """The rows with their chosen replies alone."""
+    return encode.take(encoded, np.arange(len(encoded)), replies=1)
+
+
 def prompts(artifact: Artifact) -> Encoded:
     """The prompts of a part, each once by its prompt id."""
     encoded = pairs(artifact)

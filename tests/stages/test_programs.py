@@ -80,6 +80,9 @@ def local_judge(folder, shared) -> Job:
 
 CASES: dict[str, Callable[..., Job]] = {
     "sft": on_data("sft", learning_rate=1e-3),
+    "sft, on a split's pairs": on_split(
+        "sft", {"init": "init", "pairs": "prompts"}, pairs="split/hard", learning_rate=1e-3, **TRAINING
+    ),
     "reward": on_data("reward", margin=False),
     "pairs": sampling("pairs"),
     "split": sampling("split", pair_source="both"),
@@ -94,6 +97,7 @@ CASES: dict[str, Callable[..., Job]] = {
     ),
     "ppo": ppo(),
     "ppo, two samples by a labeller": ppo(samples=2, algorithm="rloo", labeller="vader", gold="vader"),
+    "blend": on_split("blend", {"policies": "sft"}, policies=("sft",)),
     "evaluate": on_split(
         "evaluate", {"policies": "init", "reward": "reward", "prompts": "prompts"},
         policies=("dpo",), baseline="dpo", count=4, max_new_tokens=8, batch_size=4,
