@@ -121,6 +121,14 @@ def pairs(job: Job, rows: int, made_by: Any, ref_logps: bool = False, margin: bo
     return batch(job, rows, *sampled_length(job, made_by, 2), ref_logps, margin)
 
 
+def replies(job: Job, rows: int, made_by: Any) -> Batch:
+    """Rows of a prompt and one reply, see `pairs`."""
+    window = job.config.data.max_response
+    if made_by is None:
+        return batch(job, rows, row_length(job, window), window)
+    return batch(job, rows, *sampled_length(job, made_by, 1))
+
+
 def batch(job: Job, rows: int, length: int, window: int, ref_logps: bool = False, margin: bool = False) -> Batch:
     """An abstract batch of the loader's form."""
     sharding.check_batch(rows, job.mesh)

@@ -45,10 +45,7 @@ def make_loss(model: ModelConfig) -> loop.Loss:
 def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
     """The training's, on rows of one reply."""
     model = jobs.model(job)
-    made_by = shapes.made_by_stage(job, "pairs")
-    response = job.config.data.max_response
-    size = (shapes.row_length(job, response), response) if made_by is None else shapes.sampled_length(job, made_by, 1)
-    rows = shapes.batch(job, job.settings.batch_size, *size)
+    rows = shapes.replies(job, job.settings.batch_size, shapes.made_by_stage(job, "pairs"))
     return loop.programs(job, model, make_loss(model), jobs.abstract_weights(model, job.mesh), rows, steps)
 
 
