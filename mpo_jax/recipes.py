@@ -167,6 +167,67 @@ def _of(split: str, source: str) -> str:
     return f"{split}/{source.partition('/')[2]}"
 
 
+SMALL_SAMPLING = {"max_new_tokens": 56, "batch_size": 64}
+SMALL_DPO = {
+    "batch_size": 32,
+    "learning_rate": 2e-4,
+    "beta": 0.1,
+    "log_every": 5,
+    "eval_every": 50,
+    "eval_batches": 12,
+    "save_every": 25,
+}
+SMALL_PPO = {
+    "sft": "sft",
+    "batch_size": 32,
+    "steps": 20,
+    "max_new_tokens": 56,
+    "learning_rate": 2e-4,
+    "value_learning_rate": 1e-3,
+    "inner_epochs": 2,
+    "kl_coefficient": 0.05,
+    "eval_every": 10,
+    "save_every": 10,
+    "gold": "vader",
+}
+"""Hyperparameters of runs on `small_run`."""
+
+
+def small_run(name: str) -> ml_collections.ConfigDict:
+    """The quickstart's task, up to the reward model: the embedded model writes stories, its replies are paired, and
+    VADER's sentiment, with Bradley-Terry noise, says which of two is better. Runs on two cores."""
+    made = config()
+    made.name = name
+    made.model.path = MODELS["tiny"]
+    made.data.path = f"{MODELS['tiny']}/stories.jsonl.gz"
+    made.data.shares = {"sft_reward": 0.4, "policy": 0.4, "eval": 0.2}
+    made.data.max_length = 144
+    made.data.max_response = 56
+    made.data.max_prompt = 32
+    made.data.max_buckets = 1  # at this size a step takes less than compiling it for another length
+    made.stages.update(
+        {
+            "sft": stage("sft", batch_size=32, learning_rate=2e-4, eval_every=20, save_every=20),
+            "pairs": stage("pairs", samples=3, label_temperature=0.2, **SMALL_SAMPLING),
+            "reward": stage(
+                "reward",
+                pairs="pairs",
+                batch_size=16,
+                learning_rate=3e-3,
+                eval_every=60,
+                eval_batches=24,
+                save_every=30,
+            ),
+        }
+    )
+    return made
+
+
+def small_evaluation(*policies: str) -> ml_collections.ConfigDict:
+    """Policies of a `small_run` beside each other, the first the baseline, by the reward model and by VADER."""
+    return stage("evaluate", policies=policies, labeller="vader", count=256, **SMALL_SAMPLING)
+
+
 LARGE_DPO = {"batch_size": 64, "microbatch": 32, "learning_rate": 5e-7, "beta": 0.1}  # Rafailov et al. 2023
 LARGE_PPO = {
     "sft": "sft",
