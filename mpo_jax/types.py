@@ -31,6 +31,7 @@ class Batch:
     bucket's response columns are gathered; N * R in slot form).
     ref_logps: f32 [B,2], summed reference log-probs of chosen and rejected, where they were computed beforehand.
     margin: f32 [B], how much better the annotator called the chosen reply, where the data says so (0 where it doesn't).
+    label: f32 [B], 1 for a good first reply, 0 for a bad one, where replies are labelled.
     """
 
     tokens: jax.Array
@@ -42,6 +43,7 @@ class Batch:
     window: int = dataclasses.field(metadata={"static": True})
     ref_logps: jax.Array | None = None
     margin: jax.Array | None = None
+    label: jax.Array | None = None
 
 
 @record

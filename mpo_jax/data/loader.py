@@ -28,6 +28,7 @@ class Loader:
     batch_size: rows of a global batch. form: "tight" (prompt and responses) or "slots" (prompts alone, left-padded).
     mesh: rows go over its data and fsdp axes and are repeated over its tensor axis; None: one device.
     ref_logps: f32 [rows, 2], put into the batches where given; margins, where the data has any, always are.
+    label: f32 [rows], put into the batches where given.
     weight: f32 [rows], 0 or more, how much each counts; None: all 1. order: int [rows], in which training meets them,
     in every epoch alike; None: at random.
     multiple: what every row length is a multiple of; max_length caps it.
@@ -50,6 +51,7 @@ class Loader:
         multiple: int = 8,
         max_length: int | None = None,
         ref_logps: np.ndarray | None = None,
+        label: np.ndarray | None = None,
         weight: np.ndarray | None = None,
         order: np.ndarray | None = None,
     ):
@@ -57,6 +59,8 @@ class Loader:
             raise InputError(f"form {form!r}: expected one of {', '.join(FORMS)}")
         if ref_logps is not None and np.shape(ref_logps) != (len(encoded), 2):
             raise InputError(f"ref_logps has shape {np.shape(ref_logps)}, expected {(len(encoded), 2)}")
+        if label is not None and np.shape(label) != (len(encoded),):
+            raise InputError(f"label has shape {np.shape(label)}, expected {(len(encoded),)}")
         if weight is not None and not (np.shape(weight) == (len(encoded),) and (np.asarray(weight) >= 0).all()):
             raise InputError(f"weight has shape {np.shape(weight)}, expected {(len(encoded),)}, 0 or more each")
         if mesh is not None:
@@ -67,7 +71,7 @@ class Loader:
                     f"take a multiple of {shards}"
                 )
         self.encoded, self.batch_size = encoded, batch_size
-        self._build, self._ref_logps, self._weight = FORMS[form], ref_logps, weight
+        self._build, self._ref_logps, self._weight, self._label = FORMS[form], ref_logps, weight, label
         self._margin = None if np.isnan(encoded.margin).all() else np.nan_to_num(encoded.margin)
         self._sharding = None if mesh is None else sharding.batch_sharding(mesh)
         pieces = encoded.piece_lens
@@ -168,6 +172,8 @@ class Loader:
             shapes["ref_logps"] = ((size, 2), np.float32)
         if self._margin is not None:
             shapes["margin"] = ((size,), np.float32)
+        if self._label is not None:
+            shapes["label"] = ((size,), np.float32)
         return shapes
 
     def _host_rows(self, rows: np.ndarray, length: int) -> dict[str, np.ndarray]:
@@ -179,6 +185,8 @@ class Loader:
             arrays["ref_logps"] = np.where(known, self._ref_logps[rows], 0).astype(np.float32)
         if self._margin is not None:
             arrays["margin"] = np.where(rows != FILLER, self._margin[rows], 0).astype(np.float32)
+        if self._label is not None:
+            arrays["label"] = np.where(rows != FILLER, self._label[rows], 0).astype(np.float32)
         return arrays
 
     def _arrays(self, build: Callable[[slice], dict[str, np.ndarray]], bucket: Bucket) -> dict[str, jax.Array]:

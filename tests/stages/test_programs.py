@@ -95,7 +95,14 @@ CASES: dict[str, Callable[..., Job]] = {
     "dpo, without a reference": on_split(
         "dpo", {"init": "init", "pairs": "prompts"}, pairs="split/all", objective="simpo", reference="", **TRAINING
     ),
+    "kto": on_split("kto", {"init": "init", "reference": "sft", "pairs": "prompts"}, **TRAINING),
     "ppo": ppo(),
+    "ppo, replaying pairs": on_split(
+        "ppo",
+        {"init": "init", "reference": "reference", "reward": "reward", "prompts": "prompts", "replay": "prompts"},
+        replay="split/all", replay_loss="dpo", prompts="split/all", batch_size=8, max_new_tokens=8, inner_epochs=1,
+        eval_batches=1, eval_prompts=8, steps=1,
+    ),
     "ppo, two samples by a labeller": ppo(samples=2, algorithm="rloo", labeller="vader", gold="vader"),
     "blend": on_split("blend", {"policies": "sft"}, policies=("sft",)),
     "evaluate": on_split(
