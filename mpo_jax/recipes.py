@@ -258,6 +258,20 @@ def large_run(name: str, model: str) -> ml_collections.ConfigDict:
     return made
 
 
+ADAPTER_RATES = 10
+"""How much larger the learning rates of adapters are than those of whole weights: see docs/models.md."""
+
+
+def adapters(made: ml_collections.ConfigDict, rank: int = 16) -> None:
+    """Trains LoRA adapters in place of whole weights, by rates that move them; in place. To be called when the stages
+    have the rates of full fine-tuning."""
+    made.model.lora.rank = rank
+    for each in made.stages.values():
+        for name in ("learning_rate", "value_learning_rate"):
+            if name in each:
+                each[name] = ADAPTER_RATES * each[name]
+
+
 def mpo_stages(pair_source: str) -> dict[str, ml_collections.ConfigDict]:
     """MPO as in the paper, beside its baselines: DPO on all pairs, and PPO from SFT held by the SFT policy."""
     return {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import hh_rlhf, quickstart, tiny_base, tldr
+from configs import curri_dpo, hh_rlhf, iterative, mix_dpo, quickstart, selective_dpo, tiny_base, tldr
 from mpo_jax import graph, recipes
 from mpo_jax.run import Run, StageSettings
 from mpo_jax.settings import Section
@@ -19,7 +19,13 @@ CONFIGS = {
     "tldr:dataset": lambda: tldr.get_config("dataset"),
     "tldr:debug": lambda: tldr.get_config("debug"),
     "tldr:sweep,pythia-1b": lambda: tldr.get_config("sweep,pythia-1b"),
+    "tldr:debug,lora": lambda: tldr.get_config("debug,lora"),
     "hh_rlhf": hh_rlhf.get_config,
+    "hh_rlhf:lora": lambda: hh_rlhf.get_config("lora"),
+    "selective_dpo": selective_dpo.get_config,
+    "curri_dpo": curri_dpo.get_config,
+    "mix_dpo": mix_dpo.get_config,
+    "iterative": iterative.get_config,
     "hh_rlhf:debug": lambda: hh_rlhf.get_config("debug"),
     "hh_rlhf:llama3-8b": lambda: hh_rlhf.get_config("llama3-8b"),
 }
@@ -81,6 +87,16 @@ def test_a_sweep_expands_a_stage_and_what_rests_on_it():
         "sft", "dpo_threshold_1", "dpo_threshold_2", "mpo_threshold_1", "mpo_threshold_2", "dpo_full", "ppo_sft"
     }  # fmt: skip
     assert "split" not in stages and "reward" in stages
+
+
+def test_adapters_learn_by_rates_ten_times_those_of_whole_weights():
+    whole, adapters = tldr.get_config("debug"), tldr.get_config("debug,lora")
+    assert (whole.model.lora.rank, adapters.model.lora.rank) == (0, 16)
+    for name, stage in whole.stages.items():
+        for rate in ("learning_rate", "value_learning_rate"):
+            if rate in stage:
+                assert adapters.stages[name][rate] == pytest.approx(10 * stage[rate])
+    assert tldr.get_config("lora").stages.dpo.learning_rate == pytest.approx(5e-6)
 
 
 def test_a_sweep_over_seeds_and_its_errors():
