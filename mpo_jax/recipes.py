@@ -1,4 +1,4 @@
-"""What configs are composed of: stages of a kind, the runs of the paper, sweeps, cross-fitting, small settings.
+"""What configs are composed of: stages of a kind, the runs of the paper, sweeps, cross-fitting, rounds, small settings.
 
 `stage(kind, **settings)` gives a stage of the graph with every key its kind has, so that any of them can be overridden
 on the command line: `--config.stages.dpo.beta=0.2`. What each key means, `mpo show --settings` tells.
@@ -139,6 +139,95 @@ def sweep(stages, name: str, key: str, values: Iterable[Any]) -> None:
                 stage[role] = renamed(given, tags[0])
 
 
+def rounds(count: int, split, dpo, ppo=None, policy: str = "sft") -> dict[str, ml_collections.ConfigDict]:
+    """Stages of `count` rounds: the policy of the round before samples and scores pairs, which are split; DPO learns
+    from the easy ones and PPO, where given, from the hard prompts. split_1, dpo_1, mpo_1, split_2, ...
+
+    split, dpo, ppo: stages of a round, each with what it shall be set to; what their roles name of a round's own
+    stages, and the policy that it begins with, is put in here. policy: what the first round begins with.
+    """
+    made: dict[str, ml_collections.ConfigDict] = {}
+    for number in range(1, count + 1):
+        names = {kind: f"{kind}_{number}" for kind in ("split", "dpo", "mpo")}
+        parts = {
+            "split": (split, {"policy": policy, "seed": split.seed + number - 1}),
+            "dpo": (dpo, {"init": policy, "reference": policy, "pairs": _of(names["split"], dpo.pairs)}),
+        }
+        if ppo is not None:
+            of_ppo = {"init": names["dpo"], "reference": names["dpo"], "prompts": _of(names["split"], ppo.prompts)}
+            parts["mpo"] = ppo, of_ppo
+        for kind, (given, roles) in parts.items():
+            made[names[kind]] = ml_collections.ConfigDict(given.to_dict() | roles)
+        policy = names["dpo" if ppo is None else "mpo"]
+    return made
+
+
+def _of(split: str, source: str) -> str:
+    """The same part of another split: ("split_2", "split/easy") is "split_2/easy"."""
+    return f"{split}/{source.partition('/')[2]}"
+
+
+SMALL_SAMPLING = {"max_new_tokens": 56, "batch_size": 64}
+SMALL_DPO = {
+    "batch_size": 32,
+    "learning_rate": 2e-4,
+    "beta": 0.1,
+    "log_every": 5,
+    "eval_every": 50,
+    "eval_batches": 12,
+    "save_every": 25,
+}
+SMALL_PPO = {
+    "sft": "sft",
+    "batch_size": 32,
+    "steps": 20,
+    "max_new_tokens": 56,
+    "learning_rate": 2e-4,
+    "value_learning_rate": 1e-3,
+    "inner_epochs": 2,
+    "kl_coefficient": 0.05,
+    "eval_every": 10,
+    "save_every": 10,
+    "gold": "vader",
+}
+"""Hyperparameters of runs on `small_run`."""
+
+
+def small_run(name: str) -> ml_collections.ConfigDict:
+    """The quickstart's task, up to the reward model: the embedded model writes stories, its replies are paired, and
+    VADER's sentiment, with Bradley-Terry noise, says which of two is better. Runs on two cores."""
+    made = config()
+    made.name = name
+    made.model.path = MODELS["tiny"]
+    made.data.path = f"{MODELS['tiny']}/stories.jsonl.gz"
+    made.data.shares = {"sft_reward": 0.4, "policy": 0.4, "eval": 0.2}
+    made.data.max_length = 144
+    made.data.max_response = 56
+    made.data.max_prompt = 32
+    made.data.max_buckets = 1  # at this size a step takes less than compiling it for another length
+    made.stages.update(
+        {
+            "sft": stage("sft", batch_size=32, learning_rate=2e-4, eval_every=20, save_every=20),
+            "pairs": stage("pairs", samples=3, label_temperature=0.2, **SMALL_SAMPLING),
+            "reward": stage(
+                "reward",
+                pairs="pairs",
+                batch_size=16,
+                learning_rate=3e-3,
+                eval_every=60,
+                eval_batches=24,
+                save_every=30,
+            ),
+        }
+    )
+    return made
+
+
+def small_evaluation(*policies: str) -> ml_collections.ConfigDict:
+    """Policies of a `small_run` beside each other, the first the baseline, by the reward model and by VADER."""
+    return stage("evaluate", policies=policies, labeller="vader", count=256, **SMALL_SAMPLING)
+
+
 LARGE_DPO = {"batch_size": 64, "microbatch": 32, "learning_rate": 5e-7, "beta": 0.1}  # Rafailov et al. 2023
 LARGE_PPO = {
     "sft": "sft",
@@ -167,6 +256,20 @@ def large_run(name: str, model: str) -> ml_collections.ConfigDict:
     made.data.multiple = 128
     made.data.max_buckets = 4
     return made
+
+
+ADAPTER_RATES = 10
+"""How much larger the learning rates of adapters are than those of whole weights: see docs/models.md."""
+
+
+def adapters(made: ml_collections.ConfigDict, rank: int = 16) -> None:
+    """Trains LoRA adapters in place of whole weights, by rates that move them; in place. To be called when the stages
+    have the rates of full fine-tuning."""
+    made.model.lora.rank = rank
+    for each in made.stages.values():
+        for name in ("learning_rate", "value_learning_rate"):
+            if name in each:
+                each[name] = ADAPTER_RATES * each[name]
 
 
 def mpo_stages(pair_source: str) -> dict[str, ml_collections.ConfigDict]:

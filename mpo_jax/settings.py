@@ -4,6 +4,7 @@ A section is a frozen pydantic model. A field says its type, range, default, uni
 is *operational*: whether it says how something is computed rather than what, so that it stays out of a stage's key.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -50,10 +51,23 @@ def _parted(value: Any) -> Any:
     return tuple(part for each in value for part in (each.split(",") if isinstance(each, str) else [each]))
 
 
+def _as_numbers(value: Any) -> Any:
+    """The numbers that texts spell; a text that spells none is left to be refused."""
+    if not isinstance(value, tuple):
+        return value
+    with contextlib.suppress(ValueError):
+        return tuple(float(each) if isinstance(each, str) else each for each in value)
+    return value
+
+
 LISTS = pydantic.BeforeValidator(_parted)
 """What a config, a JSON file or a flag holds for several values."""
 Names = Annotated[tuple[str, ...], LISTS]
 """Several names."""
+Numbers = Annotated[
+    tuple[pydantic.FiniteFloat, ...], pydantic.BeforeValidator(lambda value: _as_numbers(_parted(value)))
+]
+"""Several numbers, which a flag gives as texts."""
 OneOrMany = Annotated[
     str | tuple[str, ...], pydantic.PlainValidator(_one_or_many, json_schema_input_type=str | tuple[str, ...])
 ]

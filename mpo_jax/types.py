@@ -31,6 +31,7 @@ class Batch:
     bucket's response columns are gathered; N * R in slot form).
     ref_logps: f32 [B,2], summed reference log-probs of chosen and rejected, where they were computed beforehand.
     margin: f32 [B], how much better the annotator called the chosen reply, where the data says so (0 where it doesn't).
+    label: f32 [B], 1 for a good first reply, 0 for a bad one, where replies are labelled.
     """
 
     tokens: jax.Array
@@ -42,6 +43,7 @@ class Batch:
     window: int = dataclasses.field(metadata={"static": True})
     ref_logps: jax.Array | None = None
     margin: jax.Array | None = None
+    label: jax.Array | None = None
 
 
 @record
@@ -78,7 +80,7 @@ class TrainState:
     """All that a training stage must save to go on as if never stopped.
 
     step: i32 []. params: the trainable weights only. opt_state: optax's. key: a typed PRNG key.
-    extra: stage-specific scalars (KL coefficient, running statistics).
+    extra: a stage's own: scalars (KL coefficient), or arrays that lie as parameters do (a reference that moves).
     """
 
     step: jax.Array
@@ -90,8 +92,9 @@ class TrainState:
 
 @record
 class GapTable:
-    """Scored pairs, a row each. id, prompt_id: i32 [rows]. score_chosen, score_rejected, gap: f32 [rows], reward units
-    (gap = chosen - rejected). bucket: i8 [rows], an index into `BUCKETS`."""
+    """Scored pairs, a row each. id, prompt_id: i32 [rows]. score_chosen, score_rejected, gap: f32 [rows], in the unit
+    of the split's measure (gap = chosen - rejected; of margins and of ranks, which know no replies, rejected is 0).
+    bucket: i8 [rows], an index into `BUCKETS`, or LEFT_OUT."""
 
     id: np.ndarray
     prompt_id: np.ndarray
@@ -102,3 +105,5 @@ class GapTable:
 
 
 BUCKETS = ("easy", "hard", "flipped")
+LEFT_OUT = -1
+"""Stands for a bucket where a pair is in none of them."""

@@ -30,8 +30,8 @@ fi
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 [[ -z "${PYTHON:-}" && -x .venv/bin/python ]] && python=.venv/bin/python
-config=(--config="${CONFIG:-configs/tldr.py:debug,pythia-1b}")
-[[ -n "${MODEL:-}" ]] && config+=(--config.model.path="$MODEL")
+model=()
+[[ -n "${MODEL:-}" ]] && model=(--config.model.path="$MODEL")
 overrides=()
 for argument in "${arguments[@]:1}"; do
   [[ "$argument" == --config.* ]] && overrides+=("$argument")
@@ -69,7 +69,9 @@ done
 size="$(memory)"
 for candidate in "${candidates[@]}"; do
   read -r rank remat <<<"$candidate"
-  settings=("${config[@]}" --config.model.lora.rank="$rank" --config.model.remat="$remat")
+  # Adapters need larger learning rates than whole weights; a config of one's own says its own.
+  config="${CONFIG:-configs/tldr.py:debug,pythia-1b$( ((rank == 0)) || echo ,lora)}"
+  settings=(--config="$config" "${model[@]}" --config.model.lora.rank="$rank" --config.model.remat="$remat")
   plan=("$python" -m mpo_jax.plan "${settings[@]}" "${overrides[@]}" --topology="gpu:${size}GB" --nopropose)
   run=("$python" -m mpo_jax.main "${settings[@]}" --workdir="${arguments[0]}" "${arguments[@]:1}")
   if ((dry_run)); then

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import hh_rlhf, quickstart, tiny_base, tldr
+from configs import curri_dpo, hh_rlhf, iterative, mix_dpo, quickstart, selective_dpo, tiny_base, tldr
 from mpo_jax import graph, recipes
 from mpo_jax.run import Run, StageSettings
 from mpo_jax.settings import Section
@@ -19,7 +19,13 @@ CONFIGS = {
     "tldr:dataset": lambda: tldr.get_config("dataset"),
     "tldr:debug": lambda: tldr.get_config("debug"),
     "tldr:sweep,pythia-1b": lambda: tldr.get_config("sweep,pythia-1b"),
+    "tldr:debug,lora": lambda: tldr.get_config("debug,lora"),
     "hh_rlhf": hh_rlhf.get_config,
+    "hh_rlhf:lora": lambda: hh_rlhf.get_config("lora"),
+    "selective_dpo": selective_dpo.get_config,
+    "curri_dpo": curri_dpo.get_config,
+    "mix_dpo": mix_dpo.get_config,
+    "iterative": iterative.get_config,
     "hh_rlhf:debug": lambda: hh_rlhf.get_config("debug"),
     "hh_rlhf:llama3-8b": lambda: hh_rlhf.get_config("llama3-8b"),
 }
@@ -83,6 +89,16 @@ def test_a_sweep_expands_a_stage_and_what_rests_on_it():
     assert "split" not in stages and "reward" in stages
 
 
+def test_adapters_learn_by_rates_ten_times_those_of_whole_weights():
+    whole, adapters = tldr.get_config("debug"), tldr.get_config("debug,lora")
+    assert (whole.model.lora.rank, adapters.model.lora.rank) == (0, 16)
+    for name, stage in whole.stages.items():
+        for rate in ("learning_rate", "value_learning_rate"):
+            if rate in stage:
+                assert adapters.stages[name][rate] == pytest.approx(10 * stage[rate])
+    assert tldr.get_config("lora").stages.dpo.learning_rate == pytest.approx(5e-6)
+
+
 def test_a_sweep_over_seeds_and_its_errors():
     stages = tldr.get_config().stages
     recipes.sweep(stages, "mpo", "seed", (0, 1, 2))
@@ -108,3 +124,25 @@ def test_unknown_keys_of_a_stage_are_errors():
         recipes.stage("dpo", bta=0.2)
     with pytest.raises(ValueError, match="unknown kind of stage 'dp'"):
         recipes.stage("dp")
+
+
+def test_rounds_are_ordinary_stages_each_on_the_policy_of_the_one_before():
+    parts = {
+        "split": recipes.stage("split", pair_source="sampled", threshold=2.0, seed=3),
+        "dpo": recipes.stage("dpo", beta=0.2),
+        "ppo": recipes.stage("ppo", prompts="split/all"),
+    }
+    made = recipes.rounds(2, **parts)
+    assert list(made) == ["split_1", "dpo_1", "mpo_1", "split_2", "dpo_2", "mpo_2"]
+    assert [(made[f"split_{n}"].policy, made[f"split_{n}"].seed, made[f"split_{n}"].threshold) for n in (1, 2)] == [
+        ("sft", 3, 2.0), ("mpo_1", 4, 2.0)
+    ]  # fmt: skip
+    dpo, ppo = made["dpo_2"], made["mpo_2"]
+    assert (dpo.init, dpo.reference, dpo.pairs, dpo.beta) == ("mpo_1", "mpo_1", "split_2/easy", 0.2)
+    assert (ppo.init, ppo.reference, ppo.prompts) == ("dpo_2", "dpo_2", "split_2/all")
+    config = recipes.config()
+    config.model.path, config.data.path = "MODEL", "DATA"
+    config.stages.update({"sft": recipes.stage("sft"), "reward": recipes.stage("reward")} | made)
+    assert list(graph.connections(kinds.read(config.to_dict()))) == ["sft", "reward", *made]
+    alone = recipes.rounds(2, parts["split"], parts["dpo"])
+    assert list(alone) == ["split_1", "dpo_1", "split_2", "dpo_2"] and alone["split_2"].policy == "dpo_1"

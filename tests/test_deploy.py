@@ -62,6 +62,9 @@ def test_one_gpu_is_planned_before_it_is_used():
     ).stdout.splitlines()
     assert "mpo_jax.plan" in plan and "--topology=gpu:24GB" in plan
     assert "mpo_jax.main" in run and "--workdir=runs/one --stages=sft" in run and "lora.rank=8" in run
+    assert "--config=configs/tldr.py:debug\\,pythia-1b\\,lora" in run  # with the rates of adapters
+    given = {"MEMORY": "24", "RANK": "8", "CONFIG": "mine.py"}
+    assert "--config=mine.py " in call("single_gpu.sh", "--dry_run", "runs/one", **given).stdout
 
 
 def test_one_gpu_gets_the_widest_training_that_fits(tmp_path):

@@ -14,7 +14,7 @@ from mpo_jax import artifacts, command, graph, metrics, pipeline, recipes, setti
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import report
 from mpo_jax.evaluation.labellers import LABELLERS
-from mpo_jax.ops.losses import OBJECTIVES
+from mpo_jax.ops.preferences import OBJECTIVES
 from mpo_jax.ops.returns import ESTIMATORS
 from mpo_jax.planning import chips
 from mpo_jax.planning import stages as planning
@@ -216,7 +216,9 @@ def small(stories, folder, plugin: str):
             "pairs": recipes.stage("pairs", policy="base", labeller="shortest", **SAMPLED),
             "reward": recipes.stage("reward", init="base", **FEW),
             "split": recipes.stage("split", policy="", quantile=0.5, batch_size=8),
-            "dpo": recipes.stage("dpo", init="base", reference="base", pairs="split/all", objective="hinge", **FEW),
+            "dpo": recipes.stage(
+                "dpo", init="base", reference="base", pairs="split/all", objective="squared_hinge", **FEW
+            ),
             "echo": recipes.stage("echo", policy="dpo", times=2),
         }
     )
@@ -236,7 +238,9 @@ def test_a_plugin_s_kind_objective_and_labeller_run(stories, tmp_path):
         "report",
         {"names": ["dpo", "dpo"]},
     )
-    assert metrics.read(nodes["dpo"].folder)[0]["loss"] == pytest.approx(1.0)  # hinge at a log-ratio of 0; dpo: 0.693
+    assert metrics.read(nodes["dpo"].folder)[0]["loss"] == pytest.approx(
+        1.0
+    )  # the plugin at a log-ratio of 0; dpo: 0.693
     assert {name: set(kinds.plugged(stage)) for name, stage in config.stages.items()} == {
         "pairs": {"labeller"}, "reward": set(), "split": set(), "dpo": {"objective"}, "echo": {"kind"}
     }  # fmt: skip

@@ -126,7 +126,8 @@ def test_stages_that_are_none(value):
         ({"stages.sft.microbatch": 3}, "stages.sft.microbatch: 3 rows do not divide batch_size 16"),
         ({"stages.sft.bta": 3}, "stages.sft.bta: no such setting; did you mean 'beta2'?"),
         ({"stages.dpo.objective": "dpoo"},
-         "stages.dpo.objective: 'dpoo'; expected one of dpo, ipo; did you mean 'dpo'?"),
+         "stages.dpo.objective: 'dpoo'; expected one of dpo, ipo, robust, hinge, dpo_norm, dpop, simpo, orpo; did you "
+         "mean 'dpo'?"),
         ({"model.lora.targets": ["z"]},
          "model.lora.targets.0: 'z'; expected one of 'q', 'k', 'v', 'o', 'gate', 'up' or 'down'"),
         ({"model.lora.targets": []}, "model.lora.targets: (); expected a list that is not empty"),

@@ -14,7 +14,7 @@ import numpy as np
 
 from mpo_jax import sharding
 from mpo_jax.data.encode import Encoded
-from mpo_jax.data.plan import FILLER, Bucket, Plan, batch_plan, padding_efficiency
+from mpo_jax.data.plan import FILLER, Bucket, Plan, batch_plan, ordered_plan, padding_efficiency
 from mpo_jax.data.rows import FIELDS, prompt_slots, tight_rows
 from mpo_jax.errors import InputError
 from mpo_jax.types import Batch
@@ -28,6 +28,9 @@ class Loader:
     batch_size: rows of a global batch. form: "tight" (prompt and responses) or "slots" (prompts alone, left-padded).
     mesh: rows go over its data and fsdp axes and are repeated over its tensor axis; None: one device.
     ref_logps: f32 [rows, 2], put into the batches where given; margins, where the data has any, always are.
+    label: f32 [rows], put into the batches where given.
+    weight: f32 [rows], 0 or more, how much each counts; None: all 1. order: int [rows], in which training meets them,
+    in every epoch alike; None: at random.
     multiple: what every row length is a multiple of; max_length caps it.
     shuffle: True for training, whose batches hold real rows only; False for scoring and evaluation, which want every
     row once, in one fixed order, the last batch filled up with rows of weight 0. See `plan.batch_plan`.
@@ -48,11 +51,18 @@ class Loader:
         multiple: int = 8,
         max_length: int | None = None,
         ref_logps: np.ndarray | None = None,
+        label: np.ndarray | None = None,
+        weight: np.ndarray | None = None,
+        order: np.ndarray | None = None,
     ):
         if form not in FORMS:
             raise InputError(f"form {form!r}: expected one of {', '.join(FORMS)}")
         if ref_logps is not None and np.shape(ref_logps) != (len(encoded), 2):
             raise InputError(f"ref_logps has shape {np.shape(ref_logps)}, expected {(len(encoded), 2)}")
+        if label is not None and np.shape(label) != (len(encoded),):
+            raise InputError(f"label has shape {np.shape(label)}, expected {(len(encoded),)}")
+        if weight is not None and not (np.shape(weight) == (len(encoded),) and (np.asarray(weight) >= 0).all()):
+            raise InputError(f"weight has shape {np.shape(weight)}, expected {(len(encoded),)}, 0 or more each")
         if mesh is not None:
             shards = sharding.axis_size(mesh, sharding.BATCH_AXES)
             if batch_size % shards:
@@ -61,23 +71,18 @@ class Loader:
                     f"take a multiple of {shards}"
                 )
         self.encoded, self.batch_size = encoded, batch_size
-        self._build, self._ref_logps = FORMS[form], ref_logps
+        self._build, self._ref_logps, self._weight, self._label = FORMS[form], ref_logps, weight, label
         self._margin = None if np.isnan(encoded.margin).all() else np.nan_to_num(encoded.margin)
         self._sharding = None if mesh is None else sharding.batch_sharding(mesh)
         pieces = encoded.piece_lens
         self.lengths = pieces[:, 0] if form == "slots" else pieces.sum(axis=1)
         windows = np.zeros(len(encoded), np.int64) if form == "slots" else pieces[:, 1:].sum(axis=1)
-        self._plan = functools.partial(
-            batch_plan,
-            self.lengths,
-            windows,
-            batch_size,
-            seed=seed,
-            max_buckets=max_buckets,
-            multiple=multiple,
-            max_length=max_length,
-        )
-        self._shuffle = shuffle
+        rows = self.lengths, windows, batch_size
+        edges: dict[str, Any] = {"max_buckets": max_buckets, "multiple": multiple, "max_length": max_length}
+        self._plan = functools.partial(batch_plan, *rows, seed=seed, **edges)
+        self._epoch: Callable[[int], Plan] = lambda epoch: self._plan(epoch=epoch, shuffle=shuffle)
+        if order is not None:
+            self._epoch = lambda epoch: ordered_plan(*rows, order, **edges)
         self._plans: dict[int, Plan] = {}
         self._lock = threading.Lock()
         first = self.plan(0)
@@ -90,7 +95,7 @@ class Loader:
         with self._lock:
             if epoch not in self._plans:
                 self._plans = {key: plan for key, plan in self._plans.items() if key == epoch - 1}
-                self._plans[epoch] = self._plan(epoch=epoch, shuffle=self._shuffle)
+                self._plans[epoch] = self._epoch(epoch)
             return self._plans[epoch]
 
     def rows(self, step: int) -> tuple[Bucket, np.ndarray]:
@@ -167,15 +172,21 @@ class Loader:
             shapes["ref_logps"] = ((size, 2), np.float32)
         if self._margin is not None:
             shapes["margin"] = ((size,), np.float32)
+        if self._label is not None:
+            shapes["label"] = ((size,), np.float32)
         return shapes
 
     def _host_rows(self, rows: np.ndarray, length: int) -> dict[str, np.ndarray]:
         arrays = self._build(self.encoded, rows, length)
+        if self._weight is not None:
+            arrays["weight"] = np.where(rows != FILLER, self._weight[rows], 0).astype(np.float32)
         if self._ref_logps is not None:
             known = (rows != FILLER)[:, None]
             arrays["ref_logps"] = np.where(known, self._ref_logps[rows], 0).astype(np.float32)
         if self._margin is not None:
             arrays["margin"] = np.where(rows != FILLER, self._margin[rows], 0).astype(np.float32)
+        if self._label is not None:
+            arrays["label"] = np.where(rows != FILLER, self._label[rows], 0).astype(np.float32)
         return arrays
 
     def _arrays(self, build: Callable[[slice], dict[str, np.ndarray]], bucket: Bucket) -> dict[str, jax.Array]:

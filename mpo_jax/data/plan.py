@@ -131,6 +131,36 @@ def batch_plan(
     return Plan(buckets, np.concatenate(owner)[order].astype(np.int32), np.concatenate(rows)[order].astype(np.int32))
 
 
+def ordered_plan(
+    lengths: np.ndarray,
+    windows: np.ndarray,
+    batch_size: int,
+    order: np.ndarray,
+    *,
+    max_buckets: int = 8,
+    multiple: int = 8,
+    max_length: int | None = None,
+) -> Plan:
+    """The batches of an epoch in exactly the order given, the same in every epoch: each holds the next rows, in the
+    bucket of the longest of them; the last is completed by the rows before it (of fewer rows than a batch, repeated).
+
+    order: int [rows], a permutation of them. The rest as in `batch_plan`, in whose buckets they are. Rows of all
+    lengths meet in a batch, so that more of it is padding.
+    """
+    lengths, windows, order = np.asarray(lengths), np.asarray(windows), np.asarray(order)
+    if sorted(order.tolist()) != list(range(len(lengths))):
+        raise InputError(f"an order of {len(order)} rows; expected each of the {len(lengths)} once")
+    edges = choose_edges(lengths, batch_size, max_buckets, multiple, max_length)
+    home = np.searchsorted(edges, lengths)
+    rows = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
+    if len(order) % batch_size:
+        last = order[-batch_size:] if len(order) > batch_size else np.resize(order, batch_size)
+        rows = np.concatenate([rows, last[None]])
+    return Plan(
+        _buckets(edges, home, windows, multiple), home[rows].max(axis=1).astype(np.int32), rows.astype(np.int32)
+    )
+
+
 def sample_rows(count: int, size: int) -> np.ndarray:
     """`size` of `count` rows (or all), drawn at random, in their own order: a fair sample of data in any order. Each
     lies within every larger one of the same rows."""

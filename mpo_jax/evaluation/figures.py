@@ -33,15 +33,15 @@ def lines(curves: Mapping[str, Points], xlabel: str, ylabel: str, marker: str = 
     return _svg(figure, f"{ylabel} against {xlabel}: {', '.join(curves)}")
 
 
-def histogram(gap: np.ndarray, threshold: float) -> str:
-    """Reward gaps, and the thresholds that part flipped, hard and easy pairs."""
+def histogram(gap: np.ndarray, threshold: float, unit: str = "reward units") -> str:
+    """Gaps, and the thresholds that part flipped, hard and easy pairs."""
     figure, axes = plots.new(5.2, 3.0)
     axes.hist(gap, bins=min(60, max(10, len(gap) // 20)), color=_COLOURS[0])
     for place in (-threshold, threshold):
         axes.axvline(place, color=_COLOURS[1], linestyle="--")
-    axes.set_xlabel("gap: score of chosen − score of rejected, reward units")
+    axes.set_xlabel(f"gap: score of chosen − score of rejected, {unit}")
     axes.set_ylabel("pairs")
-    return _svg(figure, f"Histogram of {len(gap)} reward gaps with the thresholds ±{threshold:.3g}")
+    return _svg(figure, f"Histogram of {len(gap)} gaps with the thresholds ±{threshold:.3g}")
 
 
 def graph(sources: Mapping[str, Sequence[str]], kinds: Mapping[str, str]) -> str:

@@ -32,8 +32,8 @@ def new(width: float = 6.0, height: float = 3.6) -> tuple[Any, Any]:
     return figure, axes
 
 
-def gap_histogram(path: epath.PathLike, gap: np.ndarray, threshold: float) -> None:
-    """Reward gaps, with the thresholds that part flipped, hard and easy pairs."""
+def gap_histogram(path: epath.PathLike, gap: np.ndarray, threshold: float, unit: str) -> None:
+    """Gaps, with the thresholds that part flipped, hard and easy pairs."""
     figure, axes = new()
     axes.hist(gap, bins=min(60, max(10, len(gap) // 20)), color="#4878a8")
     for place in (-threshold, threshold):
@@ -44,19 +44,19 @@ def gap_histogram(path: epath.PathLike, gap: np.ndarray, threshold: float) -> No
     axes.set_xlim(-edge * 1.05, edge * 1.05)
     for place, word in ((-(threshold + edge) / 2, "flipped"), (0, "hard"), ((threshold + edge) / 2, "easy")):
         axes.text(place, top * 0.97, word, ha="center", va="top", bbox={"color": "white", "alpha": 0.7})
-    axes.set_xlabel("gap: score of chosen − score of rejected, reward units")
+    axes.set_xlabel(f"gap: score of chosen − score of rejected, {unit}")
     axes.set_ylabel("pairs")
     save(path, figure)
 
 
-def easy_share(path: epath.PathLike, gap: np.ndarray, threshold: float) -> None:
+def easy_share(path: epath.PathLike, gap: np.ndarray, threshold: float, unit: str) -> None:
     """What share of the pairs each threshold would call easy, and flipped."""
     figure, axes = new()
     places = np.linspace(0, max(float(np.abs(gap).max()), threshold), 200)
     axes.plot(places, [(gap >= place).mean() for place in places], label="easy (gap ≥ γ)", color="#4878a8")
     axes.plot(places, [(gap <= -place).mean() for place in places], label="flipped (gap ≤ −γ)", color="#b04030")
     axes.axvline(threshold, color="black", linestyle="--", label=f"γ = {threshold:.3g}")
-    axes.set_xlabel("threshold γ, reward units")
+    axes.set_xlabel(f"threshold γ, {unit}")
     axes.set_ylabel("share of pairs")
     axes.set_ylim(0, 1)
     axes.legend()

@@ -81,12 +81,13 @@ def preference(stage: Finished) -> dict[str, Any]:
 
 def split(stage: Finished) -> dict[str, Any]:
     """Easy, hard and flipped pairs, and the gaps that part them."""
-    report = artifacts.read_json(stage.folder / artifacts.REPORT)
+    earlier = {"measures": ["reward"], "unit": "reward units"}  # what reports of earlier versions leave unsaid
+    report = earlier | artifacts.read_json(stage.folder / artifacts.REPORT)
     gap = artifacts.read_gaps(stage.folder).gap
     return {
         "name": stage.name,
         "report": report,
-        "histogram": Markup(figures.histogram(gap, report["threshold"])),
+        "histogram": Markup(figures.histogram(gap, report["threshold"], report["unit"])),
         "samples": artifacts.read_json(stage.folder / artifacts.SAMPLE_PAIRS),
     }
 

@@ -1,5 +1,6 @@
 """Scored pairs and their buckets enter; what is told of a split leaves: a report, its plots, a few pairs as text."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,22 +10,32 @@ from mpo_jax import artifacts
 from mpo_jax.data.encode import Encoded
 from mpo_jax.evaluation import pairs as pair_tables
 from mpo_jax.evaluation import plots
-from mpo_jax.types import BUCKETS, GapTable
+from mpo_jax.types import BUCKETS, LEFT_OUT, GapTable
 
 SIDES = ("prompt", "chosen", "rejected")
 
 
-def build(table: GapTable, encoded: Encoded, threshold: float) -> dict[str, Any]:
+def build(
+    table: GapTable,
+    encoded: Encoded,
+    threshold: float,
+    measures: Sequence[str] = ("reward",),
+    unit: str = "reward units",
+) -> dict[str, Any]:
     """Counts, agreement with the labels (whole, by decile of the gap's size, by the annotator's confidence where it is
-    known), lengths of each bucket in tokens, and `pairs.pair_report` of the scores."""
+    known), lengths of each bucket in tokens, and `pairs.pair_report` of the scores. measures, unit: of the gap."""
     gap, lens, bucket = np.asarray(table.gap), encoded.piece_lens, np.asarray(table.bucket)
     order = np.argsort(np.abs(gap), kind="stable")
     scores = np.stack([table.score_chosen, table.score_rejected], axis=1)
+    left_out = int((bucket == LEFT_OUT).sum())
     whole = pair_tables.pair_report(scores, lens[:, 1:], np.asarray(encoded.confidence))
     return {
+        "measures": list(measures),
+        "unit": unit,
         "threshold": threshold,
         "pairs": len(gap),
-        "counts": {name: int((bucket == index).sum()) for index, name in enumerate(BUCKETS)},
+        "counts": {name: int((bucket == index).sum()) for index, name in enumerate(BUCKETS)}
+        | ({"left out": left_out} if left_out else {}),
         "agreement": whole["accuracy"],
         "agreement_by_gap_decile": [
             {
@@ -59,15 +70,15 @@ def lengths(lens: np.ndarray) -> dict[str, Any]:
 
 def draw(folder: epath.Path, gap: np.ndarray, report: dict[str, Any]) -> None:
     """gaps.png, easy_share.png, agreement.png and, where confidences are known, confidence.png."""
-    plots.gap_histogram(folder / artifacts.GAPS_PLOT, gap, report["threshold"])
-    plots.easy_share(folder / artifacts.EASY_PLOT, gap, report["threshold"])
+    plots.gap_histogram(folder / artifacts.GAPS_PLOT, gap, report["threshold"], report["unit"])
+    plots.easy_share(folder / artifacts.EASY_PLOT, gap, report["threshold"], report["unit"])
     deciles = report["agreement_by_gap_decile"]
     plots.bars(
         folder / artifacts.AGREEMENT_PLOT,
         [f"{row['from']:.2f}–{row['to']:.2f}" for row in deciles],
         [row["agreement"] for row in deciles],
         [row["pairs"] for row in deciles],
-        "size of the gap, by decile, reward units",
+        f"size of the gap, by decile, {report['unit']}",
         "agreement with the label",
     )
     if "by_confidence" in report["scores"]:

@@ -119,8 +119,10 @@ def _drawn(points: Sequence[Mapping[str, float]]) -> str:
 
 
 def _labelled(settings: Mapping[str, Any]) -> bool:
-    """Whether somebody other than the reward model chose the better reply of a split's pairs."""
-    return settings["pair_source"] == "dataset" or settings["labeller"] != "reward"
+    """Whether a split's gaps are the reward model's, and somebody else chose the better reply of its pairs."""
+    return settings.get("gap", "reward") == "reward" and (
+        settings["pair_source"] == "dataset" or settings["labeller"] != "reward"
+    )
 
 
 def _split(folder: epath.Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Scored pairs enter; easy, hard and flipped ones leave, by the gap of each; and a split's artifact, part by part.
 
-A pair's gap is its chosen score minus its rejected one, in reward units (Gou & Nguyen 2024, arXiv 2403.19443).
+A pair's gap is its chosen score minus its rejected one, by the measure of the split: in the paper, and by default, in
+reward units (Gou & Nguyen 2024, arXiv 2403.19443).
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from mpo_jax.data.plan import sample_rows
 from mpo_jax.errors import InputError
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Artifact, Job
-from mpo_jax.types import BUCKETS, GapTable
+from mpo_jax.types import BUCKETS, LEFT_OUT, GapTable
 
 
 def gap_threshold(gap: np.ndarray, threshold: float, quantile: float = 0.0) -> float:
@@ -23,12 +24,37 @@ def gap_threshold(gap: np.ndarray, threshold: float, quantile: float = 0.0) -> f
     return float(np.quantile(np.abs(gap), quantile)) if quantile else float(threshold)
 
 
-def buckets(gap: np.ndarray, threshold: float) -> np.ndarray:
-    """i8 [pairs], an index into BUCKETS. easy: gap >= threshold; flipped: gap <= -threshold; hard: between."""
+def top_threshold(name: str, gap: np.ndarray, count: int) -> float:
+    """The `count`-th largest gap. name: the stage's. InputError where that is not above 0."""
+    above = int((gap > 0).sum())
+    if count > above:
+        raise InputError(f"stages.{name}.top_k: {count}; expected at most {above}, the pairs whose gap is above 0")
+    return float(np.sort(gap)[-count])
+
+
+def buckets(gap: np.ndarray, threshold: float, band: float = 0.0) -> np.ndarray:
+    """i8 [pairs], an index into BUCKETS. easy: gap >= threshold; flipped: gap <= -threshold; hard: between. LEFT_OUT:
+    between, but of a size from (1 - band) * threshold up."""
     bucket = np.full(len(gap), BUCKETS.index("hard"), np.int8)
+    if band:
+        bucket[np.abs(gap) >= (1 - band) * threshold] = LEFT_OUT
     bucket[gap >= threshold] = BUCKETS.index("easy")
     bucket[gap <= -threshold] = BUCKETS.index("flipped")
     return bucket
+
+
+def only_top(bucket: np.ndarray, gap: np.ndarray, count: int) -> np.ndarray:
+    """The buckets with `count` easy pairs: of those whose gap is exactly the threshold, the first; others are hard."""
+    first = np.argsort(-gap, kind="stable")[:count]
+    easy = bucket == BUCKETS.index("easy")
+    easy[first] = False
+    return np.where(easy, np.int8(BUCKETS.index("hard")), bucket)
+
+
+def agreed(bucket: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The buckets where a pair is flipped only if a second model's gap, f32 [pairs], is below 0 too, else hard."""
+    alone = (bucket == BUCKETS.index("flipped")) & ~(second < 0)
+    return np.where(alone, np.int8(BUCKETS.index("hard")), bucket)
 
 
 def members(table: GapTable, part: str, flipped: str) -> tuple[np.ndarray, np.ndarray]:
@@ -80,13 +106,29 @@ def pairs(artifact: Artifact) -> Encoded:
     Flipped pairs stand where the split's settings put them: among the hard, nowhere, or turned around among the easy.
     """
     encoded = jobs.read_rows(artifact.folder / artifacts.PAIR_ROWS)
+    return encoded if artifact.part == "all" else encode.take(encoded, *_chosen(artifact))
+
+
+def gaps(artifact: Artifact) -> np.ndarray:
+    """f32 [pairs]: the gap of each of `pairs(artifact)`, of one that stands turned around with its sign changed."""
+    gap = artifacts.read_gaps(artifact.folder).gap
     if artifact.part == "all":
-        return encoded
-    table = artifacts.read_gaps(artifact.folder)
-    rows, swapped = members(table, artifact.part, _flipped(artifact))
+        return gap
+    rows, turned = _chosen(artifact)
+    return np.where(turned, -gap[rows], gap[rows])
+
+
+def _chosen(artifact: Artifact) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a part, and which are turned around. InputError for a part without any."""
+    rows, turned = members(artifacts.read_gaps(artifact.folder), artifact.part, _flipped(artifact))
     if not len(rows):
         raise InputError(f"{artifact.name}/{artifact.part} is empty; change the split's threshold")
-    return encode.take(encoded, rows, swapped)
+    return rows, turned
+
+
+def chosen(encoded: Encoded) -> Encoded:
+    """The rows with their chosen replies alone."""
+    return encode.take(encoded, np.arange(len(encoded)), replies=1)
 
 
 def prompts(artifact: Artifact) -> Encoded:

@@ -1,96 +1,152 @@
 """A policy, a frozen reference and preference pairs enter; a policy that prefers the chosen replies leaves.
 
-Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290), or IPO; the reference's log-probs are computed
-once and kept for every stage that asks for the same.
+Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290), or another objective of `ops/preferences.py`.
+The reference's log-probs are computed once; a reference that moves is computed in every step.
 """
 
 import functools
-import sys
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import annotated_types
+import jax
 import jax.numpy as jnp
-import numpy as np
 import pydantic
-from etils import epath
 
-from mpo_jax import artifacts, checkpoint, processes, scoring
+from mpo_jax import artifacts, scoring
 from mpo_jax import settings as declared
-from mpo_jax.artifacts import BASE, PAIRS, POLICY
+from mpo_jax.artifacts import PAIRS, POLICY
 from mpo_jax.data import encode
-from mpo_jax.data.encode import Encoded
-from mpo_jax.errors import InputError
 from mpo_jax.evaluation import pairs as pair_tables
 from mpo_jax.evaluation import sections
 from mpo_jax.evaluation.sections import Shown
-from mpo_jax.models import hf
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import losses, masks
-from mpo_jax.ops.losses import OBJECTIVES
+from mpo_jax.ops.preferences import OBJECTIVES
 from mpo_jax.optim import Rate
-from mpo_jax.settings import Amount, OneOf, Positive, changed, role, setting
-from mpo_jax.stages import buckets, loop, rows
+from mpo_jax.settings import Amount, OneOf, Positive, Share, Whole, changed, role, setting
+from mpo_jax.stages import buckets, loop, reference, rows
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage, Training
+from mpo_jax.stages.curriculum import ORDERS, WEIGHTS
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Programs
+from mpo_jax.types import PyTree
 
 
 class Settings(Training):
     """Direct preference optimization of a policy on pairs."""
 
     init: str = role(POLICY, "sft", "the policy that training starts from")
-    reference: str = role(POLICY, "sft", "the frozen policy of the log-ratios")
+    reference: str = role(
+        POLICY, "sft", "the frozen policy of the log-ratios; empty for objectives without one", optional=True
+    )
     pairs: str = role(PAIRS, "split/easy", "what it learns from")
-    objective: Annotated[str, OneOf(OBJECTIVES)] = setting("dpo", "the loss")
+    objective: Annotated[str, OneOf(OBJECTIVES)] = setting("dpo", "the loss; see docs/objectives.md")
     beta: Positive = setting(0.1, "strength of the KL leash; Rafailov et al. 2023, eq. 7; ours")
     label_smoothing: Annotated[float, annotated_types.Interval(ge=0, lt=0.5)] = setting(
-        0.0, "assumed share of flipped labels (cDPO)"
+        0.0, "assumed share of flipped labels (cDPO; robust)"
     )
+    gamma: Amount = setting(0.5, "margin that simpo asks of the rewards; Meng et al. 2024, eq. 6; ours")
+    chosen_penalty: Amount = setting(50.0, "of dpop, on chosen replies that lose probability; Pal et al. 2024, eq. 3")
     sft: Amount = setting(0.0, "weight of the chosen reply's mean negative log-likelihood; 0: no such term")
+    weight: Literal[tuple(WEIGHTS)] = setting(  # type: ignore[valid-type]
+        "none", "how much a pair counts: all alike, by its gap (none below 0), or by sigmoid(gap)"
+    )
+    order: Literal[tuple(ORDERS)] = setting(  # type: ignore[valid-type]
+        "random", "of an epoch's pairs: at random, or by gap, from the largest or from the smallest"
+    )
+    reference_every: Whole = setting(
+        0, "how often the reference moves towards the policy (TR-DPO); 0: never", unit="steps"
+    )
+    reference_mix: Share = setting(
+        1.0, "share of the policy in a reference that moves; 1: replaced; Gorbatovski et al. 2024, eqs. 3 and 4"
+    )
     learning_rate: Rate = changed(Training, "learning_rate", 5e-7, "peak of the schedule; ours")
 
     @pydantic.model_validator(mode="after")
-    def _smoothing(self):
-        if self.label_smoothing and not OBJECTIVES[self.objective].smooths:
-            raise declared.wrong("label_smoothing", f"{self.objective} has none; expected 0")
+    def _meant(self):
+        objective, fields = OBJECTIVES[self.objective], type(self).model_fields
+        for name in sorted({name for each in OBJECTIVES.values() for name in each.settings}):
+            if name not in objective.settings and getattr(self, name) != fields[name].default:
+                raise declared.wrong(name, f"{self.objective} has none; expected {fields[name].default:g}")
+        if objective.reference and not self.reference:
+            raise declared.wrong("reference", f"empty; expected the frozen policy that {self.objective} compares with")
+        if self.reference and not objective.reference:
+            raise declared.wrong("reference", f"{self.reference!r}; {self.objective} has none, expected an empty text")
+        if self.reference_every and not objective.reference:
+            raise declared.wrong("reference_every", f"{self.reference_every}; {self.objective} has no reference")
+        if self.reference_mix != 1 and not self.reference_every:
+            raise declared.wrong(
+                "reference_mix", f"{self.reference_mix:g}, of a reference that never moves; expected 1"
+            )
         return self
 
 
-def make_loss(
-    model: ModelConfig, objective: str = "dpo", beta: float = 0.1, label_smoothing: float = 0.0, sft: float = 0.0
-) -> loop.Loss:
-    """The loss on pairs whose batch carries ref_logps; sft: weight of the mean log-likelihood of the chosen reply."""
-    preference = OBJECTIVES[objective].loss
-    if OBJECTIVES[objective].smooths:
-        preference = functools.partial(preference, label_smoothing=label_smoothing)
+def make_loss(model: ModelConfig, settings: Settings, moving: bool = False) -> loop.Loss:
+    """The loss on pairs. The reference's log-probs are the batch's ref_logps or, of one that is `moving`, computed here
+    with frozen["reference"]; an objective without a reference reads neither."""
+    objective = OBJECTIVES[settings.objective]
 
     def loss(params, frozen, batch, key):
         out = scoring.response_logps(model, frozen["base"] | params, batch)
         chosen, rejected = (out.seq_logps(2)[:, side] for side in (0, 1))
-        reference = batch.ref_logps
-        objective_loss = preference(chosen, rejected, reference[:, 0], reference[:, 1], batch.weight, beta)
-        if sft:
-            lens = jnp.sum((batch.segments == masks.FIRST_RESPONSE_SEGMENT).astype(jnp.int32), axis=1)
-            objective_loss = losses.add(objective_loss, (sft, losses.chosen_nll(chosen, lens, batch.weight)))
+        given = {"policy_chosen": chosen, "policy_rejected": rejected, "weight": batch.weight, "beta": settings.beta}
+        if objective.reference:
+            ref_logps = batch.ref_logps
+            if moving:
+                weights = frozen["base"] | frozen["reference"]
+                ref_logps = scoring.response_logps(model, weights, batch).seq_logps(2)
+            given |= {"reference_chosen": ref_logps[:, 0], "reference_rejected": ref_logps[:, 1]}
+        if objective.lengths:
+            given |= {"chosen_len": _tokens(batch, 0), "rejected_len": _tokens(batch, 1)}
+        objective_loss = objective.loss(**given | {name: getattr(settings, name) for name in objective.settings})
+        if settings.sft:
+            nll = losses.chosen_nll(chosen, _tokens(batch, 0), batch.weight)
+            objective_loss = losses.add(objective_loss, (settings.sft, nll))
         return objective_loss
 
     return loss
 
 
+def _tokens(batch, side: int) -> jax.Array:
+    """i32 [B]: tokens of the chosen (0) or rejected (1) reply."""
+    return jnp.sum((batch.segments == masks.FIRST_RESPONSE_SEGMENT + side).astype(jnp.int32), axis=1)
+
+
+def moved(settings: Settings, extra: PyTree, params: PyTree, step: jax.Array) -> PyTree:
+    """The state's extra after `step` steps, the last of which left `params`: the reference replaced or mixed if it is
+    time. Gorbatovski et al. 2024 (arXiv 2404.09656), eqs. 3 (soft) and 4 (hard), whose alpha is reference_mix."""
+    now = step % settings.reference_every == 0
+    share = jnp.where(now, jnp.float32(settings.reference_mix), jnp.float32(0))
+    return {
+        "reference": jax.tree.map(
+            lambda old, new: jnp.where(share == 1, new, old + share * (new - old)), extra["reference"], params
+        )
+    }
+
+
 def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
-    """The reference's log-probs, and the training's."""
+    """The reference's log-probs, where there is one, and the training's."""
     model = jobs.model(job)
     settings = job.settings
     made_by = shapes.made_by_stage(job, "pairs")
     weights = jobs.abstract_base(job, model) | shapes.frozen_weights(job, model)
+    params = jobs.abstract_weights(model, job.mesh)
     unread = shapes.pairs(job, settings.batch_size, made_by)
+    if not OBJECTIVES[settings.objective].reference:
+        return loop.programs(job, model, make_loss(model, settings), params, unread, steps)
+    before = {"reference": rows.logps_program(job, model, weights, unread, 2)}
     read = shapes.pairs(job, settings.batch_size, made_by, ref_logps=True)
-    loss = make_loss(model, settings.objective, settings.beta, settings.label_smoothing, settings.sft)
-    training = loop.programs(job, model, loss, jobs.abstract_weights(model, job.mesh), read, steps)
-    return {"reference": rows.logps_program(job, model, weights, unread, 2)} | training
+    loss = make_loss(model, settings)
+    if not settings.reference_every:
+        return before | loop.programs(job, model, loss, params, read, steps)
+    moving = loop.Extra({"reference": params}, functools.partial(moved, settings))
+    judged = loss, read  # by the reference that stays, so that stages can be compared
+    return before | loop.programs(
+        job, model, make_loss(model, settings, moving=True), params, unread, steps, moving, judged
+    )
 
 
 def run(job: Job[Settings]) -> dict[str, Any]:
@@ -102,13 +158,15 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     loader = functools.partial(jobs.loader, job, batch_size=settings.batch_size, max_length=None)
     steps = loop.total_steps(job, loader(train))
     compiled = programs(job, steps)
-    logps = reference_logps(job, compiled, base, [train, heldout])
-    training_rows, heldout_rows = (
-        loader(encoded, ref_logps=reference, shuffle=encoded is train)
-        for encoded, reference in zip((train, heldout), logps, strict=True)
-    )
+    read: dict[str, Any] = {"train": None, "heldout": None}
+    if "reference" in compiled:
+        found = reference.logps(job, compiled["reference"], base, [train, heldout])
+        read = dict(zip(read, found, strict=True))
+    training_rows = loader(train, ref_logps=None if settings.reference_every else read["train"], **by_gap(job))
+    heldout_rows = loader(heldout, ref_logps=read["heldout"], shuffle=False)
     params = jobs.load_weights(job, job.inputs["init"], model)
-    training = loop.supervised(job, compiled, params, {"base": base}, training_rows, heldout_rows, steps)
+    extra = {"reference": jobs.load_weights(job, job.inputs["reference"], model)} if settings.reference_every else {}
+    training = loop.supervised(job, compiled, params, {"base": base}, training_rows, heldout_rows, steps, extra)
     params, summary = loop.train(training, steps, job.folder, job.mesh)
     jobs.save_weights(job, params)
     judged = min(len(heldout), settings.eval_batches * settings.batch_size)
@@ -120,6 +178,16 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     }
     jobs.say(table(finished(job, summary["heldout"]) | {job.name: summary}, job))
     return summary
+
+
+def by_gap(job: Job[Settings]) -> dict[str, Any]:
+    """What the loader is told of the pairs' gaps: their weights and their order, where the settings ask for them."""
+    wanted = {"weight": WEIGHTS[job.settings.weight], "order": ORDERS[job.settings.order]}
+    made = {name: function for name, function in wanted.items() if function is not None}
+    if not made:
+        return {}
+    gap = buckets.gaps(job.inputs["pairs"])
+    return {name: function(gap) for name, function in made.items()}
 
 
 def finished(job: Job[Settings], heldout: str) -> dict[str, Any]:
@@ -147,55 +215,17 @@ def table(summaries: Mapping[str, Mapping[str, Any]], job: Job[Settings]) -> str
                 "pairs": f"{summary['pairs']} of {job.config.stages[name].pairs}",
                 "reward accuracy": f"{judged['accuracy']:.3f} ± {error:.3f}",
                 "margin": f"{judged['reward_margin']:.3f}",
-                "log-ratio of chosen, rejected": f"{judged['kl_chosen']:.2f}, {judged['kl_rejected']:.2f}",
+                "log-ratio of chosen, rejected": ", ".join(
+                    f"{judged[name]:.2f}" if name in judged else "–" for name in ("kl_chosen", "kl_rejected")
+                ),
             }
         )
     heads = list(rows[0])
     lines = [heads, *([row[head] for head in heads] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
     told = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([f"on held-out pairs ({job.settings.reference}: reward accuracy 0.5 by definition)", *told])
-
-
-def reference_logps(job: Job[Settings], compiled: Programs, base, encoded: Sequence[Encoded]) -> list[np.ndarray]:
-    """Summed log-probs f32 [rows,2] of both replies under the reference, for each set of rows; from the run's cache
-    where they are there, so that the reference is loaded only if it is needed. compiled: the stage's programs.
-
-    The key: the reference itself, the rows themselves (data, template, lengths), and how they were computed.
-    """
-    how = [_identity(job), jobs.model(job).dtype, jobs.frozen_dtype(job), "kept as read"]
-    paths = [_cached(job, [*how, encode.rows_fingerprint(part)]) for part in encoded]
-    if not all(_whole(path) for path in paths):
-        model = jobs.model(job)
-        weights = base | jobs.load_weights(job, job.inputs["reference"], model, jobs.frozen_dtype(job))
-        for part, path in zip(encoded, paths, strict=True):
-            logps = rows.compute(job, compiled["reference"], weights, part, job.settings.batch_size)
-            if jobs.is_first():
-                artifacts.write_arrays(path, {"logps": logps})
-        processes.barrier(f"{job.name} reference log-probs")
-    return [artifacts.read_arrays(path)["logps"] for path in paths]
-
-
-def _whole(path: epath.Path) -> bool:
-    """Whether cached log-probs are there and undamaged; others are made again."""
-    try:
-        return path.exists() and "logps" in artifacts.read_arrays(path)
-    except InputError as error:
-        print(f"cache: {error}", file=sys.stderr, flush=True)
-        return False
-
-
-def _identity(job: Job) -> list[str]:
-    """What the reference's weights are: the base model's content, or a stage's key and which making of it."""
-    artifact = job.inputs["reference"]
-    if artifact.name == BASE:
-        return [checkpoint.fingerprint_weights_folder(hf.resolve(job.config.model.path))]
-    manifest = artifacts.read_manifest(artifact.folder) or {}
-    return [artifact.folder.name, manifest.get("made", "")]
-
-
-def _cached(job: Job, parts: list[Any]) -> epath.Path:
-    return epath.Path(job.workdir) / artifacts.CACHE / f"reference-{checkpoint.hash_settings(parts)}.npz"
+    known = f" ({job.settings.reference}: reward accuracy 0.5 by definition)" if job.settings.reference else ""
+    return "\n".join([f"on held-out pairs{known}", *told])
 
 
 STAGE = Stage(

@@ -11,7 +11,7 @@ from mpo_jax import run, settings
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.run import Run, StageSettings
-from mpo_jax.stages import dpo, evaluate, judge, pairs, reward, sft, split
+from mpo_jax.stages import blend, dpo, evaluate, judge, kto, pairs, reward, sft, split
 from mpo_jax.stages.base import Stage
 from mpo_jax.stages.ppo import stage as ppo
 
@@ -25,7 +25,7 @@ def register(stage: Stage) -> Stage:
     return stage
 
 
-for _module in (sft, reward, pairs, split, dpo, ppo, evaluate, judge):
+for _module in (sft, reward, pairs, split, dpo, kto, ppo, blend, evaluate, judge):
     register(_module.STAGE)
 
 

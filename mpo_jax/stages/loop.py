@@ -53,6 +53,16 @@ Evaluate = Callable[[PyTree, PyTree, int], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Extra:
+    """What a training's state holds beside parameters and optimizer, and what the loss finds in `frozen`.
+
+    arrays: shapes with shardings, by name. update: (extra, new params, steps done) -> extra."""
+
+    arrays: dict[str, PyTree]
+    update: Callable[[PyTree, PyTree, jax.Array], PyTree]
+
+
+@dataclasses.dataclass(frozen=True)
 class Trainer:
     """What tells one training stage from another, and how long it runs.
 
@@ -77,31 +87,49 @@ class Trainer:
 
 
 def programs(
-    job: Job[Training], model: ModelConfig, loss: Loss, params: PyTree, rows: Batch, steps: int = shapes.STEPS
+    job: Job[Training],
+    model: ModelConfig,
+    loss: Loss,
+    params: PyTree,
+    rows: Batch,
+    steps: int = shapes.STEPS,
+    extra: Extra | None = None,
+    judged: tuple[Loss, Batch] | None = None,
 ) -> Programs:
-    """The step, and the evaluation by the same loss, of a training that minimises `loss` over batches like `rows`.
+    """The step, and the evaluation, of a training that minimises `loss` over batches like `rows`.
 
-    params: shapes with shardings of what is trained. steps: of the whole training.
+    params: shapes with shardings of what is trained. steps: of the whole training. judged: the loss of the evaluation,
+    and its batches; None: the same.
     """
     frozen = {"base": jobs.abstract_base(job, model)}
     optimizer, _ = optim.of_settings(job.settings, steps)
-    state = abstract_state(optimizer, params, job.mesh)
+    state = abstract_state(optimizer, params, job.mesh, extra.arrays if extra else None)
     skip = job.settings.on_nonfinite == "skip"
-    step = jit_step(named(train_step(loss, optimizer, microbatches(job), skip), "train"), state, job.mesh)
+    follow = extra.update if extra else None
+    step = jit_step(named(train_step(loss, optimizer, microbatches(job), skip, follow), "train"), state, job.mesh)
     extent = shapes.train(job, model, state, rows, job.settings.batch_size)
-    forward = shapes.forward(model, rows)
+    judge, judged_rows = judged or (loss, rows)
+    forward = shapes.forward(model, judged_rows)
     return {
         "train": Program(step, (state, frozen, rows), extent),
         "evaluate": Program(
-            evaluation_step(loss), (state.params, frozen, rows), forward, (state, frozen), per="evaluation"
+            evaluation_step(judge), (state.params, frozen, judged_rows), forward, (state, frozen), per="evaluation"
         ),
     }
 
 
 def supervised(
-    job: Job[Training], compiled: Programs, params: PyTree, frozen: PyTree, loader: Loader, heldout: Loader, steps: int
+    job: Job[Training],
+    compiled: Programs,
+    params: PyTree,
+    frozen: PyTree,
+    loader: Loader,
+    heldout: Loader,
+    steps: int,
+    extra: PyTree | None = None,
 ) -> Trainer:
-    """Such a training, over a loader's batches and judged on `heldout`. compiled: its `programs` for as many steps."""
+    """Such a training, over a loader's batches and judged on `heldout`. compiled: its `programs` for as many steps.
+    extra: the arrays of its `Extra`."""
     optimizer, rate = optim.of_settings(job.settings, steps)
 
     def judged(params, frozen, _):
@@ -117,6 +145,7 @@ def supervised(
         evaluate=judged,
         settings=job.settings,
         key=jobs.key(job),
+        extra=extra or {},
     )
 
 
@@ -146,17 +175,23 @@ def total_steps(job: Job[Training], loader: Loader) -> int:
     return steps
 
 
-def train_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches: int = 1, skip: bool = False):
+def train_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    microbatches: int = 1,
+    skip: bool = False,
+    follow: Callable[[PyTree, PyTree, jax.Array], PyTree] | None = None,
+):
     """`(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Gradients of the loss's sum are added over microbatches and divided by the total weight once, so that accumulated
     equals full batch under masks. metrics: f32 scalars; "grad_norm" is the norm before clipping. skip: no update where
-    the loss or that norm is not finite.
+    the loss or that norm is not finite. follow: see `Extra.update`; the loss finds the state's extra in `frozen`.
     """
 
     def step(state: TrainState, frozen: PyTree, batch: Batch):
         key = jax.random.fold_in(state.key, state.step)
-        grads, total, weight, sums = accumulate(loss, state.params, frozen, batch, key, microbatches)
+        grads, total, weight, sums = accumulate(loss, state.params, frozen | state.extra, batch, key, microbatches)
         grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -164,7 +199,8 @@ def train_step(loss: Loss, optimizer: optax.GradientTransformation, microbatches
         if skip:
             ok = nonfinite.finite(out["loss"], out["grad_norm"])
             params, opt_state = nonfinite.kept_where(ok, (params, opt_state), (state.params, state.opt_state))
-        return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), out
+        extra = state.extra if follow is None else follow(state.extra, params, state.step + 1)
+        return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, extra=extra), out
 
     return step
 
@@ -242,7 +278,9 @@ def init_state(optimizer, params: PyTree, key: jax.Array, mesh, extra: PyTree = 
         params=jax.tree.map(jnp.copy, params),
         opt_state=jax.jit(optimizer.init, out_shardings=where)(params),
         key=jax.random.wrap_key_data(jax.device_put(np.asarray(jax.random.key_data(key)), everywhere)),
-        extra=jax.tree.map(lambda x: jax.device_put(np.array(x), everywhere), extra or {}),
+        extra=jax.tree.map(
+            lambda x: jnp.copy(x) if isinstance(x, jax.Array) else jax.device_put(np.array(x), everywhere), extra or {}
+        ),
     )
 
 
@@ -259,7 +297,9 @@ def abstract_state(optimizer, params: PyTree, mesh, extra: PyTree = None) -> Tra
         params=jax.tree.map(lambda leaf: shape(leaf, leaf.sharding), params),
         opt_state=jax.tree.map(shape, moments, optim.state_shardings(optimizer, params, mesh)),
         key=shape(jax.eval_shape(lambda: jax.random.key(0)), everywhere),
-        extra=jax.tree.map(lambda x: shape(np.asarray(x), everywhere), extra or {}),
+        extra=jax.tree.map(
+            lambda x: shape(x, x.sharding) if hasattr(x, "sharding") else shape(np.asarray(x), everywhere), extra or {}
+        ),
     )
 
 
@@ -285,7 +325,8 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
     else:
         abstract = abstract_state(training.optimizer, training.params, mesh, training.extra)
         state, progress = checkpoints.restore(latest, abstract)
-    _release(training.params, training.frozen)
+    arrays = [leaf for leaf in jax.tree.leaves(training.extra) if isinstance(leaf, jax.Array)]
+    _release((training.params, arrays), training.frozen)
     start = int(state.step)
     jobs.say(epochs(steps, loader.batch_size, len(loader.encoded)))
     eval_every = settings.eval_every or max(1, steps // 10)

@@ -112,16 +112,34 @@ def prompt_length(job: Job) -> int:
     return _up(jobs.prompt_limit(job), job.config.data.multiple)
 
 
-def pairs(job: Job, rows: int, made_by: Any, ref_logps: bool = False, margin: bool = False) -> Batch:
+def pairs(
+    job: Job, rows: int, made_by: Any, ref_logps: bool = False, margin: bool = False, label: bool = False
+) -> Batch:
     """Rows of a prompt and two replies: from the data, or as long as the stage `made_by` samples them."""
     data = job.config.data
     if made_by is None:
         window = 2 * data.max_response
-        return batch(job, rows, row_length(job, window), window, ref_logps, margin)
-    return batch(job, rows, *sampled_length(job, made_by, 2), ref_logps, margin)
+        return batch(job, rows, row_length(job, window), window, ref_logps, margin, label)
+    return batch(job, rows, *sampled_length(job, made_by, 2), ref_logps, margin, label)
 
 
-def batch(job: Job, rows: int, length: int, window: int, ref_logps: bool = False, margin: bool = False) -> Batch:
+def replies(job: Job, rows: int, made_by: Any) -> Batch:
+    """Rows of a prompt and one reply, see `pairs`."""
+    window = job.config.data.max_response
+    if made_by is None:
+        return batch(job, rows, row_length(job, window), window)
+    return batch(job, rows, *sampled_length(job, made_by, 1))
+
+
+def batch(
+    job: Job,
+    rows: int,
+    length: int,
+    window: int,
+    ref_logps: bool = False,
+    margin: bool = False,
+    label: bool = False,
+) -> Batch:
     """An abstract batch of the loader's form."""
     sharding.check_batch(rows, job.mesh)
     columns, vector = (rows, length), (rows,)
@@ -135,6 +153,7 @@ def batch(job: Job, rows: int, length: int, window: int, ref_logps: bool = False
         window=min(_up(window, job.config.data.multiple), length),
         ref_logps=rows_of(job, (rows, 2), jnp.float32) if ref_logps else None,
         margin=rows_of(job, vector, jnp.float32) if margin else None,
+        label=rows_of(job, vector, jnp.float32) if label else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""The base model and chosen replies (or reference summaries) enter; a policy that writes such replies leaves.
+"""A policy and chosen replies (or summaries) enter, the data's or a split's; a policy that writes such replies leaves.
 
 The loss is the negative log-likelihood of the reply's tokens alone.
 """
@@ -6,15 +6,15 @@ The loss is the negative log-likelihood of the reply's tokens alone.
 from typing import Any
 
 from mpo_jax import scoring
-from mpo_jax.artifacts import BASE, POLICY
+from mpo_jax.artifacts import BASE, PAIRS, POLICY
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import losses
 from mpo_jax.optim import Rate
 from mpo_jax.run import ShareName
 from mpo_jax.settings import changed, role, setting
+from mpo_jax.stages import buckets, loop
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import loop
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage, Training, rows_of_share
 from mpo_jax.stages.job import Job
@@ -25,7 +25,10 @@ class Settings(Training):
     """Supervised fine-tuning on the data's chosen replies."""
 
     init: str = role(POLICY, BASE, "the policy that training starts from")
-    share: ShareName = setting("sft_reward", "of the data that is learned from")
+    pairs: str = role(
+        PAIRS, "", "pairs whose chosen replies are learned from, as split/hard; empty: the data's replies"
+    )
+    share: ShareName = setting("sft_reward", "of the data that is learned from, where `pairs` names none")
     learning_rate: Rate = changed(Training, "learning_rate", 2e-5, "peak of the schedule; ours")
 
 
@@ -40,10 +43,9 @@ def make_loss(model: ModelConfig) -> loop.Loss:
 
 
 def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
-    """The training's, on the data's own rows."""
+    """The training's, on rows of one reply."""
     model = jobs.model(job)
-    response = job.config.data.max_response
-    rows = shapes.batch(job, job.settings.batch_size, shapes.row_length(job, response), response)
+    rows = shapes.replies(job, job.settings.batch_size, shapes.made_by_stage(job, "pairs"))
     return loop.programs(job, model, make_loss(model), jobs.abstract_weights(model, job.mesh), rows, steps)
 
 
@@ -52,14 +54,17 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
     settings = job.settings
+    if "pairs" in job.inputs:
+        made = [buckets.chosen(read(job.inputs["pairs"])) for read in (buckets.pairs, buckets.heldout)]
+    else:
+        made = [
+            jobs.encode_rows(job, model, jobs.records(job, share, tokenizer), 1, tokenizer)
+            for share in (settings.share, "eval")
+        ]
+    # Replies that a stage sampled may make longer rows than those of the data.
+    limit = {"max_length": None} if "pairs" in job.inputs else {}
     train, heldout = (
-        jobs.loader(
-            job,
-            jobs.encode_rows(job, model, jobs.records(job, share, tokenizer), 1, tokenizer),
-            settings.batch_size,
-            shuffle=share != "eval",
-        )
-        for share in (settings.share, "eval")
+        jobs.loader(job, encoded, settings.batch_size, shuffle=encoded is made[0], **limit) for encoded in made
     )
     steps = loop.total_steps(job, train)
     params = jobs.load_weights(job, job.inputs["init"], model)
@@ -70,6 +75,12 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     return summary
 
 
+def rows_read(job: Job[Settings], pairs: int, easy: float) -> float:
+    """See `base.Stage.rows`."""
+    read = buckets.rows_of("pairs") if "pairs" in job.inputs else rows_of_share
+    return read(job, pairs, easy)
+
+
 STAGE = Stage(
     kind="sft",
     settings=Settings,
@@ -77,6 +88,6 @@ STAGE = Stage(
     run=run,
     programs=programs,
     check=loop.check,
-    rows=rows_of_share,
+    rows=rows_read,
     shown=Shown(curves=(("loss", "loss, nats per token"),), figures=("steps", "evaluation.loss")),
 )

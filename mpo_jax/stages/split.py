@@ -24,22 +24,27 @@ from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.run import ShareName
 from mpo_jax.settings import Amount, Count, OneOf, OneOrMany, Whole, changed, role, setting
-from mpo_jax.stages import buckets, candidates, rows
+from mpo_jax.stages import buckets, candidates, gaps, rows
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage, rows_of_share
 from mpo_jax.stages.candidates import Pairing, Scored
+from mpo_jax.stages.gaps import Measures
 from mpo_jax.stages.job import Artifact, Job
 from mpo_jax.stages.programs import Programs
 from mpo_jax.types import GapTable
 
 
-class Settings(Pairing):
+class Settings(Pairing, Measures):
     """Divides preference pairs into easy, hard and flipped ones by the gap of their reward-model scores."""
 
     reward: OneOrMany = role(
-        REWARD, "reward", "the reward model that scores, which never saw the share; or the k of cross-fitting"
+        REWARD,
+        "reward",
+        "the reward model that scores, which never saw the share; or the k of cross-fitting; empty where none is read",
+        optional=True,
     )
+    second: str = role(REWARD, "", "another reward model: pairs are flipped only where it prefers rejected too")
     policy: str = role(POLICY, "sft", "the policy whose replies are paired, where pairs are sampled", optional=True)
     pairs: str = role(SAMPLES, "", "a stage whose pairs are read; empty: the data's own pairs")
     share: ShareName = setting("policy", "of the data that is divided")
@@ -53,6 +58,12 @@ class Settings(Pairing):
     quantile: Annotated[float, annotated_types.Interval(ge=0, lt=1)] = setting(
         0.0, "share of pairs beneath the threshold, instead of it; 0: use threshold"
     )
+    top_k: Whole = setting(
+        0, "pairs that are easy, those of the largest gaps, instead of a threshold; 0: use threshold", unit="pairs"
+    )
+    band: Annotated[float, annotated_types.Interval(ge=0, lt=1)] = setting(
+        0.0, "share of the threshold, beneath it: pairs with gaps of such sizes are in no part"
+    )
     flipped: Literal["hard", "drop", "swap"] = setting(
         "hard", "where pairs go whose gap is at most -threshold: among the hard, nowhere, or turned around; ours"
     )
@@ -63,10 +74,19 @@ class Settings(Pairing):
     def samples_pairs(self) -> bool:
         return self.pair_source != "dataset"
 
+    @property
+    def reads_reward(self) -> bool:
+        """Whether the reward model scores: where its gap is asked for, and where it chooses among sampled replies."""
+        return "reward" in self.measures or self.samples_pairs
+
     @pydantic.model_validator(mode="after")
     def _edge(self):
-        if self.quantile == 0 and self.threshold == 0:
+        if self.quantile == 0 and self.threshold == 0 and not self.top_k:
             raise declared.wrong("threshold", "0; expected above 0, in reward units, or a quantile")
+        if self.top_k and self.quantile:
+            raise declared.wrong("top_k", f"{self.top_k}, beside a quantile of {self.quantile:g}; expected one of them")
+        given = {"reward": self.reward, "implicit": self.implicit, "reference": self.reference}
+        self.check_measures(given, self.samples_pairs)
         if self.samples_pairs and not self.policy:
             raise declared.wrong("policy", "empty; expected the policy whose replies are paired")
         return self
@@ -79,14 +99,17 @@ def check(job: Job[Settings]) -> None:
         jobs.check_batch(job, job.settings.score_batch, "score_batch")
     if job.settings.samples_pairs:
         candidates.check_pairs(job)
-    models = reward_models(job)
+    models = reward_models(job) if job.settings.reads_reward else []
     if len(models) > 1:
         _check_folds(job, models)
-    elif job.settings.pair_source != "sampled" and _learned_from(job, models[0].name) == job.settings.share:
+        models = []
+    for artifact in [*models, *([job.inputs["second"]] if "second" in job.inputs else [])]:
         # A pair would be scored by a model that was trained on it.
+        if job.settings.pair_source == "sampled" or _learned_from(job, artifact.name) != job.settings.share:
+            continue
         raise job.error(
             "share",
-            f"{models[0].name!r} is trained on the share {job.settings.share!r} itself, so its gaps there would be "
+            f"{artifact.name!r} is trained on the share {job.settings.share!r} itself, so its gaps there would be "
             "inflated; take another share, or cross-fitting (see docs/split.md)",
         )
 
@@ -125,8 +148,9 @@ def programs(job: Job[Settings]) -> Programs:
     scorer = base | shapes.frozen_weights(job, model, head=True)
     size = settings.score_batch or settings.batch_size
     compiled: Programs = {}
-    if settings.pair_source != "sampled":
-        read = shapes.pairs(job, size, shapes.made_by_stage(job, "pairs"))
+    made_by = settings if settings.pair_source == "sampled" else shapes.made_by_stage(job, "pairs")
+    read = shapes.pairs(job, size, made_by)
+    if settings.pair_source != "sampled" and settings.reads_reward:
         compiled["score"] = rows.scoring_program(job, model, scorer, read, 2)
     if settings.samples_pairs:
         weights = base | shapes.frozen_weights(job, model)
@@ -135,7 +159,9 @@ def programs(job: Job[Settings]) -> Programs:
         length, window = shapes.sampled_length(job, settings, settings.samples)
         drawn = shapes.batch(job, size, length, window)
         compiled["score_samples"] = rows.scoring_program(job, model, scorer, drawn, settings.samples)
-    return compiled
+    if "second" in job.inputs:
+        compiled["second"] = rows.scoring_program(job, model, scorer, read, 2)
+    return compiled | gaps.programs(job, model, base | shapes.frozen_weights(job, model), read)
 
 
 def run(job: Job[Settings]) -> dict[str, Any]:
@@ -145,21 +171,22 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     tokenizer = jobs.load_tokenizer(job, model)
     base = jobs.base_weights(job, model)
     compiled = programs(job)
-    score = make_scorer(job, model, compiled, base)
+    score = make_scorer(job, model, compiled, base) if settings.reads_reward else None
     make = functools.partial(_scored_pairs, job, model, tokenizer, compiled, base, score)
     scored = make(settings.share)
-    gap = scored.scores[:, 0] - scored.scores[:, 1]
-    threshold = buckets.gap_threshold(gap, settings.threshold, settings.quantile)
+    scores = gaps.scores(job, compiled, base, scored.encoded, scored.scores)
+    gap = scores[:, 0] - scores[:, 1]
+    threshold, bucket = divided(job, model, compiled, base, scored.encoded, gap)
     table = GapTable(
         id=scored.encoded.id,
         prompt_id=scored.encoded.prompt_id,
-        score_chosen=scored.scores[:, 0],
-        score_rejected=scored.scores[:, 1],
+        score_chosen=scores[:, 0],
+        score_rejected=scores[:, 1],
         gap=gap,
-        bucket=buckets.buckets(gap, threshold),
+        bucket=bucket,
     )
     buckets.check_buckets(job.name, table, threshold, settings.flipped)
-    report = split_report.build(table, scored.encoded, threshold)
+    report = split_report.build(table, scored.encoded, threshold, settings.measures, settings.gap_unit)
     heldout_pairs = make("eval").encoded
     jobs.write_rows(heldout_pairs, job.folder / artifacts.HELDOUT)
     jobs.write_rows(scored.encoded, job.folder / artifacts.PAIR_ROWS)
@@ -172,10 +199,29 @@ def run(job: Job[Settings]) -> dict[str, Any]:
         artifacts.write_json(job.folder / artifacts.REPORT, report)
     counts = ", ".join(f"{count} {name}" for name, count in report["counts"].items())
     jobs.say(
-        f"{job.name} at gap {threshold:.4g}: {counts}; the reward model agrees with "
+        f"{job.name} at gap {threshold:.4g}: {counts}; "
+        f"{'the reward model' if settings.measures == ('reward',) else 'the gap'} agrees with "
         f"{report['agreement']:.3f} of the labels"
     )
     return {"threshold": threshold, "counts": report["counts"], "agreement": report["agreement"]}
+
+
+def divided(job: Job[Settings], model: ModelConfig, compiled: Programs, base, encoded: Encoded, gap: np.ndarray):
+    """The threshold, and the bucket of each pair: i8 [pairs]."""
+    settings = job.settings
+    if settings.top_k:
+        threshold = buckets.top_threshold(job.name, gap, settings.top_k)
+    else:
+        threshold = buckets.gap_threshold(gap, settings.threshold, settings.quantile)
+    bucket = buckets.buckets(gap, threshold, settings.band)
+    if settings.top_k:
+        bucket = buckets.only_top(bucket, gap, settings.top_k)
+    if "second" in compiled:
+        weights = base | jobs.load_weights(job, job.inputs["second"], model, jobs.frozen_dtype(job))
+        size = settings.score_batch or settings.batch_size
+        scores = rows.compute(job, compiled["second"], weights, encoded, size)
+        bucket = buckets.agreed(bucket, scores[:, 0] - scores[:, 1])
+    return threshold, bucket
 
 
 def make_scorer(job: Job[Settings], model: ModelConfig, compiled: Programs, base):
@@ -209,9 +255,10 @@ def _scored_pairs(
 ) -> Scored:
     """The share's pairs by the settings' source, scored."""
     made = []
-    if "score" in compiled:
+    if job.settings.pair_source != "sampled":
         encoded = jobs.share_pairs(job, model, tokenizer, share)
-        made.append(Scored(encoded, score("score", encoded, share)))
+        unscored = np.zeros((len(encoded), 2), np.float32)
+        made.append(Scored(encoded, unscored if score is None else score("score", encoded, share)))
     if "sample" in compiled:
         made.append(sampled_pairs(job, model, tokenizer, compiled, base, score, share))
     if len(made) == 1:

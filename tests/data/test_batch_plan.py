@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpo_jax.data.encode import Limits, encode
-from mpo_jax.data.plan import FILLER, batch_plan, choose_edges, padding_efficiency, sample_rows
+from mpo_jax.data.plan import FILLER, batch_plan, choose_edges, ordered_plan, padding_efficiency, sample_rows
 from mpo_jax.data.sources import load
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
@@ -197,3 +197,17 @@ def test_sampled_rows_are_no_stretch_of_the_data():
         rows = sample_rows(count, 64)
         error = count / np.sqrt(12 * 64)
         assert abs(rows.mean() - (count - 1) / 2) < 3 * error and np.diff(rows).max() > 1
+
+
+def test_an_ordered_plan_meets_rows_in_exactly_their_order():
+    lengths = np.asarray([10, 40, 12, 9, 33, 11, 8])
+    order = np.asarray([3, 1, 6, 0, 2, 4, 5])
+    found = ordered_plan(lengths, lengths // 2, 2, order, max_buckets=2, multiple=8)
+    assert [bucket.length for bucket in found.buckets] == [16, 40]
+    # The last batch would hold row 5 alone: the row before it comes along.
+    assert found.rows.tolist() == [[3, 1], [6, 0], [2, 4], [4, 5]]
+    assert found.bucket.tolist() == [1, 0, 1, 1]  # of the longest row of each
+    few = ordered_plan(lengths[:3], lengths[:3] // 2, 8, np.asarray([2, 0, 1]))
+    assert few.rows.tolist() == [[2, 0, 1, 2, 0, 1, 2, 0]]
+    with pytest.raises(InputError, match="an order of 7 rows; expected each of the 7 once"):
+        ordered_plan(lengths, lengths, 2, np.zeros(7, int))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpo_jax.ops import losses
+from mpo_jax.ops import losses, preferences
 
 LOG2 = math.log(2)
 NAN, INF = float("nan"), float("inf")
@@ -71,7 +71,7 @@ ONES = f32(1.0, 1.0, 1.0)
 
 
 def test_dpo_by_hand():
-    total, weight, metrics = losses.dpo(*PAIRS, ONES, beta=0.5)
+    total, weight, metrics = preferences.dpo(*PAIRS, ONES, beta=0.5)
     # Logits 1.5, -1, 0: log(1 + e^-1.5) = 0.20141328, log(1 + e^1) = 1.31326169, log 2.
     close([total, weight], [0.20141328 + 1.31326169 + LOG2, 3.0])
     wanted = {
@@ -90,7 +90,7 @@ def test_dpo_by_hand():
 
 
 def test_conservative_dpo_by_hand():
-    total, _, _ = losses.dpo(*PAIRS, ONES, beta=0.5, label_smoothing=0.1)
+    total, _, _ = preferences.dpo(*PAIRS, ONES, beta=0.5, label_smoothing=0.1)
     # 0.9 log(1 + e^-z) + 0.1 log(1 + e^z), and log(1 + e^z) = z + log(1 + e^-z):
     # 0.20141328 + 0.1 * 1.5; 1.31326169 - 0.1 * 1; log 2 + 0.
     close(total, 0.35141328 + 1.21326169 + LOG2)
@@ -98,13 +98,13 @@ def test_conservative_dpo_by_hand():
 
 def test_ipo_by_hand():
     # 1 / (2 * 0.25) = 2: (3 - 2)^2 + (-2 - 2)^2 + (0 - 2)^2 = 1 + 16 + 4.
-    total, weight, metrics = losses.ipo(*PAIRS, ONES, beta=0.25)
+    total, weight, metrics = preferences.ipo(*PAIRS, ONES, beta=0.25)
     close([total, weight], [21.0, 3.0])
     close(metrics["chosen_reward"], [0.25 * 2, 3.0])
 
 
 def test_chosen_nll_joins_dpo():
-    pairs, weight = losses.dpo(*PAIRS, ONES, beta=0.5), ONES
+    pairs, weight = preferences.dpo(*PAIRS, ONES, beta=0.5), ONES
     nll = losses.chosen_nll(PAIRS[0], jnp.asarray([4, 2, 8], jnp.int32), weight)
     # 8/4 + 5/2 + 4/8 = 5.
     close(nll[0], 5.0)
@@ -128,7 +128,7 @@ def test_an_empty_chosen_response_divides_by_nothing():
 def test_dpo_at_the_reference_is_log_2(pairs, beta):
     chosen, rejected = (jnp.asarray(side, jnp.float32) for side in zip(*pairs, strict=True))
     for smoothing in (0.0, 0.3):
-        total, weight, metrics = losses.dpo(
+        total, weight, metrics = preferences.dpo(
             chosen, rejected, chosen, rejected, jnp.ones(8, jnp.float32), beta, smoothing
         )
         close(float(total) / float(weight), LOG2)
@@ -138,9 +138,9 @@ def test_dpo_at_the_reference_is_log_2(pairs, beta):
 
 LOSSES = {
     "reward": lambda a, b, c, d, w: losses.reward(jnp.stack([a, b], axis=1), w, c - d),
-    "dpo": lambda a, b, c, d, w: losses.dpo(a, b, c, d, w, 0.3),
-    "cdpo": lambda a, b, c, d, w: losses.dpo(a, b, c, d, w, 0.3, 0.2),
-    "ipo": lambda a, b, c, d, w: losses.ipo(a, b, c, d, w, 0.3),
+    "dpo": lambda a, b, c, d, w: preferences.dpo(a, b, c, d, w, 0.3),
+    "cdpo": lambda a, b, c, d, w: preferences.dpo(a, b, c, d, w, 0.3, 0.2),
+    "ipo": lambda a, b, c, d, w: preferences.ipo(a, b, c, d, w, 0.3),
     "nll": lambda a, b, c, d, w: losses.chosen_nll(a, jnp.full(a.shape, 7, jnp.int32), w),
     "sft": lambda a, b, c, d, w: losses.sft(jnp.stack([a, b], axis=1), jnp.stack([w > 0, w > 0], axis=1)),
 }
@@ -208,8 +208,8 @@ def test_preference_losses_and_gradients_equal_torch(torch, name, beta, smoothin
 
     def ours(arrays):
         if name == "ipo":
-            return losses.ipo(*arrays, jnp.ones(8, jnp.float32), beta)[0]
-        return losses.dpo(*arrays, jnp.ones(8, jnp.float32), beta, smoothing)[0]
+            return preferences.ipo(*arrays, jnp.ones(8, jnp.float32), beta)[0]
+        return preferences.dpo(*arrays, jnp.ones(8, jnp.float32), beta, smoothing)[0]
 
     found, grads = jax.value_and_grad(ours)(arrays)
     theirs = [torch.tensor(np.asarray(each), dtype=torch.float64, requires_grad=True) for each in arrays]
@@ -241,11 +241,11 @@ def test_extreme_margins_stay_finite():
 
 def test_bad_settings_and_shapes_are_named():
     with pytest.raises(ValueError, match="beta is 0"):
-        losses.dpo(*PAIRS, ONES, beta=0)
+        preferences.dpo(*PAIRS, ONES, beta=0)
     with pytest.raises(ValueError, match=r"label_smoothing is 0\.5"):
-        losses.dpo(*PAIRS, ONES, beta=0.1, label_smoothing=0.5)
+        preferences.dpo(*PAIRS, ONES, beta=0.1, label_smoothing=0.5)
     with pytest.raises(ValueError, match=r"reference_rejected is float32\[2\]; expected \[B\] with B = 3"):
-        losses.dpo(*PAIRS[:3], f32(1.0, 2.0), ONES, beta=0.1)
+        preferences.dpo(*PAIRS[:3], f32(1.0, 2.0), ONES, beta=0.1)
     with pytest.raises(ValueError, match=r"scores is float32\[2, 3\]; expected \[B,2\]"):
         losses.reward(jnp.ones((2, 3), jnp.float32), f32(1.0, 1.0))
     with pytest.raises(ValueError, match="mask is float32"):

@@ -8,8 +8,9 @@ from mpo_jax import artifacts
 from mpo_jax.artifacts import POLICY, REPLIES
 from mpo_jax.evaluation.labellers import LABELLERS
 from mpo_jax.evaluation.sections import Shown
-from mpo_jax.ops import losses
-from mpo_jax.ops.losses import OBJECTIVES, Loss, Objective
+from mpo_jax.ops import preferences
+from mpo_jax.ops.losses import Loss
+from mpo_jax.ops.preferences import OBJECTIVES, Objective
 from mpo_jax.run import StageSettings
 from mpo_jax.settings import Count, role, setting
 from mpo_jax.stages import kinds
@@ -31,11 +32,13 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     return {"names": names}
 
 
-def hinge(policy_chosen, policy_rejected, reference_chosen, reference_rejected, weight, beta) -> Loss:
-    """max(0, 1 - beta * log-ratio), as in SLiC (Zhao et al. 2023, arXiv 2305.10425)."""
-    _, pairs, metrics = losses.dpo(policy_chosen, policy_rejected, reference_chosen, reference_rejected, weight, beta)
+def squared_hinge(policy_chosen, policy_rejected, reference_chosen, reference_rejected, weight, beta) -> Loss:
+    """max(0, 1 - beta * log-ratio)^2."""
+    _, pairs, metrics = preferences.dpo(
+        policy_chosen, policy_rejected, reference_chosen, reference_rejected, weight, beta
+    )
     margin = beta * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected))
-    return jnp.sum(weight * jnp.maximum(0.0, 1.0 - margin)), pairs, metrics
+    return jnp.sum(weight * jnp.maximum(0.0, 1.0 - margin) ** 2), pairs, metrics
 
 
 def shortest(texts) -> list[float]:
@@ -43,7 +46,7 @@ def shortest(texts) -> list[float]:
     return [-float(len(text)) for text in texts]
 
 
-OBJECTIVES["hinge"] = Objective(hinge)
+OBJECTIVES["squared_hinge"] = Objective(squared_hinge)
 LABELLERS["shortest"] = shortest
 STAGE = kinds.register(
     Stage(

@@ -14,6 +14,7 @@ from mpo_jax.artifacts import POLICY
 from mpo_jax.models import hf
 from mpo_jax.stages import buckets, dpo
 from mpo_jax.stages import job as jobs
+from mpo_jax.stages import reference as references
 from mpo_jax.stages.job import Artifact, Job
 from tests.stages.ppo_job import beside, make_job, part, policy, refused, replaced
 
@@ -69,7 +70,7 @@ def test_what_is_logged_and_learned(ran):
 
 def reference(job: Job, *rows):
     """The reference's log-probs of each set of rows, by the stage's own program."""
-    return dpo.reference_logps(job, dpo.programs(job), {}, rows)
+    return references.logps(job, dpo.programs(job)["reference"], {}, rows)
 
 
 def cached(job: Job) -> set[str]:
@@ -97,13 +98,13 @@ def test_reference_log_probs_equal_those_of_transformers(made, ran, stories, tmp
 def test_reference_log_probs_are_computed_once_and_kept_under_their_key(made, ran, monkeypatch):
     before = cached(made)
     assert len(before) == 2  # the pairs and the held-out ones
-    computed, whole = [], dpo.rows.compute
+    computed, whole = [], references.rows.compute
 
     def counted(*args):
         computed.append(1)
         return whole(*args)
 
-    monkeypatch.setattr(dpo.rows, "compute", counted)
+    monkeypatch.setattr(references.rows, "compute", counted)
     model, rows = jobs.model(made), buckets.pairs(made.inputs["pairs"])
     with jax.set_mesh(made.mesh):
         kept = reference(made, rows)
@@ -134,7 +135,7 @@ def test_a_reference_that_is_the_base_model_is_known_by_its_content(made, tmp_pa
     names = set()
     for folder in (*folders, folders[0]):
         job = replaced(made, {"model.path": str(folder)})
-        names.add(tuple(dpo._identity(dataclasses.replace(job, inputs={"reference": jobs.base_artifact(job)}))))
+        names.add(tuple(references._identity(dataclasses.replace(job, inputs={"reference": jobs.base_artifact(job)}))))
     assert len(names) == 2
 
 
@@ -144,7 +145,7 @@ def test_resumed_after_its_half_it_ends_with_the_same_parameters(made, ran, monk
     shutil.copytree(made.folder, half)
     for late in (half / "checkpoints" / "last" / "6", half / artifacts.WEIGHTS):
         late.rmtree()
-    monkeypatch.setattr(dpo.rows, "compute", None)
+    monkeypatch.setattr(references.rows, "compute", None)
     resumed, _ = run(made, "half")
     assert metrics.curve(half, "loss") == metrics.curve(made.folder, "loss")
     assert resumed["evaluation"] == ran[0]["evaluation"]
@@ -190,7 +191,7 @@ def test_its_line_stands_beside_those_of_the_runs_other_dpo_stages(made, ran):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": "kto"}, r"stages\.dpo\.objective: 'kto'; expected one of dpo, ipo"),
+        ({"objective": "kto"}, r"stages\.dpo\.objective: 'kto'; expected one of dpo, ipo, robust, "),
         ({"beta": 0.0}, r"stages\.dpo\.beta: 0.0; expected above 0"),
         ({"label_smoothing": 0.5}, "label_smoothing: 0.5; expected below 0.5"),
         ({"label_smoothing": 0.1, "objective": "ipo"}, "label_smoothing: ipo has none"),

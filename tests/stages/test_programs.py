@@ -37,6 +37,16 @@ def sampling(kind: str, **settings):
     return lambda folder, shared: split_job.make_job(folder, shared, kind, limit=30, **settings)
 
 
+def measured(folder, shared) -> Job:
+    """A split whose gaps are of everything at once, with a second reward model."""
+    job = split_job.make_job(folder, shared)
+    roles = {"implicit": "policy", "reference": "policy", "second": "reward"}
+    inputs = job.inputs | {role: job.inputs[name] for role, name in roles.items()}
+    named = {role: artifact.name for role, artifact in inputs.items()}
+    measures = ("reward", "implicit", "reference_loss")
+    return split_job.make_job(folder, shared, inputs=inputs, gap=measures, **named)
+
+
 def ppo(**settings):
     """One step, on rows of one length."""
     small = {"steps": 1, "inner_epochs": 1, "minibatches": 1, "eval_batches": 1}
@@ -70,12 +80,31 @@ def local_judge(folder, shared) -> Job:
 
 CASES: dict[str, Callable[..., Job]] = {
     "sft": on_data("sft", learning_rate=1e-3),
+    "sft, on a split's pairs": on_split(
+        "sft", {"init": "init", "pairs": "prompts"}, pairs="split/hard", learning_rate=1e-3, **TRAINING
+    ),
     "reward": on_data("reward", margin=False),
     "pairs": sampling("pairs"),
     "split": sampling("split", pair_source="both"),
+    "split, by all measures": measured,
     "dpo": on_split("dpo", {"init": "init", "reference": "sft", "pairs": "prompts"}, pairs="split/all", **TRAINING),
+    "dpo, a moving reference": on_split(
+        "dpo", {"init": "init", "reference": "sft", "pairs": "prompts"},
+        pairs="split/all", reference_every=1, **TRAINING,
+    ),
+    "dpo, without a reference": on_split(
+        "dpo", {"init": "init", "pairs": "prompts"}, pairs="split/all", objective="simpo", reference="", **TRAINING
+    ),
+    "kto": on_split("kto", {"init": "init", "reference": "sft", "pairs": "prompts"}, **TRAINING),
     "ppo": ppo(),
+    "ppo, replaying pairs": on_split(
+        "ppo",
+        {"init": "init", "reference": "reference", "reward": "reward", "prompts": "prompts", "replay": "prompts"},
+        replay="split/all", replay_loss="dpo", prompts="split/all", batch_size=8, max_new_tokens=8, inner_epochs=1,
+        eval_batches=1, eval_prompts=8, steps=1,
+    ),
     "ppo, two samples by a labeller": ppo(samples=2, algorithm="rloo", labeller="vader", gold="vader"),
+    "blend": on_split("blend", {"policies": "sft"}, policies=("sft",)),
     "evaluate": on_split(
         "evaluate", {"policies": "init", "reward": "reward", "prompts": "prompts"},
         policies=("dpo",), baseline="dpo", count=4, max_new_tokens=8, batch_size=4,

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from mpo_jax import artifacts, graph, metrics, recipes, sharding
+from mpo_jax import artifacts, metrics, recipes, sharding
 from mpo_jax import settings as declared
 from mpo_jax.artifacts import REWARD
 from mpo_jax.data import division, encode
@@ -339,11 +339,9 @@ def test_rows_beyond_the_models_context(job):
 
 
 def test_a_split_without_a_reward_model(job):
-    """There is no job of it: its graph is refused."""
-    changes = {"stages.reward.init": "base", "stages.split.policy": "base", "stages.split.reward": ""}
-    run = declared.replaced(job.config, changes)
-    with pytest.raises(InputError, match=r"stages\.split\.reward: empty"):
-        graph.connections(run)
+    """There is no job of it: its settings are refused."""
+    with pytest.raises(InputError, match=r"stages\.split\.reward: empty, but gap=reward needs it"):
+        declared.replaced(job.config, {"stages.split.reward": ""})
 
 
 def test_segments_of_a_swapped_pair_stay_in_order(whole):

@@ -12,6 +12,7 @@ from mpo_jax.ops.returns import ESTIMATORS
 from mpo_jax.optim import Rate
 from mpo_jax.settings import Amount, Count, OneOf, Section, Share, Whole, changed, role, setting
 from mpo_jax.stages.base import Training
+from mpo_jax.stages.ppo.replay import Replay
 
 Switch = Annotated[
     Literal["auto", "true", "false"],
@@ -46,7 +47,7 @@ class Rules(Section):
         return ESTIMATORS[self.algorithm].whitens if self.whiten == "auto" else self.whiten == "true"
 
 
-class Settings(Training, Rules):
+class Settings(Training, Rules, Replay):
     """Reinforcement learning of a policy on prompts, held by a KL term to a frozen reference."""
 
     init: str = role(POLICY, "dpo", "the policy that training starts from")

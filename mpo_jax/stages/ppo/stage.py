@@ -20,6 +20,7 @@ from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage
 from mpo_jax.stages.job import Job
+from mpo_jax.stages.ppo import replay
 from mpo_jax.stages.ppo.evaluation import make_evaluation, make_labeller, measuring_step
 from mpo_jax.stages.ppo.settings import Settings
 from mpo_jax.stages.ppo.update import first_extra, make_optimizer, make_step, make_watch, scoring_step, update_step
@@ -94,10 +95,14 @@ def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
     extent = shapes.train(
         job, model, state, drawn.batch, settings.update_rows, settings.inner_epochs * settings.minibatches, adds=True
     )
-    compiled = {
+    compiled = replay.programs(job, model) | {
         "rollout": sample,
         "experience": Program(prepare, whole, shapes.forward(model, drawn.batch, trunks), held),
-        "update": Program(update, (state, frozen, shapes.on_rows(job, made), shapes.scalar(job, jnp.float32)), extent),
+        "update": Program(
+            update,
+            (state, frozen, shapes.on_rows(job, made), shapes.scalar(job, jnp.float32), *replay.batch_shapes(job)),
+            extent,
+        ),
     }
     single, drawn, label_scores = rollout(dataclasses.replace(sampling, n=1), "evaluation")
     forward = shapes.forward(model, drawn.batch, trunks)
@@ -124,8 +129,9 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     steps = loop.total_steps(job, loader)
     compiled = programs(job, steps)
     optimizer, rate = make_optimizer(settings, steps)
+    replayed = replay.loader(job, compiled, frozen["base"])
     training = loop.Trainer(
-        step=make_step(job, compiled, make_labeller(settings.labeller, sampling, tokenizer)),
+        step=make_step(job, compiled, make_labeller(settings.labeller, sampling, tokenizer), replayed),
         optimizer=optimizer,
         rate=rate,
         params=params,

@@ -1,6 +1,8 @@
 """A rollout's experience and the training's state enter; the updated state leaves: optimizer, steps and minibatches."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +10,18 @@ import numpy as np
 import optax
 
 from mpo_jax import optim, sharding
+from mpo_jax.data.loader import Loader
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import returns
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import loop, nonfinite
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.ppo import experience as experiences
+from mpo_jax.stages.ppo.replay import second_loss
 from mpo_jax.stages.ppo.settings import Rules, Settings
 from mpo_jax.stages.ppo.stopwatch import Stopwatch
 from mpo_jax.stages.programs import Programs
-from mpo_jax.types import Experience, PyTree, TrainState
+from mpo_jax.types import Batch, Experience, PyTree, TrainState
 
 
 def make_optimizer(settings: Settings, steps: int):
@@ -56,13 +60,22 @@ def update_step(settings: Settings, model: ModelConfig, optimizer, state: TrainS
     return loop.jit_step(make_update(settings, model, optimizer), state, mesh)
 
 
-def make_step(job: Job[Settings], compiled: Programs, gold) -> loop.Step:
-    """Rollout, scoring and update, each jitted once for a bucket of prompts. compiled: the stage's programs.
+def make_step(job: Job[Settings], compiled: Programs, gold, replayed: Loader | None = None) -> loop.Step:
+    """Rollout, scoring and update, each jitted once for a bucket of prompts. compiled: the stage's programs. replayed:
+    pairs of which each step takes a batch, by its number alone.
 
     The rollout sees the policy of the step before and nothing newer. Only a labeller on the host waits for the device.
     """
     draw, prepare, update = (compiled[name].function for name in ("rollout", "experience", "update"))
     watch = Stopwatch()
+    numbers: list[Iterator[int]] = []
+
+    def pairs(state: TrainState) -> tuple[Batch, ...]:
+        if replayed is None:
+            return ()
+        if not numbers:  # the state's own number is on the device: asked for once, then counted
+            numbers.append(itertools.count(int(state.step)))
+        return (replayed.batch(next(numbers[0])),)
 
     def step(state: TrainState, frozen: PyTree, prompts):
         watch.begin()
@@ -71,7 +84,7 @@ def make_step(job: Job[Settings], compiled: Programs, gold) -> loop.Step:
         label_scores = None if gold is None else gold(rollout)
         experience, metrics = prepare(state.params, frozen, rollout, label_scores, state.extra["kl_coefficient"])
         seconds["seconds_scoring"] = watch.lap(experience.advantages)
-        state, more = update(state, frozen, experience, metrics["kl"])
+        state, more = update(state, frozen, experience, metrics["kl"], *pairs(state))
         seconds["seconds_update"] = watch.lap(more["loss"])
         return state, more | metrics | seconds | {"tokens_per_second": watch.rate(metrics["response_tokens"])}
 
@@ -101,12 +114,16 @@ def make_watch(name: str):
 
 
 def make_update(settings: Settings, model: ModelConfig, optimizer):
-    """`(state, frozen, experience, kl) -> (state, metrics)`: inner epochs of shuffled minibatches in one program."""
+    """`(state, frozen, experience, kl, pairs) -> (state, metrics)`: inner epochs of minibatches in one program.
+
+    pairs: a batch that is replayed, where the settings name some; its rows are dealt to the minibatches as the
+    rollout's are."""
     rows = settings.update_rows
     part = settings.microbatch or rows
     loss = experiences.make_loss(model, settings, settings.clip, settings.value_clip or None, settings.entropy)
+    second = second_loss(model, settings)
 
-    def update(state: TrainState, frozen: PyTree, experience: Experience, kl: jax.Array):
+    def update(state: TrainState, frozen: PyTree, experience: Experience, kl: jax.Array, pairs: Batch | None = None):
         warm = (state.step >= settings.critic_warmup).astype(jnp.float32)
         frozen = {"base": frozen["base"], "kl_coefficient": state.extra["kl_coefficient"]}
         order = _minibatch_rows(jax.random.fold_in(state.key, state.step), settings)
@@ -122,10 +139,17 @@ def make_update(settings: Settings, model: ModelConfig, optimizer):
                 grads, total, weight, sums = loop.accumulate(loss, params, frozen, minibatch, key, rows // part)
                 weight = jnp.maximum(weight, 1e-8)
                 grads = jax.tree.map(lambda g: g / weight, grads)
+                value = total / weight
+                if second is not None:
+                    more, replayed = second.gradient(params, frozen, take_rows(pairs, chosen), key, rows // part)
+                    grads = grads | {"policy": jax.tree.map(jnp.add, grads["policy"], more)}
+                    value += second.coefficient * replayed
                 updates, opt_state = optimizer.update(grads, opt_state, params)
                 # Not the gradients: a critic on the policy's trunk would move it, and the moments may warm up.
                 updates |= {"policy": jax.tree.map(lambda u: warm * u, updates["policy"])}
-                out = loop.means(sums) | {"loss": total / weight, "grad_norm": optax.tree.norm(grads)}
+                out = loop.means(sums) | {"loss": value, "grad_norm": optax.tree.norm(grads)}
+                if second is not None:
+                    out["replay_loss"] = replayed
                 updated = optax.apply_updates(params, updates), opt_state
                 if settings.on_nonfinite == "skip":
                     ok = nonfinite.finite(out["loss"], out["grad_norm"])
@@ -171,6 +195,6 @@ def _minibatch_rows(key: jax.Array, settings: Settings) -> jax.Array:
     return jnp.stack(orders).reshape(settings.inner_epochs * settings.minibatches, -1)
 
 
-def take_rows(experience: Experience, rows: jax.Array) -> Experience:
+def take_rows(held: PyTree, rows: jax.Array) -> PyTree:
     """Some rows of every array, spread over the mesh again."""
-    return jax.tree.map(lambda x: sharding.constrain(x[rows], "batch", *(None,) * (x.ndim - 1)), experience)
+    return jax.tree.map(lambda x: sharding.constrain(x[rows], "batch", *(None,) * (x.ndim - 1)), held)
