@@ -19,6 +19,7 @@ from mpo_jax import artifacts, checkpoint, processes, scoring
 from mpo_jax import settings as declared
 from mpo_jax.artifacts import BASE, PAIRS, POLICY
 from mpo_jax.data import encode
+from mpo_jax.data.division import REPORT, SELECT
 from mpo_jax.data.encode import Encoded
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import pairs as pair_tables
@@ -97,26 +98,27 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     """Trains, writes the weights, returns the summary."""
     model = jobs.model(job)
     settings = job.settings
-    train, heldout = buckets.pairs(job.inputs["pairs"]), buckets.heldout(job.inputs["pairs"])
+    train = buckets.pairs(job.inputs["pairs"])
+    heldout, reported = (buckets.heldout(job.inputs["pairs"], half) for half in (SELECT, REPORT))
     base = jobs.base_weights(job, model)
     loader = functools.partial(jobs.loader, job, batch_size=settings.batch_size, max_length=None)
     steps = loop.total_steps(job, loader(train))
     compiled = programs(job, steps)
-    logps = reference_logps(job, compiled, base, [train, heldout])
-    training_rows, heldout_rows = (
+    logps = reference_logps(job, compiled, base, [train, heldout, reported])
+    training_rows, heldout_rows, reported_rows = (
         loader(encoded, ref_logps=reference, shuffle=encoded is train)
-        for encoded, reference in zip((train, heldout), logps, strict=True)
+        for encoded, reference in zip((train, heldout, reported), logps, strict=True)
     )
     params = jobs.load_weights(job, job.inputs["init"], model)
     training = loop.supervised(job, compiled, params, {"base": base}, training_rows, heldout_rows, steps)
     params, summary = loop.train(training, steps, job.folder, job.mesh)
     jobs.save_weights(job, params)
-    judged = min(len(heldout), settings.eval_batches * settings.batch_size)
+    evaluate = compiled["evaluate"].function
     summary |= {
         "pairs": len(train),
-        "judged": summary["best" if settings.select == "best" else "evaluation"],  # of the parameters it leaves
-        "heldout_pairs": judged,
-        "heldout": encode.rows_fingerprint(heldout),
+        "judged": loop.evaluate(evaluate, params, {"base": base}, reported_rows, settings.eval_batches),
+        "heldout_pairs": min(len(reported), settings.eval_batches * settings.batch_size),
+        "heldout": encode.rows_fingerprint(reported),
     }
     jobs.say(table(finished(job, summary["heldout"]) | {job.name: summary}, job))
     return summary

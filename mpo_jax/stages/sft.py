@@ -7,6 +7,7 @@ from typing import Any
 
 from mpo_jax import scoring
 from mpo_jax.artifacts import BASE, POLICY
+from mpo_jax.data.division import SELECT
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import losses
@@ -57,9 +58,9 @@ def run(job: Job[Settings]) -> dict[str, Any]:
             job,
             jobs.encode_rows(job, model, jobs.records(job, share, tokenizer), 1, tokenizer),
             settings.batch_size,
-            shuffle=share != "eval",
+            shuffle=share != SELECT,
         )
-        for share in (settings.share, "eval")
+        for share in (settings.share, SELECT)
     )
     steps = loop.total_steps(job, train)
     params = jobs.load_weights(job, job.inputs["init"], model)
