@@ -14,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from mpo_jax import integrity, sealed
 from mpo_jax.artifacts import is_remote
 from mpo_jax.errors import InputError
 from mpo_jax.types import PyTree, TrainState
@@ -28,7 +29,8 @@ _BLOCK = 1 << 22
 class Checkpoints:
     """The checkpoints of one training stage: the last `keep` states, and the best parameters apart from them.
 
-    folder/last/STEP holds a state and a small JSON value beside it; folder/best/STEP the best parameters. Saves run in
+    folder/last/STEP holds a state and a small JSON value beside it; folder/best/STEP the best parameters. All files
+    have checksums, which are checked before anything of a checkpoint is read. Saves run in
     the background: an error of one is raised at the next call of any method but `latest_step`. Closing waits for the
     last save. What a killed process left incomplete is not seen, and is removed. One process at a time writes a folder;
     opening it again, after a loop that failed without closing, finishes and closes what was open before.
@@ -45,7 +47,8 @@ class Checkpoints:
             with contextlib.suppress(Exception):
                 abandoned.close()
         _open[self._name] = self
-        self._last, self._best = _manager(folder / "last", keep), _manager(folder / "best", None)
+        self._last = _manager(folder / "last", keep, "state")
+        self._best = _manager(folder / "best", None, "params")
         # A best that no saved state knows of comes from steps that will be taken again.
         known = self.latest_step()
         for step in self._best.all_steps():
@@ -63,7 +66,9 @@ class Checkpoints:
         """
         self.wait()  # a state may name a best: that best must be on disk before it
         self._prune_best()
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave(_without_keys(state)), extra=ocp.args.JsonSave(extra))
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(_without_keys(state)), extra=ocp.args.JsonSave(integrity.seal(extra))
+        )
         if not self._last.save(step, args=args):
             raise ValueError(f"step {step} is not after the latest checkpoint, {self.latest_step()}; nothing was saved")
 
@@ -71,14 +76,16 @@ class Checkpoints:
         """The state of a step with the shapes, dtypes and shardings of `like` (arrays or ShapeDtypeStructs), its JSON.
 
         The mesh may be another than that of the save, and so may the padding of the vocabulary: rows that are missing
-        become 0, rows beyond are dropped. InputError, naming the leaf, where anything else differs.
+        become 0, rows beyond are dropped. InputError, naming the leaf, where anything else differs; naming the file,
+        where one is damaged.
         """
         self.wait()
         plain = _without_keys(like)
-        self._check(self._last, step, plain, "state")
-        args = ocp.args.Composite(state=_restore_args(plain), extra=ocp.args.JsonRestore())
-        found = self._last.restore(step, args=args)
-        return _with_keys(found.state, like), found.extra
+        advice = self._advice(step)
+        self._check(self._last, step, plain, "state", advice)
+        extra = integrity.read(epath.Path(self._last.directory) / str(step) / "extra" / "metadata", advice)
+        found = self._last.restore(step, args=ocp.args.Composite(state=_restore_args(plain)))
+        return _with_keys(found.state, like), extra
 
     def save_best(self, step: int, params: PyTree) -> None:
         """Begins to save the best parameters; those before are kept as long as a state to resume from names them."""
@@ -91,7 +98,8 @@ class Checkpoints:
     def restore_best(self, step: int, like: PyTree) -> PyTree:
         """The best parameters, saved at `step`; shapes, dtypes and shardings as in `restore`."""
         self._best.wait_until_finished()
-        self._check(self._best, step, like, "params")
+        again = f"delete the folder {epath.Path(self._name).name}, and the same command trains again"
+        self._check(self._best, step, like, "params", again)
         return self._best.restore(step, args=ocp.args.Composite(params=_restore_args(like))).params
 
     def check(self) -> None:
@@ -132,19 +140,30 @@ class Checkpoints:
             if step not in named:
                 self._best.delete(step)
 
-    def _check(self, manager: ocp.CheckpointManager, step: int, like: PyTree, item: str) -> None:
+    def _advice(self, step: int) -> str:
+        """What to do about a damaged state of a step."""
+        before = max((other for other in self._last.all_steps() if other < step), default=None)
+        goes_on = "begins the stage again" if before is None else f"resumes from the one before, of step {before}"
+        return f"delete the folder {epath.Path(self._name).name}/last/{step}, and the same command {goes_on}"
+
+    def _check(self, manager: ocp.CheckpointManager, step: int, like: PyTree, item: str, advice: str) -> None:
         place = epath.Path(manager.directory) / str(step) / item
         if step not in manager.all_steps():
             raise InputError(f"{place}: not found; complete are the steps {sorted(manager.all_steps())}")
+        sealed.verify(place, advice)
         _check_shapes(place, like)
 
 
 _open: dict[str, Checkpoints] = {}
 
 
-def _manager(folder: epath.Path, keep: int | None) -> ocp.CheckpointManager:
+def _manager(folder: epath.Path, keep: int | None, arrays: str) -> ocp.CheckpointManager:
+    """arrays: the item that holds them."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(folder, options=options)
+    handlers, handler = ocp.handlers.DefaultCheckpointHandlerRegistry(), sealed.Handler()
+    for arguments in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+        handlers.add(arrays, arguments, handler)
+    return ocp.CheckpointManager(folder, options=options, handler_registry=handlers)
 
 
 def save_weights(folder: epath.PathLike, weights: PyTree) -> None:

@@ -18,12 +18,9 @@ import ml_collections
 from absl import flags, logging
 
 from mpo_jax import settings
-from mpo_jax.errors import InputError
+from mpo_jax.errors import INTERRUPTED, InputError
 from mpo_jax.run import Run
 from mpo_jax.settings import Line, Section
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
 
 _PACKAGE = Path(__file__).resolve().parent
 _CONFIGS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
@@ -46,9 +43,9 @@ def start(
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is as it should be
     module = inspect.getmodule(work)
     known = set(flags.FLAGS)
-    define()
-    own = [name for name in flags.FLAGS if name not in known]
     try:
+        define()  # a config's flag reads the flags of files that the command line names
+        own = [name for name in flags.FLAGS if name not in known]
         if any(argument.split("=")[0] in ("--help", "-h", "--helpfull", "-help") for argument in sys.argv[1:]):
             print(_help(inspect.getdoc(module) or "", own, sections()))
             sys.exit(0)
@@ -57,6 +54,12 @@ def start(
         sys.exit(work())
     except InputError as error:
         _fail(str(error))
+    except flags.Error as error:
+        _fail(_reworded(error))
+    except ImportError as error:
+        if "gcsfs" not in str(error):
+            raise
+        _fail("gs:// needs gcsfs, which is not installed: pip install gcsfs")
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except KeyboardInterrupt:
@@ -74,7 +77,7 @@ def required(value: Any, flag: str, expected: str) -> Any:
 def config_file(name: str) -> str:
     """The path of a config, `configs/tldr.py` or the name of one that comes with the package, `tldr`; what follows a
     colon stays. InputError where there is none."""
-    place, colon, variant = name.partition(":")
+    place, colon, variant = required(name, "config", "a config file, or the name of a shipped one").partition(":")
     if Path(place).is_file():
         return name
     shipped = {file.stem: file for folder in _CONFIGS if folder.is_dir() for file in sorted(folder.glob("[!_]*.py"))}
@@ -90,10 +93,9 @@ def _parse(argv: list[str], folders: str) -> None:
     given, config = [argv[0]], ""
     rest = iter(argv[1:])
     for argument in rest:
-        if argument == "--config":
-            argument = f"--config={next(rest, '')}"
-        head, _, value = argument.partition("=")
-        if head == "--config":
+        head, equals, value = argument.partition("=")
+        if head in ("--config", "-config"):
+            value = value if equals else next(rest, "")
             if config:
                 raise InputError(f"--config: given twice, {config} and {value}; expected one")
             config = value
@@ -116,7 +118,7 @@ def _parse(argv: list[str], folders: str) -> None:
     except flags.UnrecognizedFlagError as error:
         raise InputError(f"--{error.flagname}: no such flag; --help lists them") from None
     except flags.Error as error:
-        raise InputError(_reworded(" ".join(str(error).split()).removeprefix("flag "))) from None
+        raise InputError(_reworded(error)) from None
     if len(left) > 1:
         raise InputError(f"unexpected arguments {left[1:]}; every argument is a flag, as in --name=value")
 
@@ -146,7 +148,7 @@ def _cause(error: BaseException) -> str:
     if "no attribute 'get_config'" in str(error):
         return "defines no get_config(); expected a Python file with one, as configs/tldr.py"
     if isinstance(error, SyntaxError):
-        return f"line {error.lineno}: {error.msg}"
+        return f"line {error.lineno}: {error.msg}" if error.lineno else f"no Python file: {error.msg}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "mpo_jax" not in frame.filename]
     place = f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name})" if frames else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
@@ -171,16 +173,23 @@ def _check_overrides(config: Any, given: list[str]) -> None:
             )
 
 
-def _reworded(told: str) -> str:
-    """A flag's own error by the setting's key, in our words."""
-    found = re.match(r"--config\.([\w.]+)=(.*?): ", told)
+def _reworded(error: Exception) -> str:
+    """A flag's own error in our words; a setting's by its key."""
+    told = re.sub(r"^(flag |ERROR:: )", "", " ".join(str(error).split()))
+    found = re.match(r"--([\w.]+)=(.*?): ", told)
     if found is None:
         return told
+    name, given = found[1], found[2]
+    if not name.startswith("config."):
+        flag = flags.FLAGS[name]
+        expected = "true or false" if flag.boolean else flag.parser.syntactic_help or "another value"
+        return f"--{name}: {given!r}; expected {expected}"
+    name = name.removeprefix("config.")
     value: Any = flags.FLAGS["config"].value
-    for key in found[1].split("."):
+    for key in name.split("."):
         value = value[key] if isinstance(value, ml_collections.ConfigDict) and key in value else None
     words = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list, as a,b"}
-    return f"{found[1]}: {found[2]!r}; expected {words.get(type(value), 'another value')}"
+    return f"{name}: {given!r}; expected {words.get(type(value), 'another value')}"
 
 
 def _fail(told: str) -> None:

@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """Bad user input: one line naming the file, line, key or tensor, what was found and expected, and what to do."""
+
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""

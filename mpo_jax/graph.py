@@ -21,7 +21,7 @@ from mpo_jax.settings import nearest
 from mpo_jax.stages import kinds
 from mpo_jax.stages.job import Artifact
 
-FORMAT = 2
+FORMAT = 3
 """Enters every key; raised when artifacts of an earlier version of this package can't be read any more."""
 
 UNKNOWN = "unknown"

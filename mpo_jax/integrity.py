@@ -33,19 +33,25 @@ def of_folder(folder: epath.PathLike, leave_out: Iterable[str] = ()) -> dict[str
     return {name: of_file(path) for top in sorted(tops) for name, path in _files(top, top.name)}
 
 
-def verify(folder: epath.PathLike, sums: Mapping[str, str], wanted: Callable[[str], bool] = lambda name: True) -> None:
+def verify(
+    folder: epath.PathLike,
+    sums: Mapping[str, str],
+    wanted: Callable[[str], bool] = lambda name: True,
+    advice: str = "",
+) -> None:
     """InputError that names the first file of a folder that is missing or has changed since its checksum was written.
 
-    wanted: which of the names to hold against their checksums."""
+    wanted: which of the names to hold against their checksums. advice: what helps; "" for `remedy`."""
     folder = epath.Path(folder)
+    advice = advice or remedy(folder)
     for name, known in sums.items():
         if not wanted(name):
             continue
         path = folder / name
         if not path.exists():
-            raise InputError(f"{path}: missing; {remedy(folder)}")
+            raise InputError(f"{path}: missing; {advice}")
         if (found := of_file(path)) != known:
-            raise InputError(f"{path}: damaged (its checksum is {found}, {known} was written); {remedy(folder)}")
+            raise InputError(f"{path}: damaged (its checksum is {found}, {known} was written); {advice}")
 
 
 def remedy(folder: epath.PathLike) -> str:
@@ -58,14 +64,26 @@ def seal(value: Mapping[str, Any]) -> dict[str, Any]:
     return dict(value) | {SEAL: _of_value(value)}
 
 
-def unseal(path: epath.PathLike, value: Any) -> dict[str, Any]:
+def read(path: epath.PathLike, advice: str) -> dict[str, Any]:
+    """The object of a sealed JSON file. InputError, naming the file, where it is missing or damaged, with `advice`."""
+    path = epath.Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: missing; {advice}")
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError:  # no JSON, or no text
+        value = None
+    return unseal(path, value, advice)
+
+
+def unseal(path: epath.PathLike, value: Any, advice: str = "") -> dict[str, Any]:
     """The object that was sealed. InputError, naming the file, where it is none or has changed."""
-    remedy_ = remedy(epath.Path(path).parent)
+    advice = advice or remedy(epath.Path(path).parent)
     if not isinstance(value, dict) or SEAL not in value:
-        raise InputError(f"{path}: not what this package writes, or cut; {remedy_}")
+        raise InputError(f"{path}: not what this package writes, or cut; {advice}")
     inner = {name: each for name, each in value.items() if name != SEAL}
     if _of_value(inner) != value[SEAL]:
-        raise InputError(f"{path}: damaged (its checksum does not fit its text); {remedy_}")
+        raise InputError(f"{path}: damaged (its checksum does not fit its text); {advice}")
     return inner
 
 

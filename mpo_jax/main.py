@@ -5,10 +5,15 @@ any setting can be overridden, as in `--config.stages.dpo.beta=0.2`. Exit codes:
 75 told to stop and saved (run the same command again).
 """
 
+import sys
+
 from mpo_jax import allocator
 
-if __name__ == "__main__":
-    allocator.restart()
+if __name__ == "__main__":  # `mpo run` itself, which tells of Ctrl-C in the imports below too
+    from mpo_jax import mpo
+
+    sys.argv.insert(1, "run")
+    mpo.main()
 
 import jax
 from absl import flags
@@ -79,7 +84,3 @@ def dry_run(config: Run, workdir: epath.Path, only: list[str]) -> str:
 
 def run() -> None:
     command.start(define, work, command.run_sections, resumable=True)
-
-
-if __name__ == "__main__":
-    run()

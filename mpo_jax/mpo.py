@@ -7,9 +7,12 @@
 
 import difflib
 import importlib
+import os
+import signal
 import sys
 
 from mpo_jax import __version__, allocator
+from mpo_jax.errors import INTERRUPTED
 
 COMMANDS = {
     "run": ("mpo_jax.main", "run the stages of a config that are not done"),
@@ -39,7 +42,16 @@ def main() -> None:
     if name == "run":
         allocator.restart()
     sys.argv = [f"mpo {name}", *sys.argv[2:]]
-    importlib.import_module(COMMANDS[name][0]).run()
+    before = signal.signal(signal.SIGINT, _stop)
+    command = importlib.import_module(COMMANDS[name][0])
+    signal.signal(signal.SIGINT, before)
+    command.run()
+
+
+def _stop(*_) -> None:
+    """Ctrl-C during the imports: an exception in the midst of them can crash the interpreter."""
+    print("stopped", file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)
 
 
 def _help() -> str:

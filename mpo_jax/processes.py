@@ -36,20 +36,23 @@ def start(coordinator: str | None, processes: int | None, process: int | None, d
         raise InputError(f"--distributed: {' '.join(str(error).split())[:300]}; or give --coordinator") from error
 
 
-def first(work: Callable[[], Any]) -> None:
-    """Does some work on process 0 alone; all processes raise InputError where it does, and none waits for one that has
-    ended."""
+def together(work: Callable[[], Any]) -> None:
+    """Does some work on every process; all raise InputError where one does, and none waits for one that has ended."""
     told = ""
-    if jax.process_index() == 0:
-        try:
-            work()
-        except InputError as error:
-            told = str(error)
+    try:
+        work()
+    except InputError as error:
+        told = str(error)
     if jax.process_count() > 1:
-        failed = multihost_utils.broadcast_one_to_all(np.array(bool(told)))
-        told = told or ("process 0 found what is wrong; see its log" if failed else "")
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.array(bool(told))))
+        told = told or (f"process {failed[0]} found what is wrong; see its log" if len(failed) else "")
     if told:
         raise InputError(told)
+
+
+def first(work: Callable[[], Any]) -> None:
+    """`together` of what process 0 alone has to do."""
+    together(work if jax.process_index() == 0 else lambda: None)
 
 
 def barrier(what: str, seconds: float = BARRIER_SECONDS) -> None:

@@ -79,7 +79,7 @@ class Shares(Section):
     """How prompts are divided, by the hash of each: no prompt stands in two shares. Ours: the paper publishes none."""
 
     # In this order the shares lie along the hash: another would give every prompt's share to others.
-    eval: Share = setting(0.1, "held out")
+    eval: Share = setting(0.1, "held out: half of it selects checkpoints, half is reported on")
     policy: Share = setting(0.45, "for the split, DPO and PPO")
     sft_reward: Share = setting(0.45, "for SFT and the reward model")
 
@@ -91,7 +91,7 @@ class Shares(Section):
         return self
 
 
-ShareName = Literal["sft_reward", "policy", "eval"]
+ShareName = Literal["sft_reward", "policy"]
 
 
 Columns: Any = pydantic.create_model(
@@ -107,7 +107,9 @@ class Data(Section):
 
     path: str = setting("", "the data: a file, a folder, tfds:name or a hub name", operational=True, min_length=1)
     split: str = setting("train", "the split that is read; all: every one", min_length=1)
-    eval_split: str = setting("", "a split of its own for evaluation; empty: the eval share of `split`")
+    eval_split: str = setting(
+        "", "a split of its own that is held out, halved as eval is; empty: the eval share of `split`"
+    )
     shares: Shares = Shares()
     limit: Whole = setting(0, "records read; 0: all", unit="records")
     columns: Columns = Columns()

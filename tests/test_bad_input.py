@@ -104,6 +104,7 @@ def told(tmp_path_factory, shared) -> dict[str, tuple[dict, list[str]]]:
     places = {name: folder / f"run of {name}" for name in wrong}
     commands = [
         [
+            "run",
             *([] if flags[0].startswith("--config=") else [CONFIG]),
             f"--workdir={places[name]}",
             *([] if flags[0].startswith("--stages") else ["--stages=sft"]),
@@ -111,9 +112,10 @@ def told(tmp_path_factory, shared) -> dict[str, tuple[dict, list[str]]]:
         ]
         for name, (flags, _) in wrong.items()
     ]
+    lines = json.dumps([{"arguments": each} for each in commands])
     done = subprocess.run(
         [sys.executable, "-m", "tests.tools.commands"],
-        cwd=ROOT, env=os.environ | ENVIRONMENT, input=json.dumps(commands).encode(), stdout=subprocess.PIPE, check=True,
+        cwd=ROOT, env=os.environ | ENVIRONMENT, input=lines.encode(), stdout=subprocess.PIPE, check=True,
     )  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])
     return {

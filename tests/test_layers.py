@@ -19,7 +19,7 @@ LAYERS = [
     {"models"},
     {"scoring"},
     {"sampling"},
-    {"checkpoint"},
+    {"checkpoint", "sealed"},
     {"data"},
     {"run"},
     {"evaluation"},

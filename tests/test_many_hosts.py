@@ -113,7 +113,7 @@ def test_completions_from_one_policy_are_those_of_one_process(alone, again, coun
 
 def completions(path: Path) -> Iterator[tuple[bytes, ...]]:
     """Prompt and replies of every pair that a pairs stage sampled."""
-    for share in ("sft_reward", "policy", "eval"):
+    for share in ("sft_reward", "policy", "select", "report"):
         rows = jobs.read_rows(epath.Path(path) / share)
         yield from (tuple(piece.tobytes() for piece in rows.row(index)) for index in range(len(rows)))
 

@@ -12,8 +12,13 @@ import numpy as np
 from mpo_jax.data.records import TextRecord
 from mpo_jax.errors import InputError
 
-SHARES: Mapping[str, float] = {"sft_reward": 0.45, "policy": 0.45, "eval": 0.1}
+EVAL = "eval"
+SHARES: Mapping[str, float] = {"sft_reward": 0.45, "policy": 0.45, EVAL: 0.1}
 """The default division. Ours: the paper does not publish one."""
+
+SELECT, REPORT = "select", "report"
+"""The halves of what is held out: a training watches itself, and chooses a checkpoint, by the first; what is told of a
+finished model is measured on the second. Nothing reads both at once, so there is no name for them together."""
 
 
 def share(prompt: str, fractions: Mapping[str, float] = SHARES) -> str:
@@ -33,21 +38,36 @@ def share(prompt: str, fractions: Mapping[str, float] = SHARES) -> str:
     return [name for name, part in fractions.items() if part > 0][-1]  # rounding of the sum
 
 
+def share_or_half(prompt: str, fractions: Mapping[str, float] = SHARES) -> str:
+    """The share a prompt belongs to, as `share`, and SELECT or REPORT in place of EVAL: half of it each, by another
+    hash."""
+    found = share(prompt, fractions)
+    if found != EVAL:
+        return found
+    return SELECT if _hash(prompt, b"heldout", 1)[0] < 128 else REPORT
+
+
+def names(fractions: Mapping[str, float] = SHARES) -> list[str]:
+    """What `select` can be asked for: the shares, and the halves in place of EVAL."""
+    return [name for share in fractions for name in ((SELECT, REPORT) if share == EVAL else (share,))]
+
+
 def select(records: Iterable[TextRecord], name: str, fractions: Mapping[str, float] = SHARES) -> list[TextRecord]:
-    """The records of one share, divided by their first turns. InputError for an unknown share, and for one that holds
-    no record."""
-    if name not in fractions:
-        raise InputError(f"unknown share {name!r}; expected one of {', '.join(fractions)}")
+    """The records of one share, or of one half of EVAL, divided by their first turns. InputError for an unknown name,
+    and for one that holds no record."""
+    if name not in names(fractions):
+        raise InputError(f"unknown share {name!r}; expected one of {', '.join(names(fractions))}")
     records = list(records)
     firsts = {record.first_turn for record in records}
-    inside = {first for first in firsts if share(first, fractions) == name}
+    inside = {first for first in firsts if share_or_half(first, fractions) == name}
     if not inside:
         parts = ", ".join(f"{key} {part:g}" for key, part in fractions.items())
+        halved = f" ({EVAL} into halves, {SELECT} and {REPORT})" if name in (SELECT, REPORT) else ""
         raise InputError(
             f"share {name!r} holds no record: the data has {len(firsts)} distinct prompt{'s' * (len(firsts) != 1)} "
             f"(conversations count by their first turn) in {len(records)} record{'s' * (len(records) != 1)}, divided "
-            f"into {parts}; bring more prompts, give {name!r} a larger part of data.shares, or name held-out data with "
-            "data.eval_split"
+            f"into {parts}{halved}; bring more prompts, give {EVAL if halved else name!r} a larger part of "
+            "data.shares, or name held-out data with data.eval_split"
         )
     return [record for record in records if record.first_turn in inside]
 

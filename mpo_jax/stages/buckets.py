@@ -137,14 +137,14 @@ def prompts(artifact: Artifact) -> Encoded:
     return encode.take(encoded, encode.first_of_prompt(encoded), replies=0)
 
 
-def heldout(artifact: Artifact) -> Encoded:
-    """Pairs of the eval share, made as the split's own."""
-    return jobs.read_rows(artifact.folder / artifacts.HELDOUT)
+def heldout(artifact: Artifact, half: str) -> Encoded:
+    """Pairs of one half of the eval share, SELECT or REPORT of `data.division`, made as the split's own."""
+    return jobs.read_rows(artifact.folder / artifacts.HELDOUT / half)
 
 
-def heldout_prompts(artifact: Artifact, count: int) -> Encoded:
+def heldout_prompts(artifact: Artifact, half: str, count: int) -> Encoded:
     """The prompts of `count` held-out pairs, a fair sample, each once."""
-    encoded = heldout(artifact)
+    encoded = heldout(artifact, half)
     prompts = encode.first_of_prompt(encoded)
     return encode.take(encoded, prompts[sample_rows(len(prompts), count)], replies=0)
 

@@ -17,6 +17,7 @@ from mpo_jax import artifacts, scoring
 from mpo_jax import settings as declared
 from mpo_jax.artifacts import PAIRS, POLICY
 from mpo_jax.data import encode
+from mpo_jax.data.division import REPORT, SELECT
 from mpo_jax.evaluation import pairs as pair_tables
 from mpo_jax.evaluation import sections
 from mpo_jax.evaluation.sections import Shown
@@ -153,28 +154,32 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     """Trains, writes the weights, returns the summary."""
     model = jobs.model(job)
     settings = job.settings
-    train, heldout = buckets.pairs(job.inputs["pairs"]), buckets.heldout(job.inputs["pairs"])
+    train = buckets.pairs(job.inputs["pairs"])
+    heldout, reported = (buckets.heldout(job.inputs["pairs"], half) for half in (SELECT, REPORT))
     base = jobs.base_weights(job, model)
     loader = functools.partial(jobs.loader, job, batch_size=settings.batch_size, max_length=None)
     steps = loop.total_steps(job, loader(train))
     compiled = programs(job, steps)
-    read: dict[str, Any] = {"train": None, "heldout": None}
+    read: dict[str, Any] = {"train": None, "heldout": None, "reported": None}
     if "reference" in compiled:
-        found = reference.logps(job, compiled["reference"], base, [train, heldout])
+        found = reference.logps(job, compiled["reference"], base, [train, heldout, reported])
         read = dict(zip(read, found, strict=True))
     training_rows = loader(train, ref_logps=None if settings.reference_every else read["train"], **by_gap(job))
-    heldout_rows = loader(heldout, ref_logps=read["heldout"], shuffle=False)
+    heldout_rows, reported_rows = (
+        loader(encoded, ref_logps=read[name], shuffle=False)
+        for name, encoded in (("heldout", heldout), ("reported", reported))
+    )
     params = jobs.load_weights(job, job.inputs["init"], model)
     extra = {"reference": jobs.load_weights(job, job.inputs["reference"], model)} if settings.reference_every else {}
     training = loop.supervised(job, compiled, params, {"base": base}, training_rows, heldout_rows, steps, extra)
     params, summary = loop.train(training, steps, job.folder, job.mesh)
     jobs.save_weights(job, params)
-    judged = min(len(heldout), settings.eval_batches * settings.batch_size)
+    evaluate = compiled["evaluate"].function
     summary |= {
         "pairs": len(train),
-        "judged": summary["best" if settings.select == "best" else "evaluation"],  # of the parameters it leaves
-        "heldout_pairs": judged,
-        "heldout": encode.rows_fingerprint(heldout),
+        "judged": loop.evaluate(evaluate, params, {"base": base}, reported_rows, settings.eval_batches),
+        "heldout_pairs": min(len(reported), settings.eval_batches * settings.batch_size),
+        "heldout": encode.rows_fingerprint(reported),
     }
     jobs.say(table(finished(job, summary["heldout"]) | {job.name: summary}, job))
     return summary

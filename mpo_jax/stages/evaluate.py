@@ -15,6 +15,7 @@ from mpo_jax import artifacts, metrics
 from mpo_jax import settings as declared
 from mpo_jax.artifacts import PAIRS, POLICY, REPLIES, REWARD
 from mpo_jax.data import encode
+from mpo_jax.data.division import REPORT
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.plan import sample_rows
 from mpo_jax.evaluation import judge, labellers, sections, statistics
@@ -40,7 +41,7 @@ class Settings(Sampling):
     reward: str = role(REWARD, "reward", "the reward model that scores; empty: none does", optional=True)
     baseline: str = setting("sft", "the policy that the others are compared with; empty: every two of them")
     prompts: str = role(
-        PAIRS, "split/all", "the split whose held-out prompts are used; empty: those of the eval share", optional=True
+        PAIRS, "split/all", "the split whose held-out prompts are used; empty: those of the data", optional=True
     )
     count: Count = setting(128, "held-out prompts", unit="prompts")
     labeller: Annotated[str, OneOf(LABELLERS, more=("",))] = setting(
@@ -156,10 +157,11 @@ def run(job: Job[Settings]) -> dict[str, Any]:
 
 
 def heldout_prompts(job: Job, model: ModelConfig, tokenizer) -> Encoded:
-    """A fair sample of `count` held-out prompts: of the split that the stage names, or else of the eval share."""
+    """A fair sample of `count` held-out prompts that no training has seen, nor chosen a checkpoint by: of the split
+    that the stage names, or else of the data."""
     if "prompts" in job.inputs:
-        return buckets.heldout_prompts(job.inputs["prompts"], job.settings.count)
-    prompts = jobs.share_prompts(job, model, tokenizer, "eval")
+        return buckets.heldout_prompts(job.inputs["prompts"], REPORT, job.settings.count)
+    prompts = jobs.share_prompts(job, model, tokenizer, REPORT)
     return encode.take(prompts, sample_rows(len(prompts), job.settings.count))
 
 

@@ -210,7 +210,7 @@ def load_tokenizer(job: Job, model: ModelConfig):
 
 
 def records(job: Job, share: str, loaded_tokenizer=None) -> list[TextRecord]:
-    """The text records of a share: "sft_reward", "policy" or "eval"; process 0 prints the account of what was read."""
+    """The text records of a share: "sft_reward", "policy", "select" or "report"; process 0 prints the account of it."""
     read, account = shares.read_share(data_division(job.config.data), share, loaded_tokenizer)
     say(account.text())
     job.accounts.append(account)

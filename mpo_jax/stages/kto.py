@@ -13,6 +13,7 @@ from mpo_jax import scoring
 from mpo_jax import settings as declared
 from mpo_jax.artifacts import PAIRS, POLICY
 from mpo_jax.data import encode
+from mpo_jax.data.division import SELECT
 from mpo_jax.data.encode import Encoded
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation.sections import Shown
@@ -106,7 +107,8 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     """Trains, writes the weights, returns the summary."""
     model = jobs.model(job)
     settings = job.settings
-    read = [labelled(part(job.inputs["pairs"])) for part in (buckets.pairs, buckets.heldout)]
+    source = job.inputs["pairs"]
+    read = [labelled(pairs) for pairs in (buckets.pairs(source), buckets.heldout(source, SELECT))]
     encoded = [with_others(each, job.config.data.max_length) for each, _ in read]
     base = jobs.base_weights(job, model)
     steps = loop.total_steps(job, jobs.loader(job, encoded[0], settings.batch_size, max_length=None))

@@ -10,6 +10,7 @@ import annotated_types
 import numpy as np
 
 from mpo_jax.artifacts import POLICY, SAMPLES
+from mpo_jax.data import shares
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.settings import Count, changed, role, setting
 from mpo_jax.stages import candidates
@@ -55,9 +56,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     how = candidates.of_settings(job, settings.samples)
     sample = programs(job)["sample"]
     counts: dict[str, int] = {}
-    for share, part in dict(job.config.data.shares).items():
-        if part == 0:
-            continue
+    for share in shares.names(jobs.data_division(job.config.data)):
         prompts = jobs.share_prompts(job, model, tokenizer, share)
         replies = candidates.sample_all(job, sample, weights, prompts, how, settings.batch_size)
         gold = candidates.label(settings.labeller, replies, tokenizer)

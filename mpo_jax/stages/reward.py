@@ -13,6 +13,7 @@ from mpo_jax import artifacts, scoring
 from mpo_jax import settings as declared
 from mpo_jax.artifacts import POLICY, REWARD, SAMPLES
 from mpo_jax.data import division, encode
+from mpo_jax.data.division import REPORT, SELECT
 from mpo_jax.data.encode import Encoded
 from mpo_jax.evaluation import pairs as pair_tables
 from mpo_jax.evaluation.sections import Shown
@@ -76,13 +77,14 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
     settings = job.settings
-    encoded = {share: jobs.share_pairs(job, model, tokenizer, share) for share in (settings.share, "eval")}
+    encoded = {share: jobs.share_pairs(job, model, tokenizer, share) for share in (settings.share, SELECT, REPORT)}
     if settings.margin:
         encode.check_margins(encoded[settings.share], f"stages.{job.name}.margin")
     if settings.folds:
         encoded[settings.share] = without_fold(encoded[settings.share], settings.folds, settings.fold)
     train, heldout = (
-        jobs.loader(job, part, settings.batch_size, shuffle=share != "eval") for share, part in encoded.items()
+        jobs.loader(job, encoded[share], settings.batch_size, shuffle=share != SELECT)
+        for share in (settings.share, SELECT)
     )
     steps = loop.total_steps(job, train)
     compiled = programs(job, steps)
@@ -93,14 +95,14 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     jobs.save_weights(job, params)
     size = settings.score_batch or settings.batch_size
     trained, held = (
-        rows.compute(job, compiled["score"], base | params, encoded[share], size) for share in (settings.share, "eval")
+        rows.compute(job, compiled["score"], base | params, encoded[share], size) for share in (settings.share, REPORT)
     )
     statistics = {"mean": float(trained.mean()), "std": float(trained.std())}
-    report = pair_tables.pair_report(held, encoded["eval"].piece_lens[:, 1:], encoded["eval"].confidence)
+    report = pair_tables.pair_report(held, encoded[REPORT].piece_lens[:, 1:], encoded[REPORT].confidence)
     report["baselines"] = {
-        "shorter_wins": pair_tables.shorter_wins(encoded["eval"].piece_lens[:, 1:]),
+        "shorter_wins": pair_tables.shorter_wins(encoded[REPORT].piece_lens[:, 1:]),
         "tfidf_bradley_terry": pair_tables.tfidf_bradley_terry(
-            _texts(encoded[settings.share], tokenizer), _texts(encoded["eval"], tokenizer)
+            _texts(encoded[settings.share], tokenizer), _texts(encoded[REPORT], tokenizer)
         ),
     }
     report["training_accuracy"] = pair_tables.accuracy(trained[:, 0] - trained[:, 1])

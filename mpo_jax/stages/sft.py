@@ -7,6 +7,7 @@ from typing import Any
 
 from mpo_jax import scoring
 from mpo_jax.artifacts import BASE, PAIRS, POLICY
+from mpo_jax.data.division import SELECT
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import losses
@@ -55,11 +56,12 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     tokenizer = jobs.load_tokenizer(job, model)
     settings = job.settings
     if "pairs" in job.inputs:
-        made = [buckets.chosen(read(job.inputs["pairs"])) for read in (buckets.pairs, buckets.heldout)]
+        source = job.inputs["pairs"]
+        made = [buckets.chosen(pairs) for pairs in (buckets.pairs(source), buckets.heldout(source, SELECT))]
     else:
         made = [
             jobs.encode_rows(job, model, jobs.records(job, share, tokenizer), 1, tokenizer)
-            for share in (settings.share, "eval")
+            for share in (settings.share, SELECT)
         ]
     # Replies that a stage sampled may make longer rows than those of the data.
     limit = {"max_length": None} if "pairs" in job.inputs else {}

@@ -187,8 +187,8 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     )
     buckets.check_buckets(job.name, table, threshold, settings.flipped)
     report = split_report.build(table, scored.encoded, threshold, settings.measures, settings.gap_unit)
-    heldout_pairs = make("eval").encoded
-    jobs.write_rows(heldout_pairs, job.folder / artifacts.HELDOUT)
+    for half in (division.SELECT, division.REPORT):
+        jobs.write_rows(make(half).encoded, job.folder / artifacts.HELDOUT / half)
     jobs.write_rows(scored.encoded, job.folder / artifacts.PAIR_ROWS)
     if jobs.is_first():
         artifacts.write_gaps(job.folder, table)

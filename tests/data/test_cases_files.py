@@ -9,7 +9,7 @@ import pytest
 from mpo_jax import artifacts
 from mpo_jax.data import division, sources
 from mpo_jax.data.records import TextRecord
-from mpo_jax.data.shares import Division, read_share, share_of
+from mpo_jax.data.shares import Division, names, read_share, share_of
 from mpo_jax.data.sources import load
 from mpo_jax.errors import InputError
 from mpo_jax.lines import split_lines
@@ -236,8 +236,10 @@ def test_a_single_file_is_train_unless_its_whole_name_is_a_split(jsonl, fails):
 
 def test_splits_that_overlap_leave_the_training_side(cases):
     data = Division(str(cases / "splits_that_overlap/folder"), "train", "test")
-    heldout, account = read_share(data, "eval")
-    assert len(heldout) == 20 and account.overlap == 0
+    halves = [read_share(data, half) for half in ("select", "report")]
+    heldout = [record for records, _ in halves for record in records]
+    assert len(heldout) == 20 and [account.overlap for _, account in halves] == [0, 0]
+    assert not {record.first_turn for record in halves[0][0]} & {record.first_turn for record in halves[1][0]}
     parts = {name: read_share(data, name) for name in ("sft_reward", "policy")}
     prompts = {record.prompt for records, _ in parts.values() for record in records}
     assert not prompts & {record.prompt for record in heldout}
@@ -246,7 +248,7 @@ def test_splits_that_overlap_leave_the_training_side(cases):
     train, _ = load(data.path, "train")
     firsts = {record.first_turn for record in heldout}
     assert [share_of(record, data, firsts) for record in train].count("") == 20
-    assert {share_of(record, data, firsts) for record in heldout} == {"eval"}
+    assert {share_of(record, data, firsts) for record in heldout} == {"select", "report"}
 
 
 def test_splits_that_are_the_same_leave_nothing_to_train_on(jsonl, tmp_path):
@@ -260,7 +262,7 @@ def test_splits_that_are_the_same_leave_nothing_to_train_on(jsonl, tmp_path):
 def test_few_prompts_say_how_many_there_are_and_what_helps(cases, name, prompts):
     data = Division(str(cases / f"few_prompts/{name}.jsonl"))
     errors = []
-    for share in data.fractions:
+    for share in names(data):
         try:
             read_share(data, share)
         except InputError as error:

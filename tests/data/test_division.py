@@ -19,12 +19,13 @@ def records(shared):
 
 def test_no_prompt_in_two_shares(records):
     records = records + [dataclasses.replace(r, id=r.id + 10_000) for r in records[::3]]  # prompts that come twice
-    parts = {name: division.select(records, name) for name in division.SHARES}
+    parts = {name: division.select(records, name) for name in division.names()}
     prompts = {name: {r.prompt for r in part} for name, part in parts.items()}
     for one, other in itertools.combinations(prompts.values(), 2):
         assert not one & other
     assert sum(map(len, parts.values())) == len(records)
-    for name, fraction in division.SHARES.items():
+    fractions = {"sft_reward": 0.45, "policy": 0.45, "select": 0.05, "report": 0.05}
+    for name, fraction in fractions.items():
         assert abs(len(parts[name]) / len(records) - fraction) < 0.05
 
 
@@ -32,6 +33,12 @@ def test_share_is_stable():
     assert [division.share(f"prompt {i}") for i in range(6)] == [
         "eval", "eval", "sft_reward", "sft_reward", "sft_reward", "policy",
     ]  # fmt: skip
+    held = [f"prompt {i}" for i in range(300) if division.share(f"prompt {i}") == "eval"]
+    halves = [division.share_or_half(prompt) for prompt in held]
+    assert halves[:6] == ["select", "select", "select", "select", "select", "report"] and set(halves) == {
+        "select",
+        "report",
+    }
 
 
 def test_shares_must_add_up():
@@ -39,6 +46,8 @@ def test_shares_must_add_up():
         division.share("a", {"x": 0.5, "y": 0.4})
     with pytest.raises(InputError, match="unknown share 'z'"):
         division.select([], "z")
+    with pytest.raises(InputError, match="unknown share 'eval'; expected one of sft_reward, policy, select, report"):
+        division.select([], "eval")
 
 
 def test_prompt_ids_are_equal_for_equal_prompts_alone(records):

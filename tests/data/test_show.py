@@ -28,7 +28,7 @@ def test_show_marks_bos_eos_and_padding(shared, tmp_path):
     )
     done = _show(f"--config={config}", "--split=train", "--index=0", "--max_response=50")
     assert done.returncode == 0, done.stderr
-    assert "share eval" in done.stdout
+    assert "share select" in done.stdout
     table = done.stdout.split("--- tokens")[1].splitlines()[2:]
     assert len(table) == 128 and table[0].split()[-1] == "BOS" and "SUBREDDIT: r/legaladvice" in done.stdout
     assert [line.split()[-1] for line in table[122:]] == ["padding"] * 6
@@ -49,7 +49,7 @@ def test_show_tells_the_share_that_the_config_would_use(cases, shared, tmp_path)
     where = f"--data_path={cases / 'splits_that_overlap/folder'}"
     heldout = _show(f"--config={config}", where, "--split=train", "--index=0")
     assert "record 0 of split train, in no share: its prompt is held out" in heldout.stdout, heldout.stderr
-    assert "record 0 of split test, share eval" in _show(f"--config={config}", where, "--split=test").stdout
+    assert "record 0 of split test, share select" in _show(f"--config={config}", where, "--split=test").stdout
 
 
 def test_show_reports_bad_input_in_one_line(shared):

@@ -136,7 +136,7 @@ def reward_model(job: Job, name: str = "reward", seed: int = 3) -> Artifact:
 
 
 def hard_prompts(job: Job, count: int) -> Artifact:
-    """A split whose hard part has `count` pairs, and 12 easy ones; the last 12 stories are held out."""
+    """A split whose hard part has `count` pairs, and 12 easy; of the last 24 stories 12 select, 12 are reported on."""
     folder = job.workdir / "split"
     artifact = Artifact("split", PAIRS, folder, "hard")
     if folder.exists():
@@ -164,7 +164,8 @@ def hard_prompts(job: Job, count: int) -> Artifact:
         bucket=np.where(gap < 1, BUCKETS.index("hard"), BUCKETS.index("easy")).astype(np.int8),
     )
     jobs.write_rows(train, folder / artifacts.PAIR_ROWS)
-    jobs.write_rows(pairs(STORIES[-12:]), folder / artifacts.HELDOUT)
+    for half, stories in (("select", STORIES[-24:-12]), ("report", STORIES[-12:])):
+        jobs.write_rows(pairs(stories), folder / artifacts.HELDOUT / half)
     artifacts.write_gaps(folder, table)
     artifacts.write_json(folder / artifacts.CONFIG, as_json(job.config))
     return artifact

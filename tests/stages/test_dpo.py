@@ -80,7 +80,7 @@ def cached(job: Job) -> set[str]:
 def test_reference_log_probs_equal_those_of_transformers(made, ran, stories, tmp_path, torch):
     from transformers import AutoModelForCausalLM
 
-    model, rows = jobs.model(made), buckets.heldout(made.inputs["pairs"])
+    model, rows = jobs.model(made), buckets.heldout(made.inputs["pairs"], "report")
     with jax.set_mesh(made.mesh):
         weights = jobs.load_weights(made, made.inputs["reference"], model)
         hf.export_weights(tmp_path / "reference", model, weights, str(stories))
@@ -97,7 +97,7 @@ def test_reference_log_probs_equal_those_of_transformers(made, ran, stories, tmp
 
 def test_reference_log_probs_are_computed_once_and_kept_under_their_key(made, ran, monkeypatch):
     before = cached(made)
-    assert len(before) == 2  # the pairs and the held-out ones
+    assert len(before) == 3  # the pairs and both halves of those held out
     computed, whole = [], references.rows.compute
 
     def counted(*args):
@@ -111,10 +111,10 @@ def test_reference_log_probs_are_computed_once_and_kept_under_their_key(made, ra
         assert not computed and cached(made) == before  # the reference was not even loaded
         easy = buckets.pairs(part(made.inputs["pairs"], "easy"))  # other rows
         reference(made, easy)
-        assert len(computed) == 1 and len(cached(made)) == 3
+        assert len(computed) == 1 and len(cached(made)) == 4
         other = policy(made, "dpo", seed=1)  # another reference
         found = reference(dataclasses.replace(made, inputs=made.inputs | {"reference": other}), rows)
-        assert len(computed) == 2 and len(cached(made)) == 4
+        assert len(computed) == 2 and len(cached(made)) == 5
         assert np.abs(found[0] - kept[0]).max() > 0.01
         again = Artifact("sft", POLICY, epath.Path(made.workdir / "again" / made.inputs["reference"].folder.name))
         checkpoint.save_weights(again.folder / artifacts.WEIGHTS, jobs.load_weights(made, other, model))

@@ -29,7 +29,7 @@ def test_every_share_has_pairs_of_its_own_prompts(ran):
     job, summary = ran
     model, tokenizer = jobs.model(job), load_tokenizer(job.config.model.path)
     seen = set()
-    assert set(summary["pairs"]) == {"sft_reward", "policy", "eval"}
+    assert set(summary["pairs"]) == {"sft_reward", "policy", "select", "report"}
     for share, count in summary["pairs"].items():
         found = jobs.read_rows(job.folder / share)
         own = jobs.share_prompts(job, model, tokenizer, share)
@@ -72,7 +72,8 @@ def test_a_split_reads_the_pairs_and_scores_them(ran):
     made = beside(job, "split", "split", inputs=inputs, pairs="pairs", batch_size=8, quantile=0.5)
     whole = run_split(replaced(made, {"stages.reward.pairs": "pairs"}))
     assert len(jobs.read_rows(whole.folder / "pairs")) == summary["pairs"]["policy"]
-    assert len(jobs.read_rows(whole.folder / "heldout")) == summary["pairs"]["eval"]
+    for half in ("select", "report"):
+        assert len(jobs.read_rows(whole.folder / "heldout" / half)) == summary["pairs"][half]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_it_learns_the_chosen_replies_of_a_part(made, monkeypatch):
     with jax.set_mesh(made.mesh):
         summary = sft.run(made)
     for encoded, pairs in zip(
-        met, (buckets.pairs(made.inputs["pairs"]), buckets.heldout(made.inputs["pairs"])), strict=True
+        met, (buckets.pairs(made.inputs["pairs"]), buckets.heldout(made.inputs["pairs"], "select")), strict=True
     ):
         assert encoded.replies == 1 and encoded.id.tolist() == pairs.id.tolist()
         for row in range(len(pairs)):

@@ -79,10 +79,11 @@ def test_buckets_partition_the_ids(job, whole):
     np.testing.assert_array_equal(buckets.buckets(table.gap, threshold), table.bucket)
 
 
-def test_held_out_pairs_are_of_the_eval_share(job, whole):
+@pytest.mark.parametrize("half", ["select", "report"])
+def test_held_out_pairs_are_of_the_eval_share(job, whole, half):
     model, tokenizer = jobs.model(job), load_tokenizer(job.config.model.path)
-    expected = jobs.share_pairs(job, model, tokenizer, "eval")
-    heldout = buckets.heldout(whole)
+    expected = jobs.share_pairs(job, model, tokenizer, half)
+    heldout = buckets.heldout(whole, half)
     assert encode.rows_fingerprint(heldout) == encode.rows_fingerprint(expected)
     assert not set(heldout.prompt_id.tolist()) & set(buckets.pairs(whole).prompt_id.tolist())
 
@@ -109,7 +110,7 @@ def test_no_prompt_of_a_part_appears_twice(sampled):
     assert set(prompts.prompt_id.tolist()) == set(repeated.prompt_id.tolist())
     texts = {tuple(prompts.row(row)[0].tolist()) for row in range(len(prompts))}
     assert len(texts) == len(prompts)
-    heldout = buckets.heldout_prompts(hard, 5)
+    heldout = buckets.heldout_prompts(hard, "report", 5)
     assert len(heldout) == len(set(heldout.prompt_id.tolist())) == 5
 
 

@@ -1,0 +1,57 @@
+"""Wrong command lines of all eight commands enter; each ends with one line of error, or does what it was asked.
+
+The lines are drawn (`tests.tools.command_lines`); a failure prints the line and all that the command wrote.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.tools import command_lines, processes
+from tests.tools.processes import ENVIRONMENT, ROOT
+
+
+@pytest.fixture(scope="module")
+def place(shared, tmp_path_factory):
+    """A folder of things that people name by mistake, and a small finished run among them."""
+    folder, data = tmp_path_factory.mktemp("place"), shared / "data/hh_rlhf/harmless-base/test.jsonl.gz"
+    _, *arguments = command_lines.prepare(folder, shared / "models/stories260K", data)
+    processes.run(1, arguments, folder / "log", "tests.tools.main")
+    command_lines.damage(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("seed", "count"), [(0, 24), pytest.param(1, 600, marks=pytest.mark.slow)])
+def test_every_line_is_obeyed_or_refused_in_one_line(place, shared, seed, count):
+    lines = list(command_lines.lines(place, shared / "models/stories260K", seed, count))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.tools.commands"],
+        cwd=place, env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, input=json.dumps(lines).encode(),
+        stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    told = [
+        (command_lines.wrong(one["code"], one["output"]), line, one) for line, one in zip(lines, found, strict=True)
+    ]
+    bad = [f"{what}: {command_lines.told(line, one)}" for what, line, one in told if what]
+    assert not bad, f"{len(bad)} of {count}\n" + "\n\n".join(bad)
+
+
+@pytest.mark.parametrize("begin", [["mpo_jax.main"], ["mpo_jax.mpo", "runs"]], ids=["main", "mpo"])
+def test_an_interrupt_during_the_imports_is_no_traceback(begin, tmp_path):
+    module, *rest = begin
+    command = [sys.executable, "-X", "importtime", "-m", module, *rest, f"--workdir={tmp_path}"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    while "jax" not in (line := process.stderr.readline()) or "mpo_jax" in line:  # once the heavy imports have begun
+        assert line, "it ended before"
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    told = [line for line in process.stderr.read().split("\n") if line and not line.startswith("import time:")]
+    assert process.wait() == 130 and told == ["stopped"], told
