@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 from mpo_jax import settings
 from mpo_jax.errors import InputError
-from mpo_jax.run import Run
+from mpo_jax.run import Run, Source
 from mpo_jax.stages import kinds
 
 MODELS = {
@@ -42,6 +43,27 @@ def stage(kind: str, **given: Any) -> ml_collections.ConfigDict:
                 f"config: a stage of kind {kind!r} has no key {key!r}{settings.nearest(key, section.model_fields)}"
             )
     return ml_collections.ConfigDict(_values(section()) | {"kind": kind} | given)
+
+
+def source(**given: Any) -> ml_collections.ConfigDict:
+    """A named source of data, for `config.data.sources.NAME`: what is not given is as in `config.data`, and any key can
+    be overridden on the command line. InputError, suggesting the nearest, for a key that it has not."""
+
+    def placed(section: type[settings.Section], values: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, field in section.model_fields.items():
+            inside = field.annotation
+            if isinstance(inside, type) and issubclass(inside, settings.Section):
+                found[name] = placed(inside, values.get(name, {}))
+            else:
+                kind = tuple if isinstance(field.default, tuple) else type(field.default)
+                found[name] = values[name] if name in values else config_dict.placeholder(kind)
+        return found
+
+    for key in given:
+        if key not in Source.model_fields:
+            raise InputError(f"config: a source has no key {key!r}{settings.nearest(key, Source.model_fields)}")
+    return ml_collections.ConfigDict(placed(Source, given))
 
 
 def _values(section: settings.Section) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from mpo_jax.data.reading import ROLES, Reading
 from mpo_jax.data.row import Row, is_empty, is_list
 from mpo_jax.errors import InputError
+from mpo_jax.settings import nearest
 
 _MEANINGFUL = {
     "chosen", "rejected", "response", "responses", "completion", "completions", "answer", "answers", "reply",
@@ -98,10 +99,9 @@ def rename(rows: Sequence[Row], reading: Reading, place: str) -> tuple[list[Row]
     """The rows with the names that `reading.columns` gives them, without the columns to be ignored; and what is to be
     said of the ignored. InputError for a name that no row has."""
     known = {name for row in rows for name in row.values}
-    for key, names in (("columns", reading.columns.values()), ("ignore", reading.ignore)):
-        for name in names:
-            if name not in known and key == "columns":
-                raise InputError(f"{place}: data.{key} names {name!r}; columns here: {', '.join(sorted(known))}")
+    for role, name in reading.columns.items():
+        if name not in known:
+            raise InputError(f"data.columns.{role}: {name!r} is no column of {place}{nearest(name, sorted(known))}")
     said = {name: "ignored (data.ignore)" for name in reading.ignore if name in known}
     if not reading.columns and not said:
         return list(rows), {}

@@ -44,12 +44,21 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Which source each row is of, i32 [rows], and the weight with which training draws from each (`mixture.draw`)."""
+
+    source: np.ndarray
+    weights: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Encoded:
     """Rows of one prompt and `replies` responses.
 
     tokens: i32 [all tokens]. offsets: i64 [rows * (1 + replies) + 1], where each piece begins; a row's pieces are its
     prompt, then its replies. id, prompt_id: i32 [rows]. confidence, margin: f32 [rows], NaN where unknown.
-    counts: rows in and kept, and what the limits did. key: hash of tokenizer, template, records and limits.
+    counts: rows in and kept, and what the limits did. key: hash of tokenizer, template, records and limits. mixture:
+    how training draws rows of several sources; None: each once.
     """
 
     tokens: np.ndarray
@@ -62,6 +71,7 @@ class Encoded:
     conventions: Conventions
     counts: dict[str, int]
     key: str
+    mixture: Mixture | None = None
 
     def __len__(self) -> int:
         return len(self.id)
@@ -243,7 +253,10 @@ def take(encoded: Encoded, rows: np.ndarray, swapped: np.ndarray | None = None, 
         prompt, *answers = encoded.row(int(row))
         pieces += [prompt, *(answers[::-1] if swap else answers)[:replies]]
     columns = {name: np.asarray(getattr(encoded, name))[rows] for name in ("id", "prompt_id", "confidence", "margin")}
-    return assemble(pieces, replies, encoded.conventions, encoded.key, **columns)
+    taken = assemble(pieces, replies, encoded.conventions, encoded.key, **columns)
+    if encoded.mixture is None:
+        return taken
+    return dataclasses.replace(taken, mixture=Mixture(encoded.mixture.source[rows], encoded.mixture.weights))
 
 
 def assemble(
@@ -272,18 +285,20 @@ def assemble(
     )
 
 
-def join(left: Encoded, right: Encoded) -> Encoded:
-    """The rows of both, of equally many replies, one after the other; ids are numbered anew, as both may use the same.
-    InputError if the replies differ in number."""
-    if left.replies != right.replies:
-        raise InputError(f"rows of {left.replies} and of {right.replies} replies cannot stand in one set")
-    pieces = [piece for part in (left, right) for row in range(len(part)) for piece in part.row(row)]
+def join(*parts: Encoded) -> Encoded:
+    """The rows of all, of equally many replies, one after the other, their ids numbered anew, as several may use the
+    same. InputError if the replies differ in number."""
+    first = parts[0]
+    if len({part.replies for part in parts}) > 1:
+        numbers = " and of ".join(str(part.replies) for part in parts)
+        raise InputError(f"rows of {numbers} replies cannot stand in one set")
+    pieces = [piece for part in parts for row in range(len(part)) for piece in part.row(row)]
     columns = {
-        name: np.concatenate([getattr(left, name), getattr(right, name)])
-        for name in ("prompt_id", "confidence", "margin")
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in ("prompt_id", "confidence", "margin")
     }
-    ids = np.arange(len(left) + len(right), dtype=np.int32)
-    return assemble(pieces, left.replies, left.conventions, f"{left.key}+{right.key}", id=ids, **columns)
+    ids = np.arange(sum(map(len, parts)), dtype=np.int32)
+    key = "+".join(part.key for part in parts)
+    return assemble(pieces, first.replies, first.conventions, key, id=ids, **columns)
 
 
 def rows_fingerprint(encoded: Encoded) -> str:

@@ -1,7 +1,9 @@
 """How the rows of a source are to be read, beyond what they say themselves: the settings under `config.data`."""
 
+import contextlib
 import dataclasses
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +11,25 @@ from mpo_jax.errors import InputError
 
 TEMPLATES = ("auto", "plain", "chat")
 SYSTEMS = ("turn", "user")
+KEYS = (
+    "path", "split", "eval_split", "limit", "columns", "ignore", "template", "template_kwargs", "system",
+    "common_prompt",
+)  # fmt: skip
+"""The settings under `config.data` that say where records are and how they are read, which every named source has."""
+_KEY = re.compile(rf"\bdata\.({'|'.join(KEYS)})\b")
+
+
+@contextlib.contextmanager
+def of_source(name: str):
+    """What is wrong with a setting of the data is told as one of the named source; "" for the run's own."""
+    try:
+        yield
+    except InputError as error:
+        if not name:
+            raise
+        raise InputError(_KEY.sub(rf"data.sources.{name}.\1", str(error))) from error
+
+
 ROLES = {
     "prompt": "the prompt, as text or messages",
     "messages": "a whole conversation, its last turn the reply; or the prompt of pairs, as messages",

@@ -6,7 +6,7 @@ Where a path leads is said by `parts.py`, what rows are written like by `schemas
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -45,16 +45,37 @@ def load(
     Raises InputError (file, line, key) for anything malformed, columns that would vanish though they look as if they
     meant something, an unknown split (listing those that exist), an empty dataset, and one whose every row was dropped.
     """
-    path, reading = str(path), reading or Reading()
+    reading = reading or Reading()
+    tally = _Tally(str(path), split)
+    for name, rows in _files(tally, limit, reading):
+        tally.add(name, rows, tokenizer, reading)
+    account = tally.account()
+    if not tally.records:
+        firsts = "; ".join(f"{where}: {rule}" for rule, where in account.first_dropped.items())
+        raise InputError(f"no record is left: {account.line()}; the first of each: {firsts}")
+    return tally.records, account
+
+
+def check(path: str, split: str = "train", limit: int | None = None, reading: Reading | None = None) -> None:
+    """InputError for what `load` would find wrong with a split, its rows' form and its columns; what single rows say is
+    not looked at."""
+    reading = reading or Reading()
+    tally = _Tally(str(path), split)
+    for name, rows in _files(tally, limit, reading):
+        tally.look(name, rows, reading)
+
+
+def _files(tally: "_Tally", limit: int | None, reading: Reading) -> Iterator[tuple[str, list[tuple[str, Row]]]]:
+    """The files that hold rows of the tally's split, by name: each row with its split. InputError where none does."""
+    path = tally.path
     found, left_out = _with_splits(parts(path))
     named = {part.split for part in found if part.split is not None}
-    split = canonical(split, named)
+    tally.split = split = canonical(tally.split, named)
     if split in named:
         found = [part for part in found if part.split in (split, None)]
-    tally = _Tally(path, split)
     if left_out:
         tally.notes[f"files left out, since their names tell no split: {', '.join(left_out)}"] = len(left_out)
-    seen = set(named)
+    seen, count = set(named), 0
     for part in found:
         rows: list[tuple[str, Row]] = []
         for row in part.rows():
@@ -62,20 +83,16 @@ def load(
             seen.add(own)
             if split not in (ALL, part.split, own):
                 continue
-            if limit is not None and tally.read + len(rows) == limit:
+            if count == limit:
                 break
+            count += 1
             rows.append((own, row))
         if rows:
-            tally.add(part.name, rows, tokenizer, reading)
-    if not tally.schema:
+            yield part.name, rows
+    if not count:
         if seen and split != ALL and split not in seen:
             raise InputError(f"{path}: unknown split {split!r}; it has {', '.join(sorted(seen))}, or 'all'")
         raise InputError(f"{path}: split {split!r} is empty; expected at least one record")
-    account = tally.account()
-    if not tally.records:
-        firsts = "; ".join(f"{where}: {rule}" for rule, where in account.first_dropped.items())
-        raise InputError(f"no record is left: {account.line()}; the first of each: {firsts}")
-    return tally.records, account
 
 
 class _Tally:
@@ -95,8 +112,7 @@ class _Tally:
     def add(self, name: str, rows: Sequence[tuple[str, Row]], tokenizer, reading: Reading) -> None:
         """Reads the rows of one file, each with its split."""
         splits = [own for own, _ in rows]
-        renamed, ignored = rename([row for _, row in rows], reading, name)
-        form, plan = self._plan(name, renamed, ignored, reading)
+        renamed, form, plan = self.look(name, rows, reading)
         columns = f"{form.name}: {form.columns}"
 
         def keep(number: int, row: Row, said: Said) -> None:
@@ -125,6 +141,11 @@ class _Tally:
             self.notes[f"prompts dated {template.TODAY}, since the chat template asks for the date"] = self.shown[
                 "chat template"
             ]
+
+    def look(self, name: str, rows: Sequence[tuple[str, Row]], reading: Reading) -> tuple[Sequence[Row], Form, Plan]:
+        """The rows of a file by our names for columns, their form, and how they are read."""
+        renamed, said = rename([row for _, row in rows], reading, name)
+        return renamed, *self._plan(name, renamed, said, reading)
 
     def _plan(self, name: str, rows: list[Row], said: dict[str, str], reading: Reading) -> tuple[Form, Plan]:
         """The form of a file's rows and how they are read; InputError where it is not the other files' form."""

@@ -13,6 +13,7 @@ from mpo_jax.data import encode
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.plan import sample_rows
 from mpo_jax.errors import InputError
+from mpo_jax.models.config import ModelConfig
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Artifact, Job
 from mpo_jax.types import BUCKETS, GapTable
@@ -71,6 +72,27 @@ def suggestion(table: GapTable, flipped: str) -> float | None:
     return None
 
 
+# What a stage learns from ---------------------------------------------------------------------------------------------
+
+
+def pairs_for(job: Job, model: ModelConfig) -> tuple[Encoded, Encoded]:
+    """The pairs that a stage learns from, and held-out ones: of the split in its role `pairs`, or the data's own."""
+    if "pairs" in job.inputs:
+        return pairs(job.inputs["pairs"]), heldout(job.inputs["pairs"])
+    tokenizer = jobs.load_tokenizer(job, model)
+    train, held = (jobs.share_pairs(job, model, tokenizer, share) for share in ("policy", "eval"))
+    return train, held
+
+
+def prompts_for(job: Job, model: ModelConfig, tokenizer, count: int) -> tuple[Encoded, Encoded]:
+    """The prompts that a stage samples on, each once, and `count` held-out ones: of the split in its role `prompts`, or
+    the data's own."""
+    if "prompts" in job.inputs:
+        return prompts(job.inputs["prompts"]), heldout_prompts(job.inputs["prompts"], count)
+    train, held = (jobs.share_prompts(job, model, tokenizer, share) for share in ("policy", "eval"))
+    return train, encode.take(held, sample_rows(len(held), count))
+
+
 # A split's artifact ---------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +138,9 @@ def rows_of(role: str) -> Callable[[Job, int, float], float]:
     """The rows that a stage reads whose `role` names a part of a split, for the plan: see `base.Stage.rows`."""
 
     def rows(job: Job, pairs: int, easy: float) -> float:
-        artifact = job.inputs[role]
+        artifact = job.inputs.get(role)
+        if artifact is None:
+            return pairs * job.config.data.shares.policy
         part = {"easy": easy, "hard": 1 - easy}.get(artifact.part, 1.0)
         share = getattr(job.config.stages[artifact.name], "share", "policy")  # a plugin's kind may have none
         return pairs * dict(job.config.data.shares)[share] * part

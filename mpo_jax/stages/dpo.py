@@ -43,7 +43,7 @@ class Settings(Training):
 
     init: str = role(POLICY, "sft", "the policy that training starts from")
     reference: str = role(POLICY, "sft", "the frozen policy of the log-ratios")
-    pairs: str = role(PAIRS, "split/easy", "what it learns from")
+    pairs: str = role(PAIRS, "split/easy", "what it learns from; data: the data's own pairs", data=True)
     objective: Annotated[str, OneOf(OBJECTIVES)] = setting("dpo", "the loss")
     beta: Positive = setting(0.1, "strength of the KL leash; Rafailov et al. 2023, eq. 7; ours")
     label_smoothing: Annotated[float, annotated_types.Interval(ge=0, lt=0.5)] = setting(
@@ -97,7 +97,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     """Trains, writes the weights, returns the summary."""
     model = jobs.model(job)
     settings = job.settings
-    train, heldout = buckets.pairs(job.inputs["pairs"]), buckets.heldout(job.inputs["pairs"])
+    train, heldout = buckets.pairs_for(job, model)
     base = jobs.base_weights(job, model)
     loader = functools.partial(jobs.loader, job, batch_size=settings.batch_size, max_length=None)
     steps = loop.total_steps(job, loader(train))

@@ -55,7 +55,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     train, heldout = (
         jobs.loader(
             job,
-            jobs.encode_rows(job, model, jobs.records(job, share, tokenizer), 1, tokenizer),
+            jobs.share_rows(job, model, tokenizer, share, 1),
             settings.batch_size,
             shuffle=share != "eval",
         )

@@ -453,6 +453,10 @@ def test_a_common_beginning_ends_at_a_turn_or_a_word(jsonl, one, other, prompt):
     assert record.prompt == prompt and record.prompt + record.chosen == one
 
 
+def test_a_reply_that_is_null_in_every_row_is_told(jsonl, fails):
+    fails(jsonl([{"chosen": None, "rejected": "no"}]), "a.jsonl, line 1", "without a prompt column")
+
+
 def test_replies_with_nothing_in_common_are_dropped(jsonl):
     rows = [{"chosen": "abc", "rejected": "xyz"}, {"chosen": "a b c", "rejected": "a b d"}]
     records, account = load(jsonl(rows), reading=Reading(common_prompt=True))
@@ -593,8 +597,8 @@ def test_a_column_map_of_whole_conversations(jsonl, fails):
 def test_a_column_map_with_wrong_names(jsonl, fails):
     fails(
         jsonl([{"prompt": "p"}]),
-        "data.columns names 'ask'",
-        "columns here: prompt",
+        "data.columns.prompt: 'ask' is no column of a.jsonl",
+        "expected one of prompt",
         reading=Reading(columns={"prompt": "ask"}),
     )
     with pytest.raises(InputError, match="unknown role 'promt'"):

@@ -111,7 +111,9 @@ def _two(
         system = found.has("system")
         head = prompts.find(found, reading) if prompt == "prompt" else Head(prompt, "", True, system, False, False)
         if head is None:
-            raise InputError(f"{found.first[choice]}: no prompt column; name it, data.columns.prompt='NAME'")
+            raise InputError(
+                f"{found.first.get(choice, rows[0].where)}: no prompt column; name it, data.columns.prompt='NAME'"
+            )
         rule = choose or _mapped(found, rows, reading)
         rated = scores is not None and found.has(*scores)
 
