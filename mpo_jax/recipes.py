@@ -161,6 +161,19 @@ def sweep(stages, name: str, key: str, values: Iterable[Any]) -> None:
                 stage[role] = renamed(given, tags[0])
 
 
+def alone(name: str, variant: str, *known: str, **shares: float) -> tuple[ml_collections.ConfigDict, set[str]]:
+    """A run of few stages from the base model, on data of the user's own; and which of the variants `known` was asked
+    for. The model is the variant's, or the one that comes with the package. shares: of the prompts; others: 0."""
+    chosen, model = variants(variant, *known)
+    made = config()
+    made.name, made.model.path = name, MODELS[model or "tiny"]
+    made.data.shares = {"sft_reward": 0.0, "policy": 0.0, "eval": 0.0} | shares
+    return made, chosen
+
+
+STORIES = str(Path(MODELS["tiny"]) / "stories.jsonl.gz")
+"""Beginnings of stories with an ending each, which come with the package: prompts, or demonstrations."""
+
 LARGE_DPO = {"batch_size": 64, "microbatch": 32, "learning_rate": 5e-7, "beta": 0.1}  # Rafailov et al. 2023
 LARGE_PPO = {
     "sft": "sft",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import hh_rlhf, quickstart, tiny_base, tldr
+from configs import dpo, hh_rlhf, ppo, quickstart, reward, sample, sft, tiny_base, tldr
 from mpo_jax import graph, recipes
 from mpo_jax.run import Run, StageSettings
 from mpo_jax.settings import Section
@@ -22,6 +22,12 @@ CONFIGS = {
     "hh_rlhf": hh_rlhf.get_config,
     "hh_rlhf:debug": lambda: hh_rlhf.get_config("debug"),
     "hh_rlhf:llama3-8b": lambda: hh_rlhf.get_config("llama3-8b"),
+    "sft": sft.get_config,
+    "reward:qwen2.5-0.5b": lambda: reward.get_config("qwen2.5-0.5b"),
+    "dpo": dpo.get_config,
+    "ppo": ppo.get_config,
+    "ppo:reward": lambda: ppo.get_config("reward"),
+    "sample": sample.get_config,
 }
 
 
