@@ -12,7 +12,7 @@ import pydantic
 
 from mpo_jax import settings
 from mpo_jax.artifacts import DATA
-from mpo_jax.data.reading import ROLES, SYSTEMS, TEMPLATES
+from mpo_jax.data.reading import RANKED, ROLES, SYSTEMS, TEMPLATES
 from mpo_jax.errors import InputError
 from mpo_jax.models.config import ATTENTION_SETTINGS, PROJECTIONS, REMAT_POLICIES
 from mpo_jax.settings import Count, Names, Positive, Section, Seed, Share, Whole, setting
@@ -121,6 +121,9 @@ class Source(Section):
         "turn", "where a system text stands: a turn of its own, or the beginning of the first user's"
     )
     common_prompt: bool = setting(False, "pairs without a prompt column: what both replies begin with is the prompt")
+    ranked: Literal[RANKED] = setting(  # type: ignore[valid-type]
+        "best_worst", "which of a row's ranked replies are paired: best and worst, every two, or neighbours in rank"
+    )
 
 
 class Data(Source):

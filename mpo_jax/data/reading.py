@@ -11,9 +11,10 @@ from mpo_jax.errors import InputError
 
 TEMPLATES = ("auto", "plain", "chat")
 SYSTEMS = ("turn", "user")
+RANKED = ("best_worst", "all", "adjacent")
 KEYS = (
     "path", "split", "eval_split", "limit", "columns", "ignore", "template", "template_kwargs", "system",
-    "common_prompt",
+    "common_prompt", "ranked",
 )  # fmt: skip
 """The settings under `config.data` that say where records are and how they are read, which every named source has."""
 _KEY = re.compile(rf"\bdata\.({'|'.join(KEYS)})\b")
@@ -60,7 +61,9 @@ class Reading:
     template, where it has one, and prompts that are plain text as they are; "plain" shows all in HH's form; "chat"
     makes plain prompts a user's turn too. template_kwargs: the template's own settings. system: "turn", or "user" for
     templates that take no system turn: its text then begins the first user's. common_prompt: where pairs have no prompt
-    column, the beginning that both replies have in common is the prompt.
+    column, the beginning that both replies have in common is the prompt. ranked: which of a row's ranked replies are
+    paired: the best with the worst, every two, or each with the next in rank. labelled: single replies with a label
+    stay single, bad ones too, instead of becoming demonstrations and pairs.
 
     InputError for a value outside these."""
 
@@ -70,6 +73,8 @@ class Reading:
     template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     system: str = "turn"
     common_prompt: bool = False
+    ranked: str = "best_worst"
+    labelled: bool = False
 
     def __post_init__(self):
         for role in self.columns:
@@ -77,7 +82,8 @@ class Reading:
                 raise InputError(f"data.columns: unknown role {role!r}; expected one of {', '.join(ROLES)}")
         if len(set(self.columns.values())) < len(self.columns):
             raise InputError(f"data.columns: {dict(self.columns)} names a column twice; expected one role for each")
-        for key, value, known in (("template", self.template, TEMPLATES), ("system", self.system, SYSTEMS)):
+        choices = (("template", TEMPLATES), ("system", SYSTEMS), ("ranked", RANKED))
+        for key, value, known in ((key, getattr(self, key), known) for key, known in choices):
             if value not in known:
                 raise InputError(f"data.{key}: {value!r}; expected one of {', '.join(known)}")
         taken = _template_arguments() & set(self.template_kwargs)

@@ -101,7 +101,7 @@ class _Tally:
     def __init__(self, path: str, split: str):
         self.path, self.split = path, split
         self.schema = self.first = ""
-        self.read = 0
+        self.read = self.number = 0
         self.records: list[TextRecord] = []
         self.dropped: collections.Counter[str] = collections.Counter()
         self.first_dropped: dict[str, str] = {}
@@ -111,30 +111,35 @@ class _Tally:
 
     def add(self, name: str, rows: Sequence[tuple[str, Row]], tokenizer, reading: Reading) -> None:
         """Reads the rows of one file, each with its split."""
-        splits = [own for own, _ in rows]
         renamed, form, plan = self.look(name, rows, reading)
         columns = f"{form.name}: {form.columns}"
 
-        def keep(number: int, row: Row, said: Said) -> None:
-            fields, how = show(said, tokenizer, reading, row.where)
+        def keep(number: int, row: Row, own: str, said: Said) -> None:
+            try:
+                fields, how = show(said, tokenizer, reading, row.where)
+            except Drop as rule:
+                self._drop(str(rule), row)
+                return
             self.shown[how] += 1
-            self.records.append(TextRecord(id=number, split=splits[number - self.read], form=columns, **fields))
+            label = said.good if reading.labelled else None
+            self.records.append(TextRecord(id=number, split=own, label=label, form=columns, **fields))
 
         labelled = []
-        for number, row in enumerate(renamed, self.read):
+        for (own, _), row in zip(rows, renamed, strict=True):
             try:
                 said = plan.read(row)
-                if said.good is None:
-                    keep(number, row, said)
+            except Drop as rule:
+                self._drop(str(rule), row)
+                self.number += 1
+                continue
+            for each in (said, *said.more):
+                if each.good is None or reading.labelled:
+                    keep(self.number, row, own, each)
                 else:
-                    labelled.append((number, row, said))
-            except Drop as rule:
-                self._drop(str(rule), row)
-        for number, row, said in self._pair_up(labelled):
-            try:
-                keep(number, row, said)
-            except Drop as rule:
-                self._drop(str(rule), row)
+                    labelled.append((self.number, row, own, each))
+                self.number += 1
+        for single in self._pair_up(labelled):
+            keep(*single)
         self.read += len(rows)
         self.notes.update(plan.notes)
         if self.shown["chat template"] and template.facts(tokenizer).clock:
@@ -171,14 +176,14 @@ class _Tally:
         self.dropped[rule] += 1
         self.first_dropped.setdefault(rule, row.where)
 
-    def _pair_up(self, told: list[tuple[int, Row, Said]]) -> list[tuple[int, Row, Said]]:
+    def _pair_up(self, told: list[tuple[int, Row, str, Said]]) -> list[tuple[int, Row, str, Said]]:
         """Single replies with labels: good ones are kept, each with a bad one of the same prompt where there is one."""
         bad: dict[Any, list[Said]] = collections.defaultdict(list)
-        for _, _, said in told:
+        for *_, said in told:
             if not said.good:
                 bad[said.prompt].append(said)
         result = []
-        for number, row, said in told:
+        for number, row, own, said in told:
             if not said.good:
                 continue
             others = bad[said.prompt]
@@ -189,7 +194,7 @@ class _Tally:
                 self.notes["replies labelled bad, each the rejected one of a pair"] += 1
             else:
                 self.notes["good replies without a bad one to the same prompt: demonstrations alone"] += 1
-            result.append((number, row, said))
+            result.append((number, row, own, said))
         left = sum(map(len, bad.values()))
         if left:
             self.dropped["labelled bad, and no good reply to pair it with"] += left

@@ -16,6 +16,7 @@ from etils import epath
 from mpo_jax import artifacts, checkpoint, sharding
 from mpo_jax.artifacts import BASE, POLICY, REWARD
 from mpo_jax.data import division, encode, mixture, reading, shares, sources, tokenizer
+from mpo_jax.data import records as text_records
 from mpo_jax.data.account import Account
 from mpo_jax.data.loader import Loader
 from mpo_jax.data.reading import Reading
@@ -199,12 +200,15 @@ def load_tokenizer(job: Job, model: ModelConfig):
     return loaded
 
 
-def records(job: Job, share: str, loaded_tokenizer=None, source: str = "") -> list[TextRecord]:
+def records(job: Job, share: str, loaded_tokenizer=None, source: str = "", labelled: bool = False) -> list[TextRecord]:
     """The text records of a source's share: "sft_reward", "policy" or "eval"; process 0 prints the account of what was
-    read. A prompt that another source of the stage holds out is left out too."""
+    read. A prompt that another source of the stage holds out is left out too. labelled: see `Reading`."""
     data = job.config.data
+    whole = data_division(data, source)
+    assert whole.reading is not None
+    whole = dataclasses.replace(whole, reading=dataclasses.replace(whole.reading, labelled=labelled))
     with reading.of_source(source):
-        read, account = shares.read_share(data_division(data, source), share, loaded_tokenizer)
+        read, account = shares.read_share(whole, share, loaded_tokenizer)
         others = [name for name in sources_of(job.settings) if name != source] if share != shares.EVAL else []
         kept = division.without(read, [each for name in others for each in _heldout(data, name, loaded_tokenizer)])
         if not kept:
@@ -248,12 +252,26 @@ def share_rows(job: Job, model: ModelConfig, loaded_tokenizer, share: str, repli
     )
 
 
+def share_labelled(job: Job, model: ModelConfig, loaded_tokenizer, share: str) -> encode.Encoded:
+    """Rows of one reply each with its label (1: good, 0: bad), as unpaired objectives take them: replies that the data
+    labels, and of pairs the chosen as a good one, the rejected as a bad one. InputError for replies without either."""
+
+    def make(read: list[TextRecord]) -> encode.Encoded:
+        return encode_rows(job, model, text_records.labelled(read), 1, loaded_tokenizer)
+
+    return _of_sources(job, share, loaded_tokenizer, make, labelled=True)
+
+
 def _of_sources(
-    job: Job, share: str, loaded_tokenizer, make: Callable[[list[TextRecord]], encode.Encoded]
+    job: Job,
+    share: str,
+    loaded_tokenizer,
+    make: Callable[[list[TextRecord]], encode.Encoded],
+    labelled: bool = False,
 ) -> encode.Encoded:
-    """`make` of the records of each source that the stage names, mixed."""
+    """`make` of the records of each source that the stage names, mixed. labelled: see `Reading`."""
     weights = sources_of(job.settings) or {"": 1.0}
-    parts = [make(records(job, share, loaded_tokenizer, name)) for name in weights]
+    parts = [make(records(job, share, loaded_tokenizer, name, labelled)) for name in weights]
     try:
         return parts[0] if len(parts) == 1 else mixture.mix(parts, list(weights.values()))
     except InputError as error:

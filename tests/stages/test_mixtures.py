@@ -5,8 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
-from mpo_jax import artifacts
+from mpo_jax import artifacts, recipes, sharding
+from mpo_jax.stages import job as jobs
+from mpo_jax.stages import kinds
+from mpo_jax.stages.job import Job
 from tests.stages.ppo_job import STORIES
 from tests.tools import kills, processes
 
@@ -67,6 +71,34 @@ def test_every_source_of_a_mixture_has_its_account(whole, stage):
 def test_no_program_is_compiled_late(whole):
     for stage in ("sft", "dpo"):
         assert manifest(whole, stage)["summary"]["compiles_after_warmup"] == 0
+
+
+def test_labelled_rows_of_a_share_keep_their_labels_in_a_mixture(stories, tmp_path):
+    """A file of labelled replies, mixed with one of pairs, whose replies are a good and a bad one."""
+    single = [{"prompt": s, "completion": " Hi.", "label": n % 3 == 0} for n, s in enumerate(STORIES[:60])]
+    pairs = [{"prompt": s, "chosen": " Yes.", "rejected": " No."} for s in STORIES[60:100]]
+    config = recipes.config()
+    config.model.path = str(stories)
+    config.data.max_length, config.data.max_response = 64, 16
+    config.data.shares = {"sft_reward": 1.0, "policy": 0.0, "eval": 0.0}
+    for name, rows in (("single", single), ("pairs", pairs)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config.data.sources[name] = recipes.source(path=str(path))
+    config.stages.sft = recipes.stage("sft", data={"single": 1.0, "pairs": 1.0})
+    run = kinds.read(config.to_dict())
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    workdir = epath.Path(tmp_path)
+    job = Job("sft", run.stages["sft"], run, workdir / "sft", workdir, {}, mesh)
+    model = jobs.model(job)
+    tokenizer = jobs.load_tokenizer(job, model)
+    encoded = jobs.share_labelled(job, model, tokenizer, "sft_reward")
+    assert encoded.label.tolist() == [1, 0] * 40 + [float(n % 3 == 0) for n in range(60)]
+    assert np.bincount(encoded.mixture.source).tolist() == [80, 60]
+    assert [account.notes for account in job.accounts] == [{}, {}]
+    good = jobs.share_rows(job, model, tokenizer, "sft_reward", 1)
+    assert np.bincount(good.mixture.source).tolist() == [40, 20], "fine-tuning takes the good ones"
+    assert job.accounts[-1].dropped == {"labelled bad, and no good reply to pair it with": 40}
 
 
 @pytest.mark.slow

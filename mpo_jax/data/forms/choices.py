@@ -3,7 +3,9 @@
 Published data sets are known by their columns; for others `data.columns` names first, second and choice.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mpo_jax.data.chat import messages
@@ -181,7 +183,7 @@ def _is_ranked(value: Any) -> bool:
 
 
 def _ranked(found: Survey, rows: Sequence[Row], reading: Reading) -> Plan:
-    """Replies with ranks (1 is best) or scores: the best is chosen, the worst rejected; those between are unread."""
+    """Replies with ranks (1 is best) or scores, paired as `data.ranked` says: the better is chosen."""
     column, head = _ranked_column(found, rows), prompts.find(found, reading)
     assert column is not None and head is not None
 
@@ -192,15 +194,36 @@ def _ranked(found: Survey, rows: Sequence[Row], reading: Reading) -> Plan:
         graded = sorted(((_grade(entry), place) for place, entry in enumerate(entries)), key=lambda pair: pair[0])
         if graded[0][0] == graded[-1][0]:
             raise Drop("tie")
-        if len(entries) > 2:
+        if len(entries) > 2 and reading.ranked == "best_worst":
             plan.note("replies between the best and the worst, unread", len(entries) - 2)
-        worst, best = (entries[graded[at][1]] for at in (0, -1))
         prompt = prompts.ends_with_question(_asked(head.turns(row)))
-        chosen, rejected = (Turn("assistant", entry.text(_body(entry)).strip()) for entry in (best, worst))
-        return Said(prompt, chosen, rejected)
+        said = []
+        for (low, worse), (high, better) in _paired(graded, reading.ranked):
+            if low == high:
+                plan.note("pairs of replies of one rank, left out")
+                continue
+            chosen, rejected = (
+                Turn("assistant", entries[at].text(_body(entries[at])).strip()) for at in (better, worse)
+            )
+            said.append(Said(prompt, chosen, rejected))
+        return dataclasses.replace(said[0], more=tuple(said[1:]))
 
-    plan = Plan(read, head.uses() | {column: "replies: the best chosen, the worst rejected"}, frozenset(_KNOWN_RANKED))
+    plan = Plan(read, head.uses() | {column: f"replies: {_PAIRED[reading.ranked]}"}, frozenset(_KNOWN_RANKED))
     return plan
+
+
+_PAIRED = {
+    "best_worst": "the best chosen, the worst rejected",
+    "all": "every two, the better chosen",
+    "adjacent": "each with the next in rank, the better chosen",
+}
+
+
+def _paired(graded: Sequence[Any], ranked: str) -> Iterable[tuple[Any, Any]]:
+    """The pairs (worse, better) of replies in ascending order."""
+    if ranked == "all":
+        return itertools.combinations(graded, 2)
+    return itertools.pairwise(graded) if ranked == "adjacent" else [(graded[0], graded[-1])]
 
 
 _KNOWN_RANKED = ("turns", "num_responses", "good_natured", "correct_answers", "incorrect_answers")
