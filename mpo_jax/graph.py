@@ -14,6 +14,7 @@ from etils import epath
 from mpo_jax import checkpoint, settings
 from mpo_jax.artifacts import BASE, DATA, PARTS, POLICY
 from mpo_jax.data import sources as data_sources
+from mpo_jax.data import template
 from mpo_jax.data.reading import of_source
 from mpo_jax.errors import InputError
 from mpo_jax.models import hf
@@ -85,7 +86,7 @@ def shared_hash(run: Run, read: Iterable[str] = ("",)) -> str:
     """Of what a stage reads beside its inputs: seed, model and data settings, and the contents of the model and of the
     sources that it names ("" is the run's own data). Other sources don't enter it."""
     read = list(read)
-    lengths = {name: value for name, value in settings.content(run.data).items() if name != "sources"}
+    lengths = {name: value for name, value in _reading(run.data).items() if name != "sources"}
     own = lengths if "" in read else {name: lengths[name] for name in lengths if name not in Source.model_fields}
     kept = {
         "seed": run.seed,
@@ -97,10 +98,13 @@ def shared_hash(run: Run, read: Iterable[str] = ("",)) -> str:
         kept["content"] = _fingerprint("", run.data) if run.data.path else ""
     named = {name: run.data.sources[name] for name in read if name}
     if named:
-        kept["sources"] = {
-            name: [settings.content(source), _fingerprint(name, source)] for name, source in named.items()
-        }
+        kept["sources"] = {name: [_reading(source), _fingerprint(name, source)] for name, source in named.items()}
     return checkpoint.hash_settings(kept)
+
+
+def _reading(source: Source) -> dict[str, Any]:
+    """The settings of a source that enter a key: of a template in a file, its text."""
+    return settings.content(source) | {"template": template.chosen(source.template) or source.template}
 
 
 def _fingerprint(name: str, source: Source) -> str:

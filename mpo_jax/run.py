@@ -12,7 +12,8 @@ import pydantic
 
 from mpo_jax import settings
 from mpo_jax.artifacts import DATA
-from mpo_jax.data.reading import RANKED, ROLES, SYSTEMS, TEMPLATES
+from mpo_jax.data.reading import CONSTANTS, RANKED, ROLES, SYSTEMS
+from mpo_jax.data.templates import BUILT_IN
 from mpo_jax.errors import InputError
 from mpo_jax.models.config import ATTENTION_SETTINGS, PROJECTIONS, REMAT_POLICIES
 from mpo_jax.settings import Count, Names, Positive, Section, Seed, Share, Whole, setting
@@ -102,6 +103,14 @@ Columns: Any = pydantic.create_model(
 )  # type: ignore[call-overload]
 
 
+Constants: Any = pydantic.create_model(
+    "Constants",
+    __base__=Section,
+    __doc__="Texts that all rows have in common.",
+    **{role: (str, setting("", f"{ROLES[role]}, the same for every row")) for role in CONSTANTS},
+)  # type: ignore[call-overload]
+
+
 class Source(Section):
     """Where records are read, and how."""
 
@@ -110,12 +119,15 @@ class Source(Section):
     eval_split: str = setting("", "a split of its own for evaluation; empty: the eval share of `split`")
     limit: Whole = setting(0, "records read; 0: all", unit="records")
     columns: Columns = Columns()
+    constants: Constants = Constants()
     ignore: Names = setting((), "columns that look as if they meant something, and are to be left unread")
-    template: Literal[TEMPLATES] = setting(  # type: ignore[valid-type]
+    template: str = setting(
         "auto",
         "auto: conversations by the chat template, where the tokenizer has one; plain: all in HH's form; chat: plain "
-        "prompts are a user's turn too",
+        f"prompts are a user's turn too; or another template: {', '.join(BUILT_IN)}, a Jinja file, or its text",
+        min_length=1,
     )
+    end_of_turn: str = setting("", "the token that ends a reply in a chat; empty: what the template writes after one")
     template_kwargs: dict[str, Any] = setting({}, "the chat template's own settings")
     system: Literal[SYSTEMS] = setting(  # type: ignore[valid-type]
         "turn", "where a system text stands: a turn of its own, or the beginning of the first user's"

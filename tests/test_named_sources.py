@@ -96,6 +96,19 @@ def test_a_source_that_a_stage_does_not_read_does_not_enter_its_key(config, tmp_
     assert changed(config, before) == {"sft"}
 
 
+def test_a_template_in_a_file_enters_the_key_by_its_text(config, tmp_path):
+    file, other = tmp_path / "one.jinja", tmp_path / "two.jinja"
+    file.write_text("{{ messages[0].content }}")
+    other.write_text("{{ messages[0].content }}")
+    config.stages.reward.init = config.stages.split.policy = "base"
+    config.data.sources.a.template = str(file)
+    before = keys(config)
+    config.data.sources.a.template = str(other)
+    assert not changed(config, before)
+    other.write_text("{{ messages[-1].content }}")
+    assert changed(config, before) == {"sft", "dpo"}
+
+
 def test_the_run_s_own_data_need_not_be_there_where_nothing_reads_it(config):
     config.data.path = ""
     with pytest.raises(InputError, match=r"^data\.path: empty; expected the data: a file"):

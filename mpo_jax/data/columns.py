@@ -96,14 +96,17 @@ def _kind(value) -> str:
 
 
 def rename(rows: Sequence[Row], reading: Reading, place: str) -> tuple[list[Row], dict[str, str]]:
-    """The rows with the names that `reading.columns` gives them, without the columns to be ignored; and what is to be
-    said of the ignored. InputError for a name that no row has."""
+    """The rows with the names that `reading.columns` gives them, with its constants, without the columns to be ignored;
+    and what is to be said of the ignored. InputError for a name that no row has."""
     known = {name for row in rows for name in row.values}
     for role, name in reading.columns.items():
         if name not in known:
             raise InputError(f"data.columns.{role}: {name!r} is no column of {place}{nearest(name, sorted(known))}")
     said = {name: "ignored (data.ignore)" for name in reading.ignore if name in known}
-    if not reading.columns and not said:
+    for role in reading.constants:
+        if role in known:
+            said[role] = "unread, since data.constants has a text for it"
+    if not reading.columns and not said and not reading.constants:
         return list(rows), {}
     for role, name in reading.columns.items():
         if role in known and role != name and role not in reading.columns.values():
@@ -112,7 +115,9 @@ def rename(rows: Sequence[Row], reading: Reading, place: str) -> tuple[list[Row]
     left = (set(reading.ignore) | set(reading.columns)) - set(moved)
     return [
         dataclasses.replace(
-            row, values={moved.get(name, name): value for name, value in row.values.items() if name not in left}
+            row,
+            values={moved.get(name, name): value for name, value in row.values.items() if name not in left}
+            | dict(reading.constants),
         )
         for row in rows
     ], said

@@ -48,11 +48,12 @@ class TextRecord:
 
     rejected is None for posts with a reference summary; chosen is None too for prompts alone. id: the row's number in
     its split, drops included (the pair's, where a row's ranked replies make several). split: the split it came from.
-    confidence: the annotator's, margin: how much better chosen is, both in the source's own units. label: of a single reply, `chosen`, whether it is a good one; None where nobody said so. templated: prompt and
-    replies were written by a chat template, so special tokens in them are meant as such. marked: prompt and replies
-    once more, for the rare record whose messages spell out special tokens themselves: those stand between marks there
-    and are text. chat: the conversation that the prompt shows, where there is one. form: the kind of row it was read
-    from, for messages.
+    confidence: the annotator's, margin: how much better chosen is, both in the source's own units. label: of a single
+    reply, `chosen`, whether it is a good one; None where nobody said so. templated: prompt and replies were written
+    by a chat template, so special tokens in them are meant as such. marked: prompt and replies once more, for the
+    rare record whose messages spell out special tokens themselves: those stand between marks there and are text.
+    chat: the conversation that the prompt shows, where there is one. form: the kind of row it was read from, for
+    messages.
     """
 
     prompt: str

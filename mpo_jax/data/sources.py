@@ -166,6 +166,7 @@ class _Tally:
         uses = plan.uses | {column: "split" for column in found.kinds if column == "split"}
         unread = check_unread(rows, found, uses, plan.known, name)
         given = {role: f"{column} (as {role})" for role, column in reading.columns.items() if role != column}
+        given |= {role: f"{role} (constant)" for role in reading.constants}
         for column in found.kinds:
             self.columns.setdefault(given.get(column, column), uses.get(column) or unread[column])
         for column, what in said.items():

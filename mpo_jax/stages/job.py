@@ -15,7 +15,7 @@ from etils import epath
 
 from mpo_jax import artifacts, checkpoint, sharding
 from mpo_jax.artifacts import BASE, POLICY, REWARD
-from mpo_jax.data import division, encode, mixture, reading, shares, sources, tokenizer
+from mpo_jax.data import division, encode, mixture, reading, shares, sources, template, tokenizer
 from mpo_jax.data import records as text_records
 from mpo_jax.data.account import Account
 from mpo_jax.data.loader import Loader
@@ -124,7 +124,9 @@ def stop_ids(job: Job) -> tuple[int, ...]:
     if job.preset is not None:
         return job.preset.stop_ids
     folder = str(hf.resolve(job.config.model.path))
-    return tokenizer.stop_ids(tokenizer.load_tokenizer(folder), hf.read_stop_ids(folder))
+    loaded, own = tokenizer.load_tokenizer(folder), hf.read_stop_ids(folder)
+    ends = [tokenizer.stop_ids(dressed(job, loaded, name), own) for name in ("", *sources_of(job.settings))]
+    return tuple(sorted(set().union(*ends)))
 
 
 def base_weights(job: Job, model: ModelConfig) -> PyTree:
@@ -193,11 +195,20 @@ def without_output(weights: PyTree) -> PyTree:
 
 
 def load_tokenizer(job: Job, model: ModelConfig):
-    """The base model's tokenizer. InputError if it can name ids that the model has not."""
+    """The base model's tokenizer, with the run's chat template. InputError if it can name ids that the model has
+    not."""
     folder = str(hf.resolve(job.config.model.path))
     loaded = tokenizer.load_tokenizer(folder)
     tokenizer.check_vocabulary(loaded, model.vocab_size, folder)
-    return loaded
+    return dressed(job, loaded)
+
+
+def dressed(job: Job, loaded_tokenizer, source: str = ""):
+    """The tokenizer with the chat template of the data, or of a named source."""
+    data = job.config.data
+    read = data.sources[source] if source else data
+    with reading.of_source(source):
+        return template.dressed(loaded_tokenizer, read.template, read.end_of_turn)
 
 
 def records(job: Job, share: str, loaded_tokenizer=None, source: str = "", labelled: bool = False) -> list[TextRecord]:
@@ -247,17 +258,15 @@ def data_division(data: Data, source: str = "") -> shares.Division:
 
 def share_rows(job: Job, model: ModelConfig, loaded_tokenizer, share: str, replies: int) -> encode.Encoded:
     """The rows of a share, of the data that the stage names; training draws those of several sources by weight."""
-    return _of_sources(
-        job, share, loaded_tokenizer, lambda rows: encode_rows(job, model, rows, replies, loaded_tokenizer)
-    )
+    return _of_sources(job, share, loaded_tokenizer, lambda rows, shown: encode_rows(job, model, rows, replies, shown))
 
 
 def share_labelled(job: Job, model: ModelConfig, loaded_tokenizer, share: str) -> encode.Encoded:
     """Rows of one reply each with its label (1: good, 0: bad), as unpaired objectives take them: replies that the data
     labels, and of pairs the chosen as a good one, the rejected as a bad one. InputError for replies without either."""
 
-    def make(read: list[TextRecord]) -> encode.Encoded:
-        return encode_rows(job, model, text_records.labelled(read), 1, loaded_tokenizer)
+    def make(read: list[TextRecord], shown) -> encode.Encoded:
+        return encode_rows(job, model, text_records.labelled(read), 1, shown)
 
     return _of_sources(job, share, loaded_tokenizer, make, labelled=True)
 
@@ -266,12 +275,16 @@ def _of_sources(
     job: Job,
     share: str,
     loaded_tokenizer,
-    make: Callable[[list[TextRecord]], encode.Encoded],
+    make: Callable[[list[TextRecord], Any], encode.Encoded],
     labelled: bool = False,
 ) -> encode.Encoded:
-    """`make` of the records of each source that the stage names, mixed. labelled: see `Reading`."""
+    """`make` of the records of each source that the stage names, and of the tokenizer with its template; all mixed.
+    labelled: see `Reading`."""
     weights = sources_of(job.settings) or {"": 1.0}
-    parts = [make(records(job, share, loaded_tokenizer, name, labelled)) for name in weights]
+    parts = []
+    for name in weights:
+        shown = dressed(job, loaded_tokenizer, name)
+        parts.append(make(records(job, share, shown, name, labelled), shown))
     try:
         return parts[0] if len(parts) == 1 else mixture.mix(parts, list(weights.values()))
     except InputError as error:
@@ -332,7 +345,7 @@ def share_prompts(job: Job, model: ModelConfig, loaded_tokenizer, share: str) ->
         job,
         share,
         loaded_tokenizer,
-        lambda rows: _encode(job, division.unique_prompts(rows), loaded_tokenizer, 0, limits),
+        lambda rows, shown: _encode(job, division.unique_prompts(rows), shown, 0, limits),
     )
 
 
@@ -391,8 +404,10 @@ def check(job: Job) -> None:
     """InputError for what no stage of the run can do: rows beyond the model's context, attention that its backend can't
     compute. Nothing is loaded."""
     decoder_config, data = model(job), job.config.data
-    for name in ("", *data.sources):
+    for name, read in {"": data, **data.sources}.items():
         data_division(data, name)
+        if read.end_of_turn and job.preset is None:
+            dressed(job, tokenizer.load_tokenizer(str(hf.resolve(job.config.model.path))), name)
     if data.max_length > decoder_config.max_positions:
         raise InputError(
             f"data.max_length: {data.max_length} is above the model's context of {decoder_config.max_positions} tokens"

@@ -652,8 +652,8 @@ def test_a_column_map_with_wrong_names(jsonl, fails):
         Reading(columns={"promt": "ask"})
     with pytest.raises(InputError, match="twice"):
         Reading(columns={"prompt": "ask", "chosen": "ask"})
-    with pytest.raises(InputError, match=r"data\.template: 'chatml'"):
-        Reading(template="chatml")
+    with pytest.raises(InputError, match=r"data\.template: 'chatmll': neither a file nor"):
+        Reading(template="chatmll")
 
 
 def test_rows_of_another_form_within_a_file_are_told_with_their_line(jsonl, fails):
