@@ -5,6 +5,7 @@ Published data sets are known by their columns; for others `data.columns` names 
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -61,7 +62,12 @@ def _needed(row: Row, column: str):
     value = row.values.get(column)
     if value is None:
         raise Drop(f"no {column!r} (missing or null)")
-    return value
+    return _whole_number(value)
+
+
+def _whole_number(value: Any) -> Any:
+    """A whole number that is written as text, as a table without types has it; any other value as it is."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,9}\s*", value) else value
 
 
 _NAMES = ({"a", "first", "model_a", "left", "chosen_a"}, {"b", "second", "model_b", "right", "chosen_b"})
@@ -70,7 +76,7 @@ _NAMES = ({"a", "first", "model_a", "left", "chosen_a"}, {"b", "second", "model_
 def _mapped(found: Survey, rows: Sequence[Row], reading: Reading) -> Choose:
     """The meaning of a choice column that `data.columns` names, by all its values: 0 and 1, 1 and 2, below and above
     0, or names."""
-    values = [row.values.get("choice") for row in rows]
+    values = [_whole_number(row.values.get("choice")) for row in rows]
     numbers = {value for value in values if isinstance(value, int) and not isinstance(value, bool)}
     if any(number < 0 for number in numbers):
         return _strength
