@@ -25,7 +25,7 @@ _MEANINGFUL = {
     "instruction", "input", "query", "demonstration", "confidence", "judgment", "verdict", "desirable",
     "undesirable", "good", "bad", "correct", "incorrect", "accepted", "acceptable", "liked", "win", "wins", "won",
     "lost", "preamble", "instructions", "questions", "inputs", "queries", "prompts", "sys", "api", "apis", "stars",
-    "grade", "grades", "turns", "image", "images", "audio", "video",
+    "grade", "grades", "turns", "positive", "negative", "image", "images", "audio", "video",
 }  # fmt: skip
 _ABOUT = {
     "id", "ids", "model", "models", "source", "sources", "policy", "name", "names", "hash", "sha256", "sha1", "md5",

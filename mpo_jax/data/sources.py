@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from mpo_jax.checkpoint import fingerprint_files
-from mpo_jax.data import template
+from mpo_jax.data import suggest, template
 from mpo_jax.data.account import Account
 from mpo_jax.data.chat import messages
 from mpo_jax.data.columns import check_unread, rename, survey
@@ -164,7 +164,10 @@ class _Tally:
         self.schema, self.first = form.name, self.first or name
         plan = form.plan(seen, rows, reading)
         uses = plan.uses | {column: "split" for column in found.kinds if column == "split"}
-        unread = check_unread(rows, found, uses, plan.known, name)
+        try:
+            unread = check_unread(rows, found, uses, plan.known, name)
+        except InputError as error:
+            raise InputError(f"{error}{suggest.hint(found)}") from None
         given = {role: f"{column} (as {role})" for role, column in reading.columns.items() if role != column}
         given |= {role: f"{role} (constant)" for role in reading.constants}
         for column in found.kinds:
