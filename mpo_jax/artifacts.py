@@ -30,6 +30,8 @@ PARTS = {PAIRS: ("easy", "hard", "flipped", "all")}
 """Products of which a role takes a part, as in "split/easy"."""
 BASE = "base"
 """The name by which stages call the model that the run begins with; it is a policy."""
+DATA = "data"
+"""The name by which stages call the run's data where a role may be taken by it: pairs, or prompts, of no stage."""
 
 
 # Names: of a run's folder ---------------------------------------------------------------------------------------------

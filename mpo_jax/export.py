@@ -17,6 +17,7 @@ from etils import epath
 
 from mpo_jax import command, finished, settings
 from mpo_jax.artifacts import REWARD
+from mpo_jax.data import template
 from mpo_jax.data.prompts import prompt_batch
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
@@ -49,6 +50,8 @@ def export(stage: epath.PathLike, output: epath.PathLike, adapter: bool = False,
             hf_adapter.export_adapter(target, model, weights, base)
         else:
             hf.export_weights(target, model, merged, base, head=head, stop_ids=jobs.stop_ids(job))
+    if (text := template.chosen(job.config.data.template)) is not None:
+        (target / "chat_template.jinja").write_text(text)  # which transformers takes before all others
     (target / "README.md").write_text(card(job, artifact, manifest, adapter))
     if verify:
         _verify(target, model, base, merged, adapter, head)

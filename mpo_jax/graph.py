@@ -12,11 +12,13 @@ from typing import Any
 from etils import epath
 
 from mpo_jax import checkpoint, settings
-from mpo_jax.artifacts import BASE, PARTS, POLICY
+from mpo_jax.artifacts import BASE, DATA, PARTS, POLICY
 from mpo_jax.data import sources as data_sources
+from mpo_jax.data import template
+from mpo_jax.data.reading import of_source
 from mpo_jax.errors import InputError
 from mpo_jax.models import hf
-from mpo_jax.run import Run, StageSettings
+from mpo_jax.run import Run, Source, StageSettings, sources_of
 from mpo_jax.settings import nearest
 from mpo_jax.stages import kinds
 from mpo_jax.stages.job import Artifact
@@ -33,7 +35,7 @@ Inputs = Mapping[str, tuple[tuple[str, str], ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One stage of the graph. shared: the hash of what every stage reads."""
+    """One stage of the graph. shared: the hash of what it reads beside its inputs."""
 
     name: str
     settings: StageSettings
@@ -53,40 +55,61 @@ class Node:
 
 
 def resolve(run: Run, workdir: epath.Path, shared: str | None = None) -> dict[str, Node]:
-    """The graph in an order in which it can run. shared: the hash of what every stage reads, UNKNOWN where it can't be
-    known; None: it is made here, for which the model and the data are fetched.
+    """The graph in an order in which it can run. shared: UNKNOWN where the model or the data is not at hand; None: they
+    are fetched, for the keys.
 
     InputError for a cycle, an unknown input, a wrong type."""
     inputs = connections(run)
-    shared = shared_hash(run) if shared is None else shared
+    hashes: dict[tuple[str, ...], str] = {}
     nodes: dict[str, Node] = {}
     for name, above in inputs.items():
         stage = run.stages[name]
-        key = UNKNOWN
-        if shared != UNKNOWN:
+        key, read = UNKNOWN, tuple(sources_of(stage)) or ("",)
+        if shared is None and read not in hashes:
+            hashes[read] = shared_hash(run, read)
+        common = shared or hashes[read]
+        if common != UNKNOWN:
             content = {key: _content(name, key, value) for key, value in settings.content(stage).items()}
             keys = {
                 role: [[nodes[source].key if source != BASE else BASE, part] for source, part in sources]
                 for role, sources in above.items()
             }
-            parts = {"format": FORMAT, "settings": content, "inputs": keys, "shared": shared}
+            parts = {"format": FORMAT, "settings": content, "inputs": keys, "shared": common}
             if plugged := kinds.plugged(stage):
                 parts["plugins"] = plugged
             key = checkpoint.hash_settings(parts)[:12]
-        nodes[name] = Node(name, stage, above, key, workdir / f"{name}-{key}", shared)
+        nodes[name] = Node(name, stage, above, key, workdir / f"{name}-{key}", common)
     return nodes
 
 
-def shared_hash(run: Run) -> str:
-    """Of all that every stage reads: seed, model and data settings, and the contents of the model and the data."""
+def shared_hash(run: Run, read: Iterable[str] = ("",)) -> str:
+    """Of what a stage reads beside its inputs: seed, model and data settings, and the contents of the model and of the
+    sources that it names ("" is the run's own data). Other sources don't enter it."""
+    read = list(read)
+    lengths = {name: value for name, value in _reading(run.data).items() if name != "sources"}
+    own = lengths if "" in read else {name: lengths[name] for name in lengths if name not in Source.model_fields}
     kept = {
         "seed": run.seed,
         "model": settings.content(run.model),
-        "data": settings.content(run.data),
+        "data": own,
         "base": checkpoint.fingerprint_weights_folder(hf.resolve(run.model.path)),
-        "content": data_sources.fingerprint(run.data.path),
     }
+    if "" in read:
+        kept["content"] = _fingerprint("", run.data) if run.data.path else ""
+    named = {name: run.data.sources[name] for name in read if name}
+    if named:
+        kept["sources"] = {name: [_reading(source), _fingerprint(name, source)] for name, source in named.items()}
     return checkpoint.hash_settings(kept)
+
+
+def _reading(source: Source) -> dict[str, Any]:
+    """The settings of a source that enter a key: of a template in a file, its text."""
+    return settings.content(source) | {"template": template.chosen(source.template) or source.template}
+
+
+def _fingerprint(name: str, source: Source) -> str:
+    with of_source(name):
+        return data_sources.fingerprint(source.path)
 
 
 def _content(stage: str, key: str, value: Any) -> Any:
@@ -147,10 +170,15 @@ def _inputs(name: str, stages: Mapping[str, StageSettings]) -> Inputs:
     stage = stages[name]
     if name == BASE:
         raise InputError(f"stages.{name}: the name is kept for the base model; choose another")
-    inputs = {}
+    if name == DATA:
+        raise InputError(f"stages.{name}: the name is kept for the run's data; choose another")
+    inputs: dict[str, tuple[tuple[str, str], ...]] = {}
     for role, wanted in kinds.of(stage).roles.items():
         value = getattr(stage, role)
         sources = [source for source in ((value,) if isinstance(value, str) else value) if source]
+        if wanted.data and sources == [DATA]:
+            inputs[role] = ()
+            continue
         if not sources and not wanted.optional:
             raise InputError(f"stages.{name}.{role}: empty; expected {wanted.help}")
         inputs[role] = tuple(_source(name, role, source, wanted.product, stages) for source in sources)
@@ -161,7 +189,8 @@ def _source(name: str, role: str, value: str, wanted: str, stages: Mapping[str, 
     source, _, part = value.partition("/")
     where = f"stages.{name}.{role}"
     if source != BASE and source not in stages:
-        raise InputError(f"{where}: no stage {source!r}{nearest(source, [*stages, BASE])}")
+        data = [DATA] if kinds.of(stages[name]).roles[role].data else []
+        raise InputError(f"{where}: no stage {source!r}{nearest(source, [*stages, BASE, *data])}")
     kind, product = BASE, POLICY
     if source != BASE:
         kind, product = stages[source].kind, kinds.of(stages[source]).produces

@@ -23,6 +23,7 @@ from ml_collections import config_flags
 from mpo_jax import command, graph, pipeline, processes, sharding
 from mpo_jax.artifacts import COMPILED
 from mpo_jax.data import parts
+from mpo_jax.data.reading import of_source
 from mpo_jax.errors import InputError
 from mpo_jax.models import hf, presets
 from mpo_jax.run import Run
@@ -68,7 +69,10 @@ def dry_run(config: Run, workdir: epath.Path, only: list[str]) -> str:
         here = hf.at_hand(config.model.path)
     except InputError as error:
         raise InputError(f"model.path: {error}") from None
-    known = parts.at_hand(config.data.path) and here
+    known = here
+    for name, source in {"": config.data, **config.data.sources}.items():
+        with of_source(name):
+            known = known and (not source.path or parts.at_hand(source.path))
     notes = []
     try:
         mesh = sharding.make_mesh(**dict(config.mesh))

@@ -25,7 +25,7 @@ from mpo_jax.evaluation import report
 from mpo_jax.graph import Inputs, Node
 from mpo_jax.models import hf
 from mpo_jax.models.presets import Preset
-from mpo_jax.run import Run, as_json
+from mpo_jax.run import Run, as_json, sources_of
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import kinds
 from mpo_jax.stages.job import Job
@@ -95,6 +95,9 @@ def run(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dic
     """Runs every stage that is not done (or those of `only`, with what they need), in order."""
     wanted = check(config, workdir, mesh, only)
     nodes = graph.resolve(config, workdir)
+    waiting = [name for name, status in statuses(config, nodes).items() if name in wanted and status.state != DONE]
+    read = dict.fromkeys(source for name in waiting for source in sources_of(config.stages[name]))
+    processes.first(functools.partial(jobs.check_data, config.data, read))
     if jobs.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         artifacts.write_json(workdir / artifacts.STAGES_FILE, {name: node.folder.name for name, node in nodes.items()})

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 from mpo_jax import settings
 from mpo_jax.errors import InputError
-from mpo_jax.run import Run
+from mpo_jax.run import Run, Source
 from mpo_jax.stages import kinds
 
 MODELS = {
@@ -24,6 +25,8 @@ MODELS = {
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
 }
 """Names that a config takes after its colon: the base model, as a folder or hub id."""
+STORIES = str(Path(MODELS["tiny"]) / "stories.jsonl.gz")
+"""Beginnings of stories with an ending each, which come with the package: prompts, or demonstrations."""
 
 
 def config() -> ml_collections.ConfigDict:
@@ -42,6 +45,27 @@ def stage(kind: str, **given: Any) -> ml_collections.ConfigDict:
                 f"config: a stage of kind {kind!r} has no key {key!r}{settings.nearest(key, section.model_fields)}"
             )
     return ml_collections.ConfigDict(_values(section()) | {"kind": kind} | given)
+
+
+def source(**given: Any) -> ml_collections.ConfigDict:
+    """A named source of data, for `config.data.sources.NAME`: what is not given is as in `config.data`, and any key can
+    be overridden on the command line. InputError, suggesting the nearest, for a key that it has not."""
+
+    def placed(section: type[settings.Section], values: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, field in section.model_fields.items():
+            inside = field.annotation
+            if isinstance(inside, type) and issubclass(inside, settings.Section):
+                found[name] = placed(inside, values.get(name, {}))
+            else:
+                kind = tuple if isinstance(field.default, tuple) else type(field.default)
+                found[name] = values[name] if name in values else config_dict.placeholder(kind)
+        return found
+
+    for key in given:
+        if key not in Source.model_fields:
+            raise InputError(f"config: a source has no key {key!r}{settings.nearest(key, Source.model_fields)}")
+    return ml_collections.ConfigDict(placed(Source, given))
 
 
 def _values(section: settings.Section) -> dict[str, Any]:
@@ -139,6 +163,16 @@ def sweep(stages, name: str, key: str, values: Iterable[Any]) -> None:
                 stage[role] = renamed(given, tags[0])
 
 
+def alone(name: str, variant: str, *known: str, **shares: float) -> tuple[ml_collections.ConfigDict, set[str]]:
+    """A run of few stages from the base model, on data of the user's own; and which of the variants `known` was asked
+    for. The model is the variant's, or the one that comes with the package. shares: of the prompts; others: 0."""
+    chosen, model = variants(variant, *known)
+    made = config()
+    made.name, made.model.path = name, MODELS[model or "tiny"]
+    made.data.shares = {"sft_reward": 0.0, "policy": 0.0, "eval": 0.0} | shares
+    return made, chosen
+
+
 def rounds(count: int, split, dpo, ppo=None, policy: str = "sft") -> dict[str, ml_collections.ConfigDict]:
     """Stages of `count` rounds: the policy of the round before samples and scores pairs, which are split; DPO learns
     from the easy ones and PPO, where given, from the hard prompts. split_1, dpo_1, mpo_1, split_2, ...
@@ -199,7 +233,7 @@ def small_run(name: str) -> ml_collections.ConfigDict:
     made = config()
     made.name = name
     made.model.path = MODELS["tiny"]
-    made.data.path = f"{MODELS['tiny']}/stories.jsonl.gz"
+    made.data.path = STORIES
     made.data.shares = {"sft_reward": 0.4, "policy": 0.4, "eval": 0.2}
     made.data.max_length = 144
     made.data.max_response = 56

@@ -3,6 +3,7 @@
 What a kind of stage can be set to stands in its own file (`mpo_jax/stages/`); here is what all stages share.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,9 @@ import annotated_types
 import pydantic
 
 from mpo_jax import settings
-from mpo_jax.data.reading import ROLES, SYSTEMS, TEMPLATES
+from mpo_jax.artifacts import DATA
+from mpo_jax.data.reading import CONSTANTS, RANKED, ROLES, SYSTEMS
+from mpo_jax.data.templates import BUILT_IN
 from mpo_jax.errors import InputError
 from mpo_jax.models.config import ATTENTION_SETTINGS, PROJECTIONS, REMAT_POLICIES
 from mpo_jax.settings import Count, Names, Positive, Section, Seed, Share, Whole, setting
@@ -102,28 +105,51 @@ Columns: Any = pydantic.create_model(
 )  # type: ignore[call-overload]
 
 
-class Data(Section):
-    """The preference data, and the lengths of rows."""
+Constants: Any = pydantic.create_model(
+    "Constants",
+    __base__=Section,
+    __doc__="Texts that all rows have in common.",
+    **{role: (str, setting("", f"{ROLES[role]}, the same for every row")) for role in CONSTANTS},
+)  # type: ignore[call-overload]
 
-    path: str = setting("", "the data: a file, a folder, tfds:name or a hub name", operational=True, min_length=1)
+
+class Source(Section):
+    """Where records are read, and how."""
+
+    path: str = setting("", "the data: a file, a folder, tfds:name or a hub name", operational=True)
     split: str = setting("train", "the split that is read; all: every one", min_length=1)
     eval_split: str = setting(
         "", "a split of its own that is held out, halved as eval is; empty: the eval share of `split`"
     )
-    shares: Shares = Shares()
     limit: Whole = setting(0, "records read; 0: all", unit="records")
     columns: Columns = Columns()
+    constants: Constants = Constants()
     ignore: Names = setting((), "columns that look as if they meant something, and are to be left unread")
-    template: Literal[TEMPLATES] = setting(  # type: ignore[valid-type]
+    template: str = setting(
         "auto",
         "auto: conversations by the chat template, where the tokenizer has one; plain: all in HH's form; chat: plain "
-        "prompts are a user's turn too",
+        f"prompts are a user's turn too; or another template: {', '.join(BUILT_IN)}, a Jinja file, or its text",
+        min_length=1,
     )
+    end_of_turn: str = setting("", "the token that ends a reply in a chat; empty: what the template writes after one")
     template_kwargs: dict[str, Any] = setting({}, "the chat template's own settings")
     system: Literal[SYSTEMS] = setting(  # type: ignore[valid-type]
         "turn", "where a system text stands: a turn of its own, or the beginning of the first user's"
     )
     common_prompt: bool = setting(False, "pairs without a prompt column: what both replies begin with is the prompt")
+    ranked: Literal[RANKED] = setting(  # type: ignore[valid-type]
+        "best_worst", "which of a row's ranked replies are paired: best and worst, every two, or neighbours in rank"
+    )
+
+
+class Data(Source):
+    """The preference data, and the lengths of rows."""
+
+    sources: dict[str, Source] = setting(
+        {},
+        "further data by name, each with those of the settings above that it has otherwise; a stage names it in `data`",
+    )
+    shares: Shares = Shares()
     max_length: Count = setting(512, "length of a row: prompt and all replies", unit="tokens")
     max_response: Count = setting(128, "length of one reply, its end included", unit="tokens")
     max_prompt: Whole = setting(0, "length of a prompt, its latest part kept; 0: what the replies leave", unit="tokens")
@@ -131,6 +157,25 @@ class Data(Section):
     max_buckets: Count = setting(8, "row lengths that a step is compiled for")
     multiple: Count = setting(8, "what row lengths are a multiple of; flash attention needs 128", unit="tokens")
     cache: bool = setting(True, "keep encoded rows in WORKDIR/cache", operational=True)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _inherited(cls, values: Any) -> Any:
+        """A named source has the data's own setting wherever it gives none (None is none: a config's placeholder)."""
+        named = values.get("sources") if isinstance(values, Mapping) else None
+        if not isinstance(named, Mapping):
+            return values
+        own = {name: values[name] for name in Source.model_fields if name in values}
+        return {**values, "sources": {name: _over(own, given) for name, given in named.items()}}
+
+    @pydantic.model_validator(mode="after")
+    def _names(self):
+        for name, source in self.sources.items():
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise settings.wrong("sources", f"{name!r}; expected a name of letters, digits, '_' and '-'")
+            if not source.path:
+                raise settings.wrong("sources", f"{name!r} has no path; expected its data.sources.{name}.path")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _lengths(self):
@@ -143,11 +188,34 @@ class Data(Section):
         return self
 
 
+def _over(own: Any, given: Any) -> Any:
+    """What is given, over what is inherited, section by section."""
+    if isinstance(own, Section):
+        own = {name: getattr(own, name) for name in type(own).model_fields}
+    if not isinstance(own, Mapping) or not isinstance(given, Mapping):
+        return own if given is None else given
+    changed = {name: _over(own.get(name), value) for name, value in given.items() if value is not None}
+    return {**own, **changed}
+
+
 class StageSettings(Section):
     """What every kind of stage has."""
 
     kind: str = ""
     seed: Seed = setting(0, "added to the run's, for a stage of another seed in the same run")
+
+
+def sources_of(stage: StageSettings) -> dict[str, float]:
+    """Source -> weight, of what a stage reads of the data; "" is the run's own. {} where it reads none: its kind does
+    not, or all its rows come from other stages."""
+    given: Any = getattr(stage, "data", None)
+    roles = [name for name, role in settings.roles(type(stage)).items() if role.data]
+    own = (
+        not roles or any(getattr(stage, name) in ("", DATA) for name in roles) or getattr(stage, "samples_pairs", False)
+    )
+    if given is None or not own:
+        return {}
+    return {given: 1.0} if isinstance(given, str) else dict(sorted(given.items()))  # a config's order means nothing
 
 
 class Run(Section):
@@ -190,9 +258,27 @@ def parse(values: Mapping[str, Any], kinds: Mapping[str, type[StageSettings]], f
             stages[name] = settings.parse(kinds[kind], given, where, from_json)
         except InputError as error:
             told.append(str(error))
+    if whole is not None:
+        told += [line for name, stage in stages.items() for line in _wrong_data(name, stage, whole.data)]
     if told or whole is None:
-        raise InputError("\n".join(told))
+        raise InputError("\n".join(dict.fromkeys(told)))
     return whole.model_copy(update={"stages": stages})
+
+
+def _wrong_data(name: str, stage: StageSettings, data: Data) -> list[str]:
+    """What is wrong with the data that a stage names, a line for each."""
+    given: Any = getattr(stage, "data", "")
+    read = sources_of(stage)
+    if given and not read:
+        return [f"stages.{name}.data: {given!r} would not be read, since its rows come from other stages; expected ''"]
+    told = []
+    for source in read:
+        if source and source not in data.sources:
+            hint = settings.nearest(source, data.sources) if data.sources else "; data.sources is empty"
+            told.append(f"stages.{name}.data: no source {source!r}{hint}")
+        if not source and not data.path:
+            told.append(f"data.path: empty; expected {Source.model_fields['path'].description}")
+    return told
 
 
 def check_name(name: Any) -> None:

@@ -9,6 +9,7 @@ text as it stands. Without `--prompt`, each line of the standard input is a turn
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from absl import flags
@@ -54,19 +55,21 @@ def replies(
                 open_replies.remove(index)
 
 
-def load(model: str) -> tuple[ModelConfig, PyTree, str, tuple[int, ...]]:
-    """A policy's config, weights, tokenizer folder and stop ids: of a Hugging Face folder, or of a finished stage."""
+def load(model: str) -> tuple[ModelConfig, PyTree, Any, tuple[int, ...]]:
+    """A policy's config, weights, tokenizer and stop ids: of a Hugging Face folder, or of a finished stage."""
     if not finished.is_stage(model):
         folder = str(hf.resolve(model))
         config = from_folder(folder)
-        return config, hf.import_weights(folder, config), folder, hf.read_stop_ids(folder)
+        tokenizer = load_tokenizer(folder)
+        check_vocabulary(tokenizer, config.vocab_size, folder)
+        return config, hf.import_weights(folder, config), tokenizer, hf.read_stop_ids(folder)
     job, artifact, _ = finished.load(finished.find(model))
     if artifact.produces != POLICY:
         raise InputError(f"--model={model}: a {artifact.produces} model; expected a policy")
     config = jobs.model(job)
     with jax.set_mesh(job.mesh):
         weights = jobs.base_weights(job, config) | jobs.load_weights(job, artifact, config)
-    return config, weights, str(hf.resolve(job.config.model.path)), jobs.stop_ids(job)
+    return config, weights, jobs.load_tokenizer(job, config), jobs.stop_ids(job)
 
 
 def speak(
@@ -82,9 +85,7 @@ def speak(
 
     system: a system turn before all others. raw: the prompts are continued as they stand, each by itself.
     """
-    config, weights, folder, stop_ids = load(model)
-    tokenizer = load_tokenizer(folder)
-    check_vocabulary(tokenizer, config.vocab_size, folder)
+    config, weights, tokenizer, stop_ids = load(model)
     settings = dataclasses.replace(settings, stop_ids=all_stop_ids(tokenizer, stop_ids))
     settings.check(config, 1)
     chat = bool(tokenizer.chat_template) and not raw

@@ -74,6 +74,29 @@ OneOrMany = Annotated[
 """One name, or several."""
 
 
+def _one_or_weighted(value: Any) -> Any:
+    if isinstance(value, str) and value.lstrip().startswith("{"):  # as a flag gives it
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise PydanticCustomError("names", "expected a name, or names with weights as JSON") from None
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping) or not value or not all(isinstance(name, str) and name for name in value):
+        raise PydanticCustomError("names", "expected a name, or names with weights above 0")
+    for name, weight in value.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not (number and 0 < weight <= 1e6):
+            raise PydanticCustomError("weights", "expected a weight above 0 for {name}", {"name": repr(name)})
+    return {name: float(weight) for name, weight in value.items()}
+
+
+OneOrWeighted = Annotated[
+    str | dict[str, float], pydantic.PlainValidator(_one_or_weighted, json_schema_input_type=str | dict[str, float])
+]
+"""One name, or several with their weights; as text, `{"a": 0.7, "b": 0.3}`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class OneOf:
     """Marks a text that must be a name of a table (`Annotated[str, OneOf(TABLE)]`). The table may grow: a plugin adds
@@ -111,11 +134,13 @@ S = TypeVar("S", bound=Section)
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """A setting that names an input. product: what must be named there. optional: whether it may be empty."""
+    """A setting that names an input. product: what must be named there. optional: whether it may be empty. data:
+    whether it may be the run's data itself, by `artifacts.DATA`."""
 
     product: str
     help: str
     optional: bool
+    data: bool = False
 
 
 def setting(default: Any, help: str, *, unit: str = "", operational: bool = False, **limits: Any) -> Any:
@@ -124,11 +149,10 @@ def setting(default: Any, help: str, *, unit: str = "", operational: bool = Fals
     return pydantic.Field(default, description=help, json_schema_extra=extra, **limits)
 
 
-def role(product: str, default: Any, help: str, *, optional: bool = False) -> Any:
-    """A field that names the stage (or several stages) whose artifact is taken in this role."""
-    return pydantic.Field(
-        default, description=help, json_schema_extra={"role": product, "optional": optional or default in ("", ())}
-    )
+def role(product: str, default: Any, help: str, *, optional: bool = False, data: bool = False) -> Any:
+    """A field that names the stage (or several stages) whose artifact is taken in this role. data: it may be "data"."""
+    extra: Any = {"role": product, "optional": optional or default in ("", ()), "data": data}
+    return pydantic.Field(default, description=help, json_schema_extra=extra)
 
 
 def changed(section: type[Section], name: str, default: Any, help: str = "") -> Any:
@@ -238,12 +262,17 @@ def _tell(section: type[Section], where: str, error: Any) -> str:
 
 
 def _owner(section: type[Section], place: list[Any]) -> type[Section] | None:
-    """The section beneath another that the path leads to."""
-    for name in place:
-        field = section.model_fields.get(str(name))
-        if field is None or not (inspect.isclass(field.annotation) and issubclass(field.annotation, Section)):
+    """The section beneath another that the path leads to, through dicts of sections too."""
+    rest = list(place)
+    while rest:
+        field = section.model_fields.get(str(rest.pop(0)))
+        found = field.annotation if field else None
+        if typing.get_origin(found) is dict and rest:
+            found = typing.get_args(found)[1]
+            rest.pop(0)
+        if not (inspect.isclass(found) and issubclass(found, Section)):
             return None
-        section = field.annotation
+        section = found
     return section
 
 
@@ -264,7 +293,7 @@ def _short(value: Any) -> str:
 def roles(section: type[Section]) -> dict[str, Role]:
     """The settings that name inputs, in the order of their declaration."""
     return {
-        name: Role(extra["role"], field.description or "", extra["optional"])
+        name: Role(extra["role"], field.description or "", extra["optional"], extra["data"])
         for name, field in section.model_fields.items()
         if "role" in (extra := _extra(field))
     }
@@ -277,7 +306,12 @@ def content(section: Section) -> dict[str, Any]:
         extra, value = _extra(field), getattr(section, name)
         if "role" in extra or extra.get("operational"):
             continue
-        values[name] = content(value) if isinstance(value, Section) else plain(value)
+        if isinstance(value, Mapping):
+            values[name] = {
+                key: content(each) if isinstance(each, Section) else plain(each) for key, each in value.items()
+            }
+        else:
+            values[name] = content(value) if isinstance(value, Section) else plain(value)
     return values
 
 
@@ -319,7 +353,8 @@ def lines(section: type[Section], prefix: str = "") -> list[Line]:
         elif field.description:
             extra = _extra(field)
             notes = [extra["unit"]] if extra.get("unit") else []
-            notes += [f"names a {extra['role']}"] if "role" in extra else [allowed(field)]
+            named = [f"names a {extra['role']}" + (' or "data"' if extra["data"] else "")] if "role" in extra else []
+            notes += named or [allowed(field)]
             notes += ["operational"] if extra.get("operational") else []
             told.append(Line(prefix + name, _shown(field.default), ", ".join(filter(None, notes)), field.description))
     return told
@@ -335,7 +370,10 @@ def allowed(field: FieldInfo) -> str:
         return " | ".join(str(name) or '""' for name in typing.get_args(annotation))
     several = typing.get_origin(annotation) in (tuple, types.UnionType)
     names: dict[Any, str] = {bool: "true | false", int: "whole number", float: "number", str: "text"}
-    told = names.get(annotation, "list" if several else "names with values")
+    weighted = any(typing.get_origin(each) is dict for each in typing.get_args(annotation))
+    told = names.get(
+        annotation, "name, or names with weights" if weighted else "list" if several else "names with values"
+    )
     for mark in field.metadata:
         for name, words in (("gt", "above"), ("ge", "from"), ("lt", "below"), ("le", "to")):
             limit = getattr(mark, name, None)

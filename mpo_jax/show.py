@@ -1,8 +1,9 @@
 """A data path, a tokenizer and a record's number enter; that record's text and tokens are printed, every mark visible.
 
 `python -m mpo_jax.show --config=configs/quickstart.py --split=train --index=0`, or without a config
-`python -m mpo_jax.show --data_path=FILE --tokenizer=FOLDER --split=train --index=0`. With `--settings` it prints the
-reference of all settings, with `--schema` their JSON schemas.
+`python -m mpo_jax.show --data_path=FILE --tokenizer=FOLDER --split=train --index=0`. `--source=NAME` looks at a
+named source of the config. Of columns that no form knows, it says what they probably are. With `--settings` it prints
+the reference of all settings, with `--schema` their JSON schemas.
 """
 
 import dataclasses
@@ -12,13 +13,16 @@ from absl import flags
 from ml_collections import config_flags
 
 from mpo_jax import command, main
+from mpo_jax.data import template
 from mpo_jax.data.encode import Encoded, Limits, encode
+from mpo_jax.data.reading import Reading, of_source
 from mpo_jax.data.records import TextRecord
 from mpo_jax.data.rows import tight_rows
 from mpo_jax.data.shares import Division, share_of
 from mpo_jax.data.sources import load
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
+from mpo_jax.settings import nearest
 from mpo_jax.stages import job as jobs
 
 _MULTIPLE = 8
@@ -57,10 +61,11 @@ def describe(record: TextRecord, encoded: Encoded, tokenizer, share: str) -> str
     return "\n".join(lines)
 
 
-def look(division: Division, folder: str, split: str, index: int, limits: Limits) -> str:
+def look(division: Division, folder: str, split: str, index: int, limits: Limits, end_of_turn: str = "") -> str:
     """What `describe` tells of one record of a source. division: the data. folder: the tokenizer's. index: of the
-    records kept. InputError for a record that is not there."""
-    tokenizer = load_tokenizer(folder)
+    records kept. end_of_turn: see `template.dressed`. InputError for a record that is not there."""
+    reading = division.reading or Reading()
+    tokenizer = template.dressed(load_tokenizer(folder), reading.template, end_of_turn)
     records, account = load(division.path, split, tokenizer, reading=division.reading)
     if not 0 <= index < len(records):
         raise InputError(f"--index={index}: expected 0 to {len(records) - 1}; {account.line()}")
@@ -77,6 +82,7 @@ def look(division: Division, folder: str, split: str, index: int, limits: Limits
 def define() -> None:
     config_flags.DEFINE_config_file("config", None, "Config whose data and model keys the other flags override.")
     flags.DEFINE_string("data_path", None, "File, folder, tfds:name or hub name. Default: config.data.path.")
+    flags.DEFINE_string("source", "", "A name of config.data.sources; empty: the run's own data.")
     flags.DEFINE_string("tokenizer", None, "Tokenizer folder. Default: config.model.path.")
     flags.DEFINE_string("split", "train", "Split to read; 'all' for every one.")
     flags.DEFINE_integer("index", 0, "Which of the records kept.")
@@ -92,21 +98,27 @@ def work() -> None:
         print(command.settings_page() if given.settings else command.schemas())
         return
     path, folder = given.data_path, given.tokenizer
-    limits, division = Limits(512, 192), Division(path or "")
+    limits, division, end_of_turn = Limits(512, 192), Division(path or ""), ""
     if given.config is not None:
         for section, value in (("data", path), ("model", folder)):
             if value:
                 given.config[section] = given.config.get(section, {})
                 given.config[section].path = value
         config = main.read(given.config)
-        data, path, folder = config.data, config.data.path, config.model.path
+        data, folder = config.data, config.model.path
         limits = Limits(data.max_length, data.max_response, data.max_prompt or None, data.too_long)
-        division = jobs.data_division(data)
+        if given.source and given.source not in data.sources:
+            raise InputError(f"--source: no source {given.source!r}{nearest(given.source, data.sources)}")
+        division = jobs.data_division(data, given.source)
+        source = data.sources[given.source] if given.source else data
+        path, end_of_turn = source.path, source.end_of_turn
     if not path or not folder:
         raise InputError("no data path or tokenizer: give --config, or --data_path and --tokenizer")
     changes = {name: value for name in ("max_length", "max_response") if (value := given[name].value) is not None}
     division = dataclasses.replace(division, path=path)
-    print(look(division, folder, given.split, given.index, dataclasses.replace(limits, **changes)))
+    with of_source(given.source):
+        told = look(division, folder, given.split, given.index, dataclasses.replace(limits, **changes), end_of_turn)
+    print(told)
 
 
 def run() -> None:

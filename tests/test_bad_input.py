@@ -64,6 +64,10 @@ def cases(folder, shared) -> dict[str, tuple[list[str], list[str]]]:
         "empty data": ([data("empty.jsonl", b"")], ["empty.jsonl", "is empty"]),
         "no data": (["--config.data.path=nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
         "unknown split": (["--config.data.split=validation"], ["unknown split 'validation'", "test"]),
+        "no such column": (
+            ["--config.data.columns.chosen=chosn"],
+            ["data.columns.chosen: 'chosn' is no column of test.jsonl.gz; did you mean 'chosen'?"],
+        ),
         "shares": (["--config.data.shares.eval=0.5"], ["data.shares.eval: shares", "add up to 1"]),
         "empty share": (["--config.stages.sft.share=policy"], ["share 'policy' holds no record"]),
         "long rows": (["--config.data.max_length=1024"], ["data.max_length: 1024", "512"]),
@@ -126,19 +130,15 @@ def told(tmp_path_factory, shared) -> dict[str, tuple[dict, list[str]]]:
 
 NAMES = (
     "truncated gzip", "invalid JSON", "no column has both", "reply of the wrong kind", "choice 2", "empty data",
-    "no data", "unknown split", "shares",
+    "no data", "unknown split", "no such column", "shares",
     "empty share", "long rows", "wrong vocabulary", "pickled weights", "unsupported model", "no config", "mistyped key",
     "unknown key", "unknown stage", "stage without input", "microbatch", "mesh", "schedule", "attention",
     "mistyped value", "wrong range", "not a number", "no such config", "unknown flag",
 )  # fmt: skip
 
 
-FOUND_BY_THE_STAGE = (
-    "truncated gzip", "invalid JSON", "no column has both", "reply of the wrong kind", "choice 2", "empty data",
-    "unknown split", "empty share",
-    "wrong vocabulary", "pickled weights",
-)  # fmt: skip
-"""In the contents of data, tokenizer and weights, which only the stage itself reads: its folder is there by then."""
+FOUND_BY_THE_STAGE = ("reply of the wrong kind", "choice 2", "empty share", "wrong vocabulary", "pickled weights")
+"""In what single rows say, in tokenizer and weights, which only the stage itself reads: its folder is there by then."""
 
 
 @pytest.mark.parametrize("name", NAMES)

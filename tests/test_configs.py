@@ -5,7 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from configs import curri_dpo, hh_rlhf, iterative, mix_dpo, quickstart, selective_dpo, tiny_base, tldr
+from configs import (
+    curri_dpo,
+    dpo,
+    hh_rlhf,
+    iterative,
+    mix_dpo,
+    ppo,
+    quickstart,
+    reward,
+    sample,
+    selective_dpo,
+    sft,
+    tiny_base,
+    tldr,
+)
 from mpo_jax import graph, recipes
 from mpo_jax.run import Run, StageSettings
 from mpo_jax.settings import Section
@@ -28,6 +42,12 @@ CONFIGS = {
     "iterative": iterative.get_config,
     "hh_rlhf:debug": lambda: hh_rlhf.get_config("debug"),
     "hh_rlhf:llama3-8b": lambda: hh_rlhf.get_config("llama3-8b"),
+    "sft": sft.get_config,
+    "reward:qwen2.5-0.5b": lambda: reward.get_config("qwen2.5-0.5b"),
+    "dpo": dpo.get_config,
+    "ppo": ppo.get_config,
+    "ppo:reward": lambda: ppo.get_config("reward"),
+    "sample": sample.get_config,
 }
 
 

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from mpo_jax import artifacts, export, finished
+from mpo_jax import settings as declared
 from mpo_jax.data.prompts import prompt_batch
+from mpo_jax.data.templates import BUILT_IN
 from mpo_jax.errors import InputError
 from mpo_jax.models import decoder
 from mpo_jax.run import as_json
@@ -65,6 +67,18 @@ def test_transformers_agrees(workdir, stories, tmp_path, capsys, role):
         drawn = loaded.generate(torch.tensor(np.asarray(tokens)).long(), max_new_tokens=4, do_sample=False)
         assert drawn.shape[1] > tokens.shape[1]
     assert "key `0123`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_template_of_the_data_is_exported(stories, tmp_path):
+    import transformers
+
+    job = make_job(tmp_path / "run", stories)
+    job = dataclasses.replace(job, config=declared.replaced(job.config, {"data.template": "chatml"}))
+    finish(job, job.inputs["init"])
+    export.export(job.inputs["init"].folder, tmp_path / "out")
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert loaded.chat_template == BUILT_IN["chatml"]
+    assert export.load_tokenizer(str(stories)).chat_template is None
 
 
 def test_named_by_stages_json(workdir):

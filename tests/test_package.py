@@ -33,7 +33,7 @@ def run(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProces
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("config", ["quickstart", "tldr", "hh_rlhf:debug"])
+@pytest.mark.parametrize("config", ["quickstart", "tldr", "hh_rlhf:debug", "sft"])
 def test_a_shipped_config_goes_by_name_in_an_empty_folder(site, tmp_path, config):
     done = run(site, tmp_path, "run", f"--config={config}", "--workdir=q", "--dry_run")
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ from typing import Any
 from mpo_jax.data.reading import ROLES, Reading
 from mpo_jax.data.row import Row, is_empty, is_list
 from mpo_jax.errors import InputError
+from mpo_jax.settings import nearest
 
 _MEANINGFUL = {
     "chosen", "rejected", "response", "responses", "completion", "completions", "answer", "answers", "reply",
@@ -24,7 +25,7 @@ _MEANINGFUL = {
     "instruction", "input", "query", "demonstration", "confidence", "judgment", "verdict", "desirable",
     "undesirable", "good", "bad", "correct", "incorrect", "accepted", "acceptable", "liked", "win", "wins", "won",
     "lost", "preamble", "instructions", "questions", "inputs", "queries", "prompts", "sys", "api", "apis", "stars",
-    "grade", "grades", "turns", "image", "images", "audio", "video",
+    "grade", "grades", "turns", "positive", "negative", "image", "images", "audio", "video",
 }  # fmt: skip
 _ABOUT = {
     "id", "ids", "model", "models", "source", "sources", "policy", "name", "names", "hash", "sha256", "sha1", "md5",
@@ -95,15 +96,17 @@ def _kind(value) -> str:
 
 
 def rename(rows: Sequence[Row], reading: Reading, place: str) -> tuple[list[Row], dict[str, str]]:
-    """The rows with the names that `reading.columns` gives them, without the columns to be ignored; and what is to be
-    said of the ignored. InputError for a name that no row has."""
+    """The rows with the names that `reading.columns` gives them, with its constants, without the columns to be ignored;
+    and what is to be said of the ignored. InputError for a name that no row has."""
     known = {name for row in rows for name in row.values}
-    for key, names in (("columns", reading.columns.values()), ("ignore", reading.ignore)):
-        for name in names:
-            if name not in known and key == "columns":
-                raise InputError(f"{place}: data.{key} names {name!r}; columns here: {', '.join(sorted(known))}")
+    for role, name in reading.columns.items():
+        if name not in known:
+            raise InputError(f"data.columns.{role}: {name!r} is no column of {place}{nearest(name, sorted(known))}")
     said = {name: "ignored (data.ignore)" for name in reading.ignore if name in known}
-    if not reading.columns and not said:
+    for role in reading.constants:
+        if role in known:
+            said[role] = "unread, since data.constants has a text for it"
+    if not reading.columns and not said and not reading.constants:
         return list(rows), {}
     for role, name in reading.columns.items():
         if role in known and role != name and role not in reading.columns.values():
@@ -112,7 +115,9 @@ def rename(rows: Sequence[Row], reading: Reading, place: str) -> tuple[list[Row]
     left = (set(reading.ignore) | set(reading.columns)) - set(moved)
     return [
         dataclasses.replace(
-            row, values={moved.get(name, name): value for name, value in row.values.items() if name not in left}
+            row,
+            values={moved.get(name, name): value for name, value in row.values.items() if name not in left}
+            | dict(reading.constants),
         )
         for row in rows
     ], said

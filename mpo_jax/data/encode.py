@@ -23,10 +23,11 @@ from mpo_jax.data.records import TextRecord, records_fingerprint
 from mpo_jax.data.tokenizer import Conventions, conventions, fingerprint
 from mpo_jax.errors import InputError
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever the encoding changes, so that older caches are not read."""
 _CHUNK = 4096
-_ARRAYS = ("tokens", "offsets", "id", "prompt_id", "confidence", "margin")
+_COLUMNS = ("id", "prompt_id", "confidence", "margin", "label")
+_ARRAYS = ("tokens", "offsets", *_COLUMNS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +45,22 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Which source each row is of, i32 [rows], and the weight with which training draws from each (`mixture.draw`)."""
+
+    source: np.ndarray
+    weights: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Encoded:
     """Rows of one prompt and `replies` responses.
 
     tokens: i32 [all tokens]. offsets: i64 [rows * (1 + replies) + 1], where each piece begins; a row's pieces are its
-    prompt, then its replies. id, prompt_id: i32 [rows]. confidence, margin: f32 [rows], NaN where unknown.
-    counts: rows in and kept, and what the limits did. key: hash of tokenizer, template, records and limits.
+    prompt, then its replies. id, prompt_id: i32 [rows]. confidence, margin, label (1: a good
+    reply, 0: a bad one): f32 [rows], NaN where unknown.
+    counts: rows in and kept, and what the limits did. key: hash of tokenizer, template, records and limits. mixture:
+    how training draws rows of several sources; None: each once.
     """
 
     tokens: np.ndarray
@@ -58,10 +69,12 @@ class Encoded:
     prompt_id: np.ndarray
     confidence: np.ndarray
     margin: np.ndarray
+    label: np.ndarray
     replies: int
     conventions: Conventions
     counts: dict[str, int]
     key: str
+    mixture: Mixture | None = None
 
     def __len__(self) -> int:
         return len(self.id)
@@ -164,6 +177,7 @@ def _encode(records: Sequence[TextRecord], tokenizer, replies: int, limits: Limi
         prompt_id=numbers[kept],
         confidence=np.array([_number(records[i].confidence) for i in kept], np.float32),
         margin=np.array([_number(records[i].margin) for i in kept], np.float32),
+        label=np.array([_number(records[i].label) for i in kept], np.float32),
         replies=replies,
         conventions=known,
         counts=dict(counts),
@@ -242,8 +256,11 @@ def take(encoded: Encoded, rows: np.ndarray, swapped: np.ndarray | None = None, 
     for row, swap in zip(rows, swapped, strict=True):
         prompt, *answers = encoded.row(int(row))
         pieces += [prompt, *(answers[::-1] if swap else answers)[:replies]]
-    columns = {name: np.asarray(getattr(encoded, name))[rows] for name in ("id", "prompt_id", "confidence", "margin")}
-    return assemble(pieces, replies, encoded.conventions, encoded.key, **columns)
+    columns = {name: np.asarray(getattr(encoded, name))[rows] for name in _COLUMNS}
+    taken = assemble(pieces, replies, encoded.conventions, encoded.key, **columns)
+    if encoded.mixture is None:
+        return taken
+    return dataclasses.replace(taken, mixture=Mixture(encoded.mixture.source[rows], encoded.mixture.weights))
 
 
 def assemble(
@@ -255,6 +272,7 @@ def assemble(
     prompt_id: np.ndarray,
     confidence: np.ndarray | None = None,
     margin: np.ndarray | None = None,
+    label: np.ndarray | None = None,
 ) -> Encoded:
     """Rows from their pieces, each a prompt and `replies` replies as token ids. key: what the rows came from."""
     unknown = np.full(len(id), np.nan, np.float32)
@@ -265,6 +283,7 @@ def assemble(
         prompt_id=np.asarray(prompt_id, np.int32),
         confidence=unknown if confidence is None else confidence,
         margin=unknown if margin is None else margin,
+        label=unknown if label is None else label,
         replies=replies,
         conventions=known,
         counts={"rows": len(id), "kept": len(id)},
@@ -272,18 +291,18 @@ def assemble(
     )
 
 
-def join(left: Encoded, right: Encoded) -> Encoded:
-    """The rows of both, of equally many replies, one after the other; ids are numbered anew, as both may use the same.
-    InputError if the replies differ in number."""
-    if left.replies != right.replies:
-        raise InputError(f"rows of {left.replies} and of {right.replies} replies cannot stand in one set")
-    pieces = [piece for part in (left, right) for row in range(len(part)) for piece in part.row(row)]
-    columns = {
-        name: np.concatenate([getattr(left, name), getattr(right, name)])
-        for name in ("prompt_id", "confidence", "margin")
-    }
-    ids = np.arange(len(left) + len(right), dtype=np.int32)
-    return assemble(pieces, left.replies, left.conventions, f"{left.key}+{right.key}", id=ids, **columns)
+def join(*parts: Encoded) -> Encoded:
+    """The rows of all, of equally many replies, one after the other, their ids numbered anew, as several may use the
+    same. InputError if the replies differ in number."""
+    first = parts[0]
+    if len({part.replies for part in parts}) > 1:
+        numbers = " and of ".join(str(part.replies) for part in parts)
+        raise InputError(f"rows of {numbers} replies cannot stand in one set")
+    pieces = [piece for part in parts for row in range(len(part)) for piece in part.row(row)]
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS if name != "id"}
+    ids = np.arange(sum(map(len, parts)), dtype=np.int32)
+    key = "+".join(part.key for part in parts)
+    return assemble(pieces, first.replies, first.conventions, key, id=ids, **columns)
 
 
 def rows_fingerprint(encoded: Encoded) -> str:

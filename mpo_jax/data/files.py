@@ -1,10 +1,14 @@
-"""A file of JSON lines, a JSON array or Parquet enters; its raw rows leave, with their places.
+"""A file of JSON lines, a JSON array, CSV or Parquet enters; its raw rows leave, with their places.
 
-What a file is decides its content, not its name alone: a byte order mark, gzip without its suffix and an array or a
-wrapper object around the rows are read; a Git LFS pointer, UTF-16, a pipe and the like are errors that name the cause.
+What a file is decides its content, not its name alone: a byte order mark, gzip or zstd without its suffix and an array
+or a wrapper object around the rows are read; a Git LFS pointer, UTF-16, a pipe and the like are errors that name the
+cause.
 """
 
+import contextlib
+import csv
 import gzip
+import io
 import json
 import os
 import stat
@@ -17,14 +21,19 @@ from etils import epath
 from mpo_jax.data.row import Row, is_list, kind_of
 from mpo_jax.errors import InputError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+_TABLES = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (
+    *(f"{kind}{zipped}" for kind in (".jsonl", ".json", *_TABLES) for zipped in ("", ".gz", ".zst")),
+    ".parquet",
+)
 METADATA = (
     "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "features.json",
     "metadata.jsonl", "package.json",
 )  # fmt: skip
 """Files that tell about a data set; none holds its rows (`datasets` leaves the first four out too)."""
 _BOM = b"\xef\xbb\xbf"
-_GZIP = b"\x1f\x8b"
+_ZIPPED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+"""How the bytes of a compressed file begin, that is read as what it holds."""
 _HEADS = (
     (
         b"version https://git-lfs.github.com/spec",
@@ -33,9 +42,8 @@ _HEADS = (
     (b"\xff\xfe", "UTF-16; expected UTF-8 (`iconv -f UTF-16 -t UTF-8`)"),
     (b"\xfe\xff", "UTF-16; expected UTF-8 (`iconv -f UTF-16 -t UTF-8`)"),
     (b"PK\x03\x04", "a zip archive; unpack it"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd; expected plain text or gzip"),
-    (b"BZh", "compressed with bzip2; expected plain text or gzip"),
-    (b"\xfd7zXZ", "compressed with xz; expected plain text or gzip"),
+    (b"BZh", "compressed with bzip2; expected plain text, gzip or zstd"),
+    (b"\xfd7zXZ", "compressed with xz; expected plain text, gzip or zstd"),
     (b"<!DOCTYPE", "an HTML page, not data; fetch the file itself"),
     (b"<html", "an HTML page, not data; fetch the file itself"),
 )
@@ -64,7 +72,16 @@ def read_file(file: epath.Path, name: str) -> Iterator[Row]:
     check_file(file, name)
     try:
         head = _head(file, name)
-        yield from _read_parquet(file, name) if name.endswith(".parquet") else _read_json(file, name, head)
+        if name.endswith(".parquet"):
+            yield from _read_parquet(file, name)
+            return
+        zipped = next((kind for start, kind in _ZIPPED.items() if head.startswith(start)), "")
+        for suffix, kind in ((".gz", "gzip"), (".zst", "zstd")):
+            if name.endswith(suffix) and head and zipped != kind:
+                raise InputError(f"{name}: no {kind} file (it begins with {head[:8]!r})")
+        plain = name.removesuffix(".gz").removesuffix(".zst")
+        split = next((mark for suffix, mark in _TABLES.items() if plain.endswith(suffix)), None)
+        yield from _read_json(file, name, zipped) if split is None else _read_table(file, name, zipped, split)
     except OSError as error:
         raise unreadable(name, error) from error
 
@@ -84,30 +101,45 @@ def _sniff(head: bytes, name: str) -> None:
     if name.endswith(".parquet"):
         if not head.startswith(b"PAR1"):
             raise InputError(f"{name}: not a Parquet file (it begins with {head[:8]!r})")
-    elif head[:4].count(0) in (1, 2, 3) and not head.startswith(_GZIP):
+    elif head[:4].count(0) in (1, 2, 3) and not head.startswith(tuple(_ZIPPED)):
         raise InputError(f"{name}: UTF-16 or UTF-32; expected UTF-8 (`iconv -f UTF-16 -t UTF-8`)")
     elif head.startswith(b"PAR1"):
         raise InputError(f"{name}: a Parquet file; name it .parquet")
 
 
-# JSON -----------------------------------------------------------------------------------------------------------------
+# Lines ----------------------------------------------------------------------------------------------------------------
 
 
-def _lines(file: epath.Path, name: str, zipped: bool) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines of a file, unzipped where it is zipped; InputError where the gzip stream breaks."""
+def _lines(file: epath.Path, name: str, zipped: str) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines of a file, unzipped where it is zipped; InputError where the compressed stream breaks."""
     number = 0
     try:
-        with file.open("rb") as raw:
-            stream = gzip.GzipFile(fileobj=raw) if zipped else raw
+        with file.open("rb") as raw, _unzipped(raw, zipped) as stream:
             for number, line in enumerate(stream, 1):
                 if number == 1:
                     line = line.removeprefix(_BOM)
                     _sniff(line[:512], name)
                 yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, OSError, zlib.error) as error:
+        if not zipped:
+            raise
         raise InputError(
-            f"{name}, after line {number}: damaged or truncated gzip ({error}); fetch the file again"
+            f"{name}, after line {number}: damaged or truncated {zipped} ({one_line(error)}); fetch the file again"
         ) from error
+
+
+def _unzipped(raw: Any, zipped: str) -> Any:
+    """The stream that a file holds. zstd is Arrow's: `datasets` brings it, so that nothing more has to be installed."""
+    if zipped == "gzip":
+        return gzip.GzipFile(fileobj=raw)
+    if zipped == "zstd":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd"))
+    return contextlib.nullcontext(raw)
+
+
+# JSON -----------------------------------------------------------------------------------------------------------------
 
 
 def _parse(text: bytes, name: str, line: int):
@@ -128,9 +160,8 @@ def _row(value, where: str) -> Row:
     return Row(value, where)
 
 
-def _read_json(file: epath.Path, name: str, head: bytes) -> Iterator[Row]:
+def _read_json(file: epath.Path, name: str, zipped: str) -> Iterator[Row]:
     """JSON lines; or one array of objects, or one object around it, in a file of either name."""
-    zipped = name.endswith(".gz") or head.startswith(_GZIP)
     lines = _lines(file, name, zipped)
     first = next(((number, line) for number, line in lines if line.strip()), None)
     if first is None:
@@ -156,7 +187,7 @@ def _read_json(file: epath.Path, name: str, head: bytes) -> Iterator[Row]:
             yield _row(_parse(line, name, number), f"{name}, line {number}")
 
 
-def _whole(file: epath.Path, name: str, zipped: bool):
+def _whole(file: epath.Path, name: str, zipped: str):
     return _parse(b"".join(line for _, line in _lines(file, name, zipped)), name, 1)
 
 
@@ -218,6 +249,45 @@ def _is_column(inner) -> bool:
         and not any(isinstance(value, dict) for value in values)
         and (not isinstance(inner, dict) or list(inner) == [str(number) for number in range(len(inner))])
     )
+
+
+# CSV ------------------------------------------------------------------------------------------------------------------
+
+
+def _read_table(file: epath.Path, name: str, zipped: str, split: str) -> Iterator[Row]:
+    """CSV with a header (RFC 4180), or the same with tabs: every cell is a text, or null where it is empty. A row's
+    place is its first line, as a quoted text may have several."""
+
+    def lines() -> Iterator[str]:
+        for number, line in _lines(file, name, zipped):
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{name}, line {number}: not UTF-8 at byte {error.start}") from error
+
+    csv.field_size_limit(2**31 - 1)  # its own limit is 128 KiB, less than some replies
+    reader = csv.reader(lines(), delimiter=split, strict=True)
+    header: list[str] | None = None
+    while True:
+        where = f"{name}, line {reader.line_num + 1}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise InputError(f"{where}: no {'CSV' if split == ',' else 'TSV'} row: {error}") from error
+        if cells is None:
+            return
+        if not cells:  # an empty line
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            if "" in header or len(set(header)) < len(header):
+                raise InputError(
+                    f"{where}: columns {', '.join(map(repr, header))}; expected a name for each, none twice"
+                )
+            continue
+        if len(cells) != len(header):
+            raise InputError(f"{where}: {len(cells)} fields; expected {len(header)}: {', '.join(header)}")
+        yield Row({column: cell or None for column, cell in zip(header, cells, strict=True)}, where)
 
 
 # Parquet --------------------------------------------------------------------------------------------------------------

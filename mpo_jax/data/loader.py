@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from mpo_jax import sharding
+from mpo_jax.data import mixture
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.plan import FILLER, Bucket, Plan, batch_plan, ordered_plan, padding_efficiency
 from mpo_jax.data.rows import FIELDS, prompt_slots, tight_rows
@@ -33,7 +34,8 @@ class Loader:
     in every epoch alike; None: at random.
     multiple: what every row length is a multiple of; max_length caps it.
     shuffle: True for training, whose batches hold real rows only; False for scoring and evaluation, which want every
-    row once, in one fixed order, the last batch filled up with rows of weight 0. See `plan.batch_plan`.
+    row once, in one fixed order, the last batch filled up with rows of weight 0. See `plan.batch_plan`. Rows of several
+    sources are drawn by weight in training (`mixture.draw`), and met once each otherwise.
 
     Raises InputError if the mesh does not divide the batch.
     """
@@ -80,9 +82,12 @@ class Loader:
         rows = self.lengths, windows, batch_size
         edges: dict[str, Any] = {"max_buckets": max_buckets, "multiple": multiple, "max_length": max_length}
         self._plan = functools.partial(batch_plan, *rows, seed=seed, **edges)
-        self._epoch: Callable[[int], Plan] = lambda epoch: self._plan(epoch=epoch, shuffle=shuffle)
+        self._epoch: Callable[[int], Plan] = lambda epoch: self._plan(
+            epoch=epoch, shuffle=shuffle, drawn=self._drawn(epoch)
+        )
         if order is not None:
             self._epoch = lambda epoch: ordered_plan(*rows, order, **edges)
+        self._shuffle, self._seed = shuffle, seed
         self._plans: dict[int, Plan] = {}
         self._lock = threading.Lock()
         first = self.plan(0)
@@ -97,6 +102,11 @@ class Loader:
                 self._plans = {key: plan for key, plan in self._plans.items() if key == epoch - 1}
                 self._plans[epoch] = self._epoch(epoch)
             return self._plans[epoch]
+
+    def _drawn(self, epoch: int) -> np.ndarray | None:
+        """The epoch's rows, where they are not each row once."""
+        sources = self.encoded.mixture
+        return mixture.draw(sources, self._seed, epoch) if sources is not None and self._shuffle else None
 
     def rows(self, step: int) -> tuple[Bucket, np.ndarray]:
         """The bucket and the row indices (i32 [batch size], FILLER where none) of a step, from its number alone."""

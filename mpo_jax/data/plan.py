@@ -85,6 +85,7 @@ def batch_plan(
     max_length: int | None = None,
     shuffle: bool = True,
     sample: int | None = None,
+    drawn: np.ndarray | None = None,
 ) -> Plan:
     """The batches of one epoch, each of them full: what is left of a bucket travels in the next longer one.
 
@@ -96,7 +97,8 @@ def batch_plan(
 
     lengths: int [rows], real tokens of each row. windows: int [rows], its response tokens, which stand side by side.
     batch_size: rows of a global batch. sample: so many batches at most, of rows that are drawn from all at random, the
-    same for every seed and epoch, and each sample within every larger one; in the buckets of the whole.
+    same for every seed and epoch, and each sample within every larger one; in the buckets of the whole. drawn: the
+    epoch's rows where they are not each row once (`mixture.draw`), as many in every epoch.
 
     Raises InputError for a batch size below 1 and for no rows.
     """
@@ -112,7 +114,8 @@ def batch_plan(
         raise InputError(f"a row has {lengths.max()} tokens, more than max_length {max_length}")
     home = np.searchsorted(edges, lengths)
     buckets = _buckets(edges, home, windows, multiple)
-    used = np.arange(len(lengths)) if sample is None else sample_rows(len(lengths), sample * batch_size)
+    used = np.arange(len(lengths)) if drawn is None else drawn
+    used = used if sample is None else sample_rows(len(lengths), sample * batch_size)
     random = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))) if shuffle else None
     owner, rows = [], []
     left = used[:0]

@@ -10,6 +10,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from mpo_jax.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
@@ -45,11 +47,13 @@ class TextRecord:
     """A prompt and its replies as text.
 
     rejected is None for posts with a reference summary; chosen is None too for prompts alone. id: the row's number in
-    its split, drops included. split: the split it came from. confidence: the annotator's, in the source's own units.
-    margin: how much better chosen is, in the source's own units. templated: prompt and replies were written by a chat
-    template, so special tokens in them are meant as such. marked: prompt and replies once more, for the rare record
-    whose messages spell out special tokens themselves: those stand between marks there and are text. chat: the
-    conversation that the prompt shows, where there is one. form: the kind of row it was read from, for messages.
+    its split, drops included (the pair's, where a row's ranked replies make several). split: the split it came from.
+    confidence: the annotator's, margin: how much better chosen is, both in the source's own units. label: of a single
+    reply, `chosen`, whether it is a good one; None where nobody said so. templated: prompt and replies were written
+    by a chat template, so special tokens in them are meant as such. marked: prompt and replies once more, for the
+    rare record whose messages spell out special tokens themselves: those stand between marks there and are text.
+    chat: the conversation that the prompt shows, where there is one. form: the kind of row it was read from, for
+    messages.
     """
 
     prompt: str
@@ -59,6 +63,7 @@ class TextRecord:
     split: str
     confidence: float | None = None
     margin: float | None = None
+    label: bool | None = None
     templated: bool = False
     marked: tuple[str, ...] = ()
     chat: Chat | None = None
@@ -76,6 +81,26 @@ class TextRecord:
     def first_turn(self) -> str:
         """What divides records into shares: the first thing the user says, or the text of a prompt without turns."""
         return self.prompt if self.chat is None else self.chat.first_turn
+
+
+def labelled(records: Sequence[TextRecord]) -> list[TextRecord]:
+    """Single replies with labels: those that have one, and of every pair its chosen reply as a good one, its rejected
+    as a bad one. Ids are numbered anew. InputError for replies of which nobody said whether they are good."""
+    single: list[TextRecord] = []
+    for record in records:
+        if record.label is None and record.rejected is None:
+            form = f" ({record.form})" if record.form else ""
+            raise InputError(
+                f"record {record.id} of split {record.split!r}{form} has no label and no pair of replies; expected "
+                "completions with a label, or pairs"
+            )
+        if record.label is not None:
+            single.append(record)
+            continue
+        for label, reply, marked in ((True, record.chosen, record.marked[:2]), (False, record.rejected,
+                                     record.marked[:1] + record.marked[2:])):  # fmt: skip
+            single.append(dataclasses.replace(record, chosen=reply, rejected=None, label=label, marked=marked))
+    return [dataclasses.replace(record, id=number) for number, record in enumerate(single)]
 
 
 def records_fingerprint(records: Sequence[TextRecord]) -> str:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from mpo_jax.data import template
+from mpo_jax.data import suggest, template
 from mpo_jax.data.chat import ASSISTANT, no_marks, plain_chat, split_hh
 from mpo_jax.data.columns import Survey, survey
 from mpo_jax.data.forms import choices, dialogues, replies, tldr
@@ -36,7 +36,7 @@ def recognise(found: Survey, rows: Sequence[Row]) -> tuple[Form, Survey]:
     where = rows[0].where if rows else "no row"
     raise InputError(
         f"{where}: unrecognised columns {columns}; expected {known}; or say what each column is, "
-        f"data.columns.ROLE='NAME', with roles {', '.join(ROLES)}"
+        f"data.columns.ROLE='NAME', with roles {', '.join(ROLES)}{suggest.hint(found)}"
     )
 
 

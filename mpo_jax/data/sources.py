@@ -6,13 +6,13 @@ Where a path leads is said by `parts.py`, what rows are written like by `schemas
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
 from mpo_jax.checkpoint import fingerprint_files
-from mpo_jax.data import template
+from mpo_jax.data import suggest, template
 from mpo_jax.data.account import Account
 from mpo_jax.data.chat import messages
 from mpo_jax.data.columns import check_unread, rename, survey
@@ -45,16 +45,37 @@ def load(
     Raises InputError (file, line, key) for anything malformed, columns that would vanish though they look as if they
     meant something, an unknown split (listing those that exist), an empty dataset, and one whose every row was dropped.
     """
-    path, reading = str(path), reading or Reading()
+    reading = reading or Reading()
+    tally = _Tally(str(path), split)
+    for name, rows in _files(tally, limit, reading):
+        tally.add(name, rows, tokenizer, reading)
+    account = tally.account()
+    if not tally.records:
+        firsts = "; ".join(f"{where}: {rule}" for rule, where in account.first_dropped.items())
+        raise InputError(f"no record is left: {account.line()}; the first of each: {firsts}")
+    return tally.records, account
+
+
+def check(path: str, split: str = "train", limit: int | None = None, reading: Reading | None = None) -> None:
+    """InputError for what `load` would find wrong with a split, its rows' form and its columns; what single rows say is
+    not looked at."""
+    reading = reading or Reading()
+    tally = _Tally(str(path), split)
+    for name, rows in _files(tally, limit, reading):
+        tally.look(name, rows, reading)
+
+
+def _files(tally: "_Tally", limit: int | None, reading: Reading) -> Iterator[tuple[str, list[tuple[str, Row]]]]:
+    """The files that hold rows of the tally's split, by name: each row with its split. InputError where none does."""
+    path = tally.path
     found, left_out = _with_splits(parts(path))
     named = {part.split for part in found if part.split is not None}
-    split = canonical(split, named)
+    tally.split = split = canonical(tally.split, named)
     if split in named:
         found = [part for part in found if part.split in (split, None)]
-    tally = _Tally(path, split)
     if left_out:
         tally.notes[f"files left out, since their names tell no split: {', '.join(left_out)}"] = len(left_out)
-    seen = set(named)
+    seen, count = set(named), 0
     for part in found:
         rows: list[tuple[str, Row]] = []
         for row in part.rows():
@@ -62,20 +83,16 @@ def load(
             seen.add(own)
             if split not in (ALL, part.split, own):
                 continue
-            if limit is not None and tally.read + len(rows) == limit:
+            if count == limit:
                 break
+            count += 1
             rows.append((own, row))
         if rows:
-            tally.add(part.name, rows, tokenizer, reading)
-    if not tally.schema:
+            yield part.name, rows
+    if not count:
         if seen and split != ALL and split not in seen:
             raise InputError(f"{path}: unknown split {split!r}; it has {', '.join(sorted(seen))}, or 'all'")
         raise InputError(f"{path}: split {split!r} is empty; expected at least one record")
-    account = tally.account()
-    if not tally.records:
-        firsts = "; ".join(f"{where}: {rule}" for rule, where in account.first_dropped.items())
-        raise InputError(f"no record is left: {account.line()}; the first of each: {firsts}")
-    return tally.records, account
 
 
 class _Tally:
@@ -84,7 +101,7 @@ class _Tally:
     def __init__(self, path: str, split: str):
         self.path, self.split = path, split
         self.schema = self.first = ""
-        self.read = 0
+        self.read = self.number = 0
         self.records: list[TextRecord] = []
         self.dropped: collections.Counter[str] = collections.Counter()
         self.first_dropped: dict[str, str] = {}
@@ -94,37 +111,46 @@ class _Tally:
 
     def add(self, name: str, rows: Sequence[tuple[str, Row]], tokenizer, reading: Reading) -> None:
         """Reads the rows of one file, each with its split."""
-        splits = [own for own, _ in rows]
-        renamed, ignored = rename([row for _, row in rows], reading, name)
-        form, plan = self._plan(name, renamed, ignored, reading)
+        renamed, form, plan = self.look(name, rows, reading)
         columns = f"{form.name}: {form.columns}"
 
-        def keep(number: int, row: Row, said: Said) -> None:
-            fields, how = show(said, tokenizer, reading, row.where)
+        def keep(number: int, row: Row, own: str, said: Said) -> None:
+            try:
+                fields, how = show(said, tokenizer, reading, row.where)
+            except Drop as rule:
+                self._drop(str(rule), row)
+                return
             self.shown[how] += 1
-            self.records.append(TextRecord(id=number, split=splits[number - self.read], form=columns, **fields))
+            label = said.good if reading.labelled else None
+            self.records.append(TextRecord(id=number, split=own, label=label, form=columns, **fields))
 
         labelled = []
-        for number, row in enumerate(renamed, self.read):
+        for (own, _), row in zip(rows, renamed, strict=True):
             try:
                 said = plan.read(row)
-                if said.good is None:
-                    keep(number, row, said)
+            except Drop as rule:
+                self._drop(str(rule), row)
+                self.number += 1
+                continue
+            for each in (said, *said.more):
+                if each.good is None or reading.labelled:
+                    keep(self.number, row, own, each)
                 else:
-                    labelled.append((number, row, said))
-            except Drop as rule:
-                self._drop(str(rule), row)
-        for number, row, said in self._pair_up(labelled):
-            try:
-                keep(number, row, said)
-            except Drop as rule:
-                self._drop(str(rule), row)
+                    labelled.append((self.number, row, own, each))
+                self.number += 1
+        for single in self._pair_up(labelled):
+            keep(*single)
         self.read += len(rows)
         self.notes.update(plan.notes)
         if self.shown["chat template"] and template.facts(tokenizer).clock:
             self.notes[f"prompts dated {template.TODAY}, since the chat template asks for the date"] = self.shown[
                 "chat template"
             ]
+
+    def look(self, name: str, rows: Sequence[tuple[str, Row]], reading: Reading) -> tuple[Sequence[Row], Form, Plan]:
+        """The rows of a file by our names for columns, their form, and how they are read."""
+        renamed, said = rename([row for _, row in rows], reading, name)
+        return renamed, *self._plan(name, renamed, said, reading)
 
     def _plan(self, name: str, rows: list[Row], said: dict[str, str], reading: Reading) -> tuple[Form, Plan]:
         """The form of a file's rows and how they are read; InputError where it is not the other files' form."""
@@ -138,8 +164,12 @@ class _Tally:
         self.schema, self.first = form.name, self.first or name
         plan = form.plan(seen, rows, reading)
         uses = plan.uses | {column: "split" for column in found.kinds if column == "split"}
-        unread = check_unread(rows, found, uses, plan.known, name)
+        try:
+            unread = check_unread(rows, found, uses, plan.known, name)
+        except InputError as error:
+            raise InputError(f"{error}{suggest.hint(found)}") from None
         given = {role: f"{column} (as {role})" for role, column in reading.columns.items() if role != column}
+        given |= {role: f"{role} (constant)" for role in reading.constants}
         for column in found.kinds:
             self.columns.setdefault(given.get(column, column), uses.get(column) or unread[column])
         for column, what in said.items():
@@ -150,14 +180,14 @@ class _Tally:
         self.dropped[rule] += 1
         self.first_dropped.setdefault(rule, row.where)
 
-    def _pair_up(self, told: list[tuple[int, Row, Said]]) -> list[tuple[int, Row, Said]]:
+    def _pair_up(self, told: list[tuple[int, Row, str, Said]]) -> list[tuple[int, Row, str, Said]]:
         """Single replies with labels: good ones are kept, each with a bad one of the same prompt where there is one."""
         bad: dict[Any, list[Said]] = collections.defaultdict(list)
-        for _, _, said in told:
+        for *_, said in told:
             if not said.good:
                 bad[said.prompt].append(said)
         result = []
-        for number, row, said in told:
+        for number, row, own, said in told:
             if not said.good:
                 continue
             others = bad[said.prompt]
@@ -168,7 +198,7 @@ class _Tally:
                 self.notes["replies labelled bad, each the rejected one of a pair"] += 1
             else:
                 self.notes["good replies without a bad one to the same prompt: demonstrations alone"] += 1
-            result.append((number, row, said))
+            result.append((number, row, own, said))
         left = sum(map(len, bad.values()))
         if left:
             self.dropped["labelled bad, and no good reply to pair it with"] += left

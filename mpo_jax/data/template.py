@@ -4,6 +4,7 @@ Only the template can open a turn. Control tokens that a message spells out are 
 is applied, and encoded as the text they are (`transformers.utils.chat_template_utils`, whose ids these are).
 """
 
+import copy
 import dataclasses
 import datetime
 import functools
@@ -12,26 +13,36 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
+from etils import epath
+
 from mpo_jax.data.records import Chat, Turn
 from mpo_jax.data.row import Drop
+from mpo_jax.data.templates import BUILT_IN
 from mpo_jax.errors import InputError
+from mpo_jax.settings import nearest
 
 TODAY = datetime.date(2024, 7, 26)
 """What templates with a clock are told: the day that Llama 3.1's own has where it finds no clock. With the true date,
 prompts would be other texts every day."""
 MARKS = "\U000f0000\U000f0001"
 """Around control tokens that stand in a message; those of `transformers`, checked by a test."""
+CHOICES = ("auto", "plain", "chat")
+"""Of `data.template`, for the tokenizer's own: where it shows conversations, nowhere, or plain prompts too."""
+END_OF_TURN = "mpo_end_of_turn"
+"""The attribute of a tokenizer in which `dressed` keeps what ends a turn; it enters the tokenizer's fingerprint."""
 _CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _PROBE = ("What is it?", "It is a probe.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a chat template does, found by trying it. end: the token that it writes after a reply ("" for none).
-    lead: what stands between the user's last word and the reply. control: tokens that only it may write. clock: whether
-    it asks for the date."""
+    """What a chat template does, found by trying it. written: the token that it writes after a reply ("" for none).
+    end: the one that is to end a reply: that, unless `dressed` was told another. lead: what stands between the user's
+    last word and the reply. control: tokens that only it may write. clock: whether it asks for the date."""
 
     end: str
+    written: str
     lead: str
     control: tuple[str, ...]
     clock: bool
@@ -41,9 +52,58 @@ def has_template(tokenizer) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
+def chosen(name: str) -> str | None:
+    """The Jinja text that `data.template` means: of the package by its name, a file's, or the text itself; None for the
+    tokenizer's own. InputError for what is none of these."""
+    if name in CHOICES:
+        return None
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if "{{" in name or "{%" in name:
+        text = name
+    else:
+        text = _text_of(name)
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"data.template: line {error.lineno}: no Jinja template: {error.message}") from None
+    return text
+
+
+def _text_of(file: str) -> str:
+    try:
+        found = bool(file) and epath.Path(file).is_file()
+        text = epath.Path(file).read_text() if found else ""
+    except (OSError, ValueError) as error:
+        raise InputError(f"data.template: {file!r}: cannot be read: {' '.join(str(error).split())}") from error
+    if not found:
+        known = nearest(file, [*CHOICES, *BUILT_IN])
+        raise InputError(f"data.template: {file!r}: neither a file nor a template{known}")
+    return text
+
+
+def dressed(tokenizer, name: str, end_of_turn: str = ""):
+    """The tokenizer with the chat template that `data.template` names, and with the token that is to end a turn of the
+    assistant ("": what the template writes): itself, where neither is another than its own. InputError for a token that
+    it has not."""
+    text = chosen(name)
+    if text is None and not end_of_turn:
+        return tokenizer
+    other = copy.copy(tokenizer)
+    if text is not None:
+        other.chat_template = text
+    if end_of_turn and end_of_turn not in tokenizer.get_vocab():
+        raise InputError(
+            f"data.end_of_turn: {end_of_turn!r} is no token of the model's tokenizer; expected one of its own"
+        )
+    setattr(other, END_OF_TURN, end_of_turn)
+    return other
+
+
 def facts(tokenizer) -> Facts:
     """Of the tokenizer's template; of a tokenizer without one, its special tokens alone."""
-    return _facts(tokenizer, json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True))
+    found = _facts(tokenizer, json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True))
+    return dataclasses.replace(found, end=getattr(tokenizer, END_OF_TURN, "") or found.written)
 
 
 @functools.lru_cache(maxsize=16)
@@ -51,7 +111,7 @@ def _facts(tokenizer, template: str) -> Facts:
     added = tokenizer.added_tokens_decoder.values()
     special = {token.content for token in added if token.special}
     if not has_template(tokenizer):
-        return Facts("", "", tuple(sorted(special)), False)
+        return Facts("", "", "", tuple(sorted(special)), False)
     source = _source(tokenizer, None)
     end = lead = ""
     user = ""
@@ -70,7 +130,7 @@ def _facts(tokenizer, template: str) -> Facts:
     # Added tokens that are not marked special count where the template writes them around a user's turn (some models'
     # <|im_start|>), and not where it writes them within a reply (<think>), since replies may hold those.
     around = {token.content for token in added if not token.content.isspace() and token.content in user}
-    return Facts(end, lead, tuple(sorted(special | around)), "strftime_now" in source)
+    return Facts(end, end, lead, tuple(sorted(special | around)), "strftime_now" in source)
 
 
 def render(
@@ -100,7 +160,7 @@ def render(
             whole = _apply(tokenizer, [*messages, message], _mark(tools, control), options)
             text = whole[len(prompt) :] if whole.startswith(prompt) else message["content"]
             _calls_are_shown(reply, _unmarked(text), f"{where}, reply")
-            texts.append(text.rstrip().removesuffix(known.end or tokenizer.eos_token))
+            texts.append(text.rstrip().removesuffix(known.written or tokenizer.eos_token))
     except (Drop, InputError):
         raise
     except Exception as error:  # jinja's TemplateError and whatever the template itself raises

@@ -79,6 +79,7 @@ def fingerprint(tokenizer) -> str:
     content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     parts = [type(tokenizer).__name__, content, repr(special), json.dumps(tokenizer.chat_template, sort_keys=True)]
+    parts += [end] if (end := getattr(tokenizer, template.END_OF_TURN, "")) else []
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 

@@ -15,7 +15,7 @@ from mpo_jax import settings
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.optim import Optimizer
 from mpo_jax.run import Remat, StageSettings
-from mpo_jax.settings import Amount, Count, Role, Whole, setting
+from mpo_jax.settings import Amount, Count, OneOrWeighted, Role, Whole, setting
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.nonfinite import CHOICES
 from mpo_jax.stages.programs import Programs
@@ -58,6 +58,10 @@ def rows_of_share(job: Job, pairs: int, easy: float) -> float:
 class Training(StageSettings, Optimizer):
     """What every training has."""
 
+    data: OneOrWeighted = setting(
+        "",
+        'what it learns from: a name of data.sources, or several, mixed ({"a": 0.7, "b": 0.3}); empty: the run\'s data',
+    )
     batch_size: Count = setting(16, "rows of a step, over all devices", unit="rows")
     microbatch: Whole = setting(
         0, "rows computed at a time (gradient accumulation); 0: all of them", unit="rows", operational=True
@@ -94,6 +98,7 @@ class Training(StageSettings, Optimizer):
 class Sampling(StageSettings):
     """What every stage that samples replies has."""
 
+    data: str = setting("", "what it reads: a name of data.sources; empty: the run's data")
     temperature: Amount = setting(1.0, "of the softmax that tokens are drawn from; 0: greedy")
     top_k: Whole = setting(0, "draw from the most probable tokens alone; 0: from the whole vocabulary", unit="tokens")
     top_p: settings.Share = setting(0.0, "draw from the fewest tokens with this probability; 0: no truncation")

@@ -11,9 +11,11 @@ import numpy as np
 
 from mpo_jax import artifacts
 from mpo_jax.data import encode
+from mpo_jax.data.division import REPORT, SELECT
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.plan import sample_rows
 from mpo_jax.errors import InputError
+from mpo_jax.models.config import ModelConfig
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Artifact, Job
 from mpo_jax.types import BUCKETS, LEFT_OUT, GapTable
@@ -97,6 +99,29 @@ def suggestion(table: GapTable, flipped: str) -> float | None:
     return None
 
 
+# What a stage learns from ---------------------------------------------------------------------------------------------
+
+
+def pairs_for(job: Job, model: ModelConfig) -> tuple[Encoded, Encoded, Encoded]:
+    """The pairs that a stage learns from, and both halves of those held out, SELECT and REPORT: of the split in its
+    role `pairs`, or the data's own."""
+    if "pairs" in job.inputs:
+        split = job.inputs["pairs"]
+        return pairs(split), heldout(split, SELECT), heldout(split, REPORT)
+    tokenizer = jobs.load_tokenizer(job, model)
+    train, select, report = (jobs.share_pairs(job, model, tokenizer, share) for share in ("policy", SELECT, REPORT))
+    return train, select, report
+
+
+def prompts_for(job: Job, model: ModelConfig, tokenizer, count: int) -> tuple[Encoded, Encoded]:
+    """The prompts that a stage samples on, each once, and `count` held-out ones of the half SELECT: of the split in its
+    role `prompts`, or the data's own."""
+    if "prompts" in job.inputs:
+        return prompts(job.inputs["prompts"]), heldout_prompts(job.inputs["prompts"], SELECT, count)
+    train, held = (jobs.share_prompts(job, model, tokenizer, share) for share in ("policy", SELECT))
+    return train, encode.take(held, sample_rows(len(held), count))
+
+
 # A split's artifact ---------------------------------------------------------------------------------------------------
 
 
@@ -158,7 +183,9 @@ def rows_of(role: str) -> Callable[[Job, int, float], float]:
     """The rows that a stage reads whose `role` names a part of a split, for the plan: see `base.Stage.rows`."""
 
     def rows(job: Job, pairs: int, easy: float) -> float:
-        artifact = job.inputs[role]
+        artifact = job.inputs.get(role)
+        if artifact is None:
+            return pairs * job.config.data.shares.policy
         part = {"easy": easy, "hard": 1 - easy}.get(artifact.part, 1.0)
         share = getattr(job.config.stages[artifact.name], "share", "policy")  # a plugin's kind may have none
         return pairs * dict(job.config.data.shares)[share] * part

@@ -17,7 +17,6 @@ from mpo_jax import artifacts, scoring
 from mpo_jax import settings as declared
 from mpo_jax.artifacts import PAIRS, POLICY
 from mpo_jax.data import encode
-from mpo_jax.data.division import REPORT, SELECT
 from mpo_jax.evaluation import pairs as pair_tables
 from mpo_jax.evaluation import sections
 from mpo_jax.evaluation.sections import Shown
@@ -43,7 +42,7 @@ class Settings(Training):
     reference: str = role(
         POLICY, "sft", "the frozen policy of the log-ratios; empty for objectives without one", optional=True
     )
-    pairs: str = role(PAIRS, "split/easy", "what it learns from")
+    pairs: str = role(PAIRS, "split/easy", "what it learns from; data: the data's own pairs", data=True)
     objective: Annotated[str, OneOf(OBJECTIVES)] = setting("dpo", "the loss; see docs/objectives.md")
     beta: Positive = setting(0.1, "strength of the KL leash; Rafailov et al. 2023, eq. 7; ours")
     label_smoothing: Annotated[float, annotated_types.Interval(ge=0, lt=0.5)] = setting(
@@ -78,6 +77,10 @@ class Settings(Training):
             raise declared.wrong("reference", f"{self.reference!r}; {self.objective} has none, expected an empty text")
         if self.reference_every and not objective.reference:
             raise declared.wrong("reference_every", f"{self.reference_every}; {self.objective} has no reference")
+        if self.pairs == declared.DATA:  # which nobody has scored
+            for name, usual in (("weight", "none"), ("order", "random")):
+                if getattr(self, name) != usual:
+                    raise declared.wrong(name, f"{getattr(self, name)!r} goes by gaps; expected pairs of a split")
         if self.reference_mix != 1 and not self.reference_every:
             raise declared.wrong(
                 "reference_mix", f"{self.reference_mix:g}, of a reference that never moves; expected 1"
@@ -154,8 +157,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     """Trains, writes the weights, returns the summary."""
     model = jobs.model(job)
     settings = job.settings
-    train = buckets.pairs(job.inputs["pairs"])
-    heldout, reported = (buckets.heldout(job.inputs["pairs"], half) for half in (SELECT, REPORT))
+    train, heldout, reported = buckets.pairs_for(job, model)
     base = jobs.base_weights(job, model)
     loader = functools.partial(jobs.loader, job, batch_size=settings.batch_size, max_length=None)
     steps = loop.total_steps(job, loader(train))

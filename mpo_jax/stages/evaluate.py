@@ -41,7 +41,11 @@ class Settings(Sampling):
     reward: str = role(REWARD, "reward", "the reward model that scores; empty: none does", optional=True)
     baseline: str = setting("sft", "the policy that the others are compared with; empty: every two of them")
     prompts: str = role(
-        PAIRS, "split/all", "the split whose held-out prompts are used; empty: those of the data", optional=True
+        PAIRS,
+        "split/all",
+        "the split whose held-out prompts are used; data, or empty: those of the eval share",
+        optional=True,
+        data=True,
     )
     count: Count = setting(128, "held-out prompts", unit="prompts")
     labeller: Annotated[str, OneOf(LABELLERS, more=("",))] = setting(

@@ -6,7 +6,7 @@ LoRA, {"lora"} over the base model's frozen {"params"}, and {"head"} for reward 
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,7 +15,8 @@ from etils import epath
 
 from mpo_jax import artifacts, checkpoint, sharding
 from mpo_jax.artifacts import BASE, POLICY, REWARD
-from mpo_jax.data import division, encode, shares, tokenizer
+from mpo_jax.data import division, encode, mixture, reading, shares, sources, template, tokenizer
+from mpo_jax.data import records as text_records
 from mpo_jax.data.account import Account
 from mpo_jax.data.loader import Loader
 from mpo_jax.data.reading import Reading
@@ -25,7 +26,7 @@ from mpo_jax.models import attention, decoder, hf, lora, parameters
 from mpo_jax.models import config as model_config
 from mpo_jax.models.config import LoraConfig, ModelConfig
 from mpo_jax.models.presets import Preset
-from mpo_jax.run import Data, Run, StageSettings
+from mpo_jax.run import Data, Run, StageSettings, sources_of
 from mpo_jax.settings import plain
 from mpo_jax.types import PyTree
 
@@ -125,7 +126,9 @@ def stop_ids(job: Job) -> tuple[int, ...]:
     if job.preset is not None:
         return job.preset.stop_ids
     folder = str(hf.resolve(job.config.model.path))
-    return tokenizer.stop_ids(tokenizer.load_tokenizer(folder), hf.read_stop_ids(folder))
+    loaded, own = tokenizer.load_tokenizer(folder), hf.read_stop_ids(folder)
+    ends = [tokenizer.stop_ids(dressed(job, loaded, name), own) for name in ("", *sources_of(job.settings))]
+    return tuple(sorted(set().union(*ends)))
 
 
 def base_weights(job: Job, model: ModelConfig) -> PyTree:
@@ -202,25 +205,104 @@ def without_output(weights: PyTree) -> PyTree:
 
 
 def load_tokenizer(job: Job, model: ModelConfig):
-    """The base model's tokenizer. InputError if it can name ids that the model has not."""
+    """The base model's tokenizer, with the run's chat template. InputError if it can name ids that the model has
+    not."""
     folder = str(hf.resolve(job.config.model.path))
     loaded = tokenizer.load_tokenizer(folder)
     tokenizer.check_vocabulary(loaded, model.vocab_size, folder)
-    return loaded
+    return dressed(job, loaded)
 
 
-def records(job: Job, share: str, loaded_tokenizer=None) -> list[TextRecord]:
-    """The text records of a share: "sft_reward", "policy", "select" or "report"; process 0 prints the account of it."""
-    read, account = shares.read_share(data_division(job.config.data), share, loaded_tokenizer)
+def dressed(job: Job, loaded_tokenizer, source: str = ""):
+    """The tokenizer with the chat template of the data, or of a named source."""
+    data = job.config.data
+    read = data.sources[source] if source else data
+    with reading.of_source(source):
+        return template.dressed(loaded_tokenizer, read.template, read.end_of_turn)
+
+
+def records(job: Job, share: str, loaded_tokenizer=None, source: str = "", labelled: bool = False) -> list[TextRecord]:
+    """The text records of a source's share: "sft_reward", "policy", "select" or "report"; process 0 prints the account
+    of what was read. A prompt that another source of the stage holds out is left out too. labelled: see `Reading`."""
+    data = job.config.data
+    whole = data_division(data, source)
+    assert whole.reading is not None
+    whole = dataclasses.replace(whole, reading=dataclasses.replace(whole.reading, labelled=labelled))
+    with reading.of_source(source):
+        read, account = shares.read_share(whole, share, loaded_tokenizer)
+        others = (
+            [name for name in sources_of(job.settings) if name != source]
+            if share not in (division.SELECT, division.REPORT)
+            else []
+        )
+        kept = division.without(read, [each for name in others for each in _heldout(data, name, loaded_tokenizer)])
+        if not kept:
+            raise InputError(f"{account.source}: every prompt is held out by another source of stages.{job.name}.data")
+        account = account.of_share(share, len(kept), account.overlap + len(read) - len(kept))
     say(account.text())
     job.accounts.append(account)
-    return read
+    return kept
 
 
-def data_division(data: Data) -> shares.Division:
-    """How the data is read and divided. InputError for settings of it that can't be meant."""
-    reading = Reading.of(plain(data))
-    return shares.Division(data.path, data.split, data.eval_split, dict(data.shares), data.limit or None, reading)
+def _heldout(data: Data, source: str, loaded_tokenizer) -> list[TextRecord]:
+    """The records that a source holds out by a split of their own; those of the eval share are everywhere the same."""
+    whole = data_division(data, source)
+    if not whole.eval_split:
+        return []
+    with reading.of_source(source):
+        return sources.load(whole.path, whole.eval_split, loaded_tokenizer, whole.limit, whole.reading)[0]
+
+
+def check_data(data: Data, names: Iterable[str]) -> None:
+    """InputError for what is wrong with the files of the sources named: their splits, their forms, their columns."""
+    for name in names:
+        whole = data_division(data, name)
+        with reading.of_source(name):
+            for split in filter(None, (whole.split, whole.eval_split)):
+                sources.check(whole.path, split, whole.limit, whole.reading)
+
+
+def data_division(data: Data, source: str = "") -> shares.Division:
+    """How the data, or a named source, is read and divided. InputError for settings of it that can't be meant."""
+    read = data.sources[source] if source else data
+    with reading.of_source(source):
+        how = Reading.of(plain(read))
+    return shares.Division(read.path, read.split, read.eval_split, dict(data.shares), read.limit or None, how)
+
+
+def share_rows(job: Job, model: ModelConfig, loaded_tokenizer, share: str, replies: int) -> encode.Encoded:
+    """The rows of a share, of the data that the stage names; training draws those of several sources by weight."""
+    return _of_sources(job, share, loaded_tokenizer, lambda rows, shown: encode_rows(job, model, rows, replies, shown))
+
+
+def share_labelled(job: Job, model: ModelConfig, loaded_tokenizer, share: str) -> encode.Encoded:
+    """Rows of one reply each with its label (1: good, 0: bad), as unpaired objectives take them: replies that the data
+    labels, and of pairs the chosen as a good one, the rejected as a bad one. InputError for replies without either."""
+
+    def make(read: list[TextRecord], shown) -> encode.Encoded:
+        return encode_rows(job, model, text_records.labelled(read), 1, shown)
+
+    return _of_sources(job, share, loaded_tokenizer, make, labelled=True)
+
+
+def _of_sources(
+    job: Job,
+    share: str,
+    loaded_tokenizer,
+    make: Callable[[list[TextRecord], Any], encode.Encoded],
+    labelled: bool = False,
+) -> encode.Encoded:
+    """`make` of the records of each source that the stage names, and of the tokenizer with its template; all mixed.
+    labelled: see `Reading`."""
+    weights = sources_of(job.settings) or {"": 1.0}
+    parts = []
+    for name in weights:
+        shown = dressed(job, loaded_tokenizer, name)
+        parts.append(make(records(job, share, shown, name, labelled), shown))
+    try:
+        return parts[0] if len(parts) == 1 else mixture.mix(parts, list(weights.values()))
+    except InputError as error:
+        raise job.error("data", str(error)) from None
 
 
 def encode_rows(job: Job, model: ModelConfig, rows: list[TextRecord], replies: int, loaded_tokenizer) -> encode.Encoded:
@@ -245,7 +327,7 @@ def share_pairs(job: Job, model: ModelConfig, loaded_tokenizer, share: str) -> e
     """The pairs of a share: from the stage that made them, if the job's inputs name one, or from the data."""
     if "pairs" in job.inputs:
         return read_rows(job.inputs["pairs"].folder / share)
-    return encode_rows(job, model, records(job, share, loaded_tokenizer), 2, loaded_tokenizer)
+    return share_rows(job, model, loaded_tokenizer, share, 2)
 
 
 def read_rows(folder: epath.Path) -> encode.Encoded:
@@ -272,9 +354,13 @@ def local(folder: epath.Path) -> Path:
 def share_prompts(job: Job, model: ModelConfig, loaded_tokenizer, share: str) -> encode.Encoded:
     """The prompts of a share, each once, with room left for a reply within the row."""
     data = job.config.data
-    rows = division.unique_prompts(records(job, share, loaded_tokenizer))
     limits = encode.Limits(data.max_length, data.max_response, max_prompt=prompt_limit(job), too_long=data.too_long)
-    return _encode(job, rows, loaded_tokenizer, 0, limits)
+    return _of_sources(
+        job,
+        share,
+        loaded_tokenizer,
+        lambda rows, shown: _encode(job, division.unique_prompts(rows), shown, 0, limits),
+    )
 
 
 def prompt_limit(job: Job) -> int:
@@ -334,7 +420,10 @@ def check(job: Job) -> None:
     decoder_config, data = model(job), job.config.data
     if frozen_dtype(job) == "int8" and job.mesh.size > 1:
         raise InputError(f"model.frozen_dtype: int8 is for one device; found {job.mesh.size}")
-    data_division(data)
+    for name, read in {"": data, **data.sources}.items():
+        data_division(data, name)
+        if read.end_of_turn and job.preset is None:
+            dressed(job, tokenizer.load_tokenizer(str(hf.resolve(job.config.model.path))), name)
     if data.max_length > decoder_config.max_positions:
         raise InputError(
             f"data.max_length: {data.max_length} is above the model's context of {decoder_config.max_positions} tokens"

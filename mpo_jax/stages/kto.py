@@ -1,9 +1,10 @@
 """A policy, a frozen reference and single replies, good or bad, enter; a policy that prefers the good ones leaves.
 
-Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306): no reply needs a counterpart. Of a split's
-pairs the chosen replies are the good ones, the rejected the bad ones.
+Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306): no reply needs a counterpart. They are those
+that the data labels; of pairs the chosen replies are the good ones, the rejected the bad ones.
 """
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,12 @@ class Settings(Training):
 
     init: str = role(POLICY, "sft", "the policy that training starts from")
     reference: str = role(POLICY, "sft", "the frozen policy of the log-ratios")
-    pairs: str = role(PAIRS, "split/all", "pairs whose chosen replies are good, and whose rejected ones are bad")
+    pairs: str = role(
+        PAIRS,
+        "split/all",
+        "pairs whose chosen replies are good, and whose rejected ones are bad; data: the data's own labelled replies",
+        data=True,
+    )
     beta: Positive = setting(0.1, "strength of the KL leash; Ethayarajh et al. 2024, eq. 8; ours")
     desirable_weight: Amount = setting(1.0, "of good replies; the paper's lambda_D")
     undesirable_weight: Amount = setting(1.0, "of bad replies; the paper's lambda_U")
@@ -64,12 +70,22 @@ def make_loss(model: ModelConfig, settings: Settings) -> loop.Loss:
     return loss
 
 
-def labelled(pairs: Encoded) -> tuple[Encoded, np.ndarray]:
-    """Each pair as two rows of one reply, and their labels f32 [2 * pairs]: 1 of the chosen, 0 of the rejected."""
+def replies(job: Job[Settings], model: ModelConfig) -> list[Encoded]:
+    """The labelled replies that the stage learns from, and those that it is watched by, rows of one reply."""
+    if "pairs" in job.inputs:
+        train, heldout, _ = buckets.pairs_for(job, model)
+        return [labelled(train), labelled(heldout)]
+    tokenizer = jobs.load_tokenizer(job, model)
+    return [jobs.share_labelled(job, model, tokenizer, share) for share in ("policy", SELECT)]
+
+
+def labelled(pairs: Encoded) -> Encoded:
+    """Each pair as two rows of one reply, labelled 1 (the chosen) and 0 (the rejected)."""
     every = np.arange(len(pairs))
     good = encode.take(pairs, every, replies=1)
     bad = encode.take(pairs, every, np.ones(len(pairs), bool), replies=1)
-    return encode.join(good, bad), np.repeat(np.asarray([1, 0], np.float32), len(pairs))
+    label = np.repeat(np.asarray([1, 0], np.float32), len(pairs))
+    return dataclasses.replace(encode.join(good, bad), label=label)
 
 
 def with_others(rows_: Encoded, longest: int) -> Encoded:
@@ -87,7 +103,10 @@ def with_others(rows_: Encoded, longest: int) -> Encoded:
     for row, second in enumerate(other):
         first, reply = rows_.row(row)
         pieces += [first, reply, rows_.row(int(second))[1][: max(1, longest - len(first))]]
-    return encode.assemble(pieces, 2, rows_.conventions, f"{rows_.key}, mismatched", id=rows_.id, prompt_id=prompt)
+    beside = encode.assemble(
+        pieces, 2, rows_.conventions, f"{rows_.key}, mismatched", id=rows_.id, prompt_id=prompt, label=rows_.label
+    )
+    return dataclasses.replace(beside, mixture=rows_.mixture)
 
 
 def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
@@ -107,18 +126,22 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     """Trains, writes the weights, returns the summary."""
     model = jobs.model(job)
     settings = job.settings
-    source = job.inputs["pairs"]
-    read = [labelled(pairs) for pairs in (buckets.pairs(source), buckets.heldout(source, SELECT))]
-    encoded = [with_others(each, job.config.data.max_length) for each, _ in read]
+    encoded = [with_others(each, job.config.data.max_length) for each in replies(job, model)]
     base = jobs.base_weights(job, model)
     steps = loop.total_steps(job, jobs.loader(job, encoded[0], settings.batch_size, max_length=None))
     compiled = programs(job, steps)
     known = reference.logps(job, compiled["reference"], base, encoded)
     train, heldout = (
         jobs.loader(
-            job, each, settings.batch_size, max_length=None, ref_logps=logps, label=label, shuffle=each is encoded[0]
+            job,
+            each,
+            settings.batch_size,
+            max_length=None,
+            ref_logps=logps,
+            label=each.label,
+            shuffle=each is encoded[0],
         )
-        for each, logps, (_, label) in zip(encoded, known, read, strict=True)
+        for each, logps in zip(encoded, known, strict=True)
     )
     params = jobs.load_weights(job, job.inputs["init"], model)
     training = loop.supervised(job, compiled, params, {"base": base}, train, heldout, steps)

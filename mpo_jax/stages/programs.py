@@ -180,7 +180,7 @@ def made_by_stage(job: Job, role: str) -> Any:
         return None
     settings = job.config.stages[artifact.name]
     while not getattr(settings, "samples_pairs", False):
-        if not getattr(settings, "pairs", ""):
+        if getattr(settings, "pairs", "") not in job.config.stages:
             return None
         settings = job.config.stages[settings.pairs]
     return settings

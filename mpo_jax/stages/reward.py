@@ -33,7 +33,9 @@ class Settings(Training):
     """A reward model, trained on preference pairs."""
 
     init: str = role(POLICY, "sft", "the policy whose trunk it begins with")
-    pairs: str = role(SAMPLES, "", "a stage whose sampled pairs it learns from; empty: the data's own pairs")
+    pairs: str = role(
+        SAMPLES, "", "a stage whose sampled pairs it learns from; data, or empty: the data's own pairs", data=True
+    )
     share: ShareName = setting("sft_reward", "of the data that is learned from")
     margin: bool = setting(False, "subtract the annotator's margin inside the sigmoid, where the data has one")
     folds: Whole = setting(0, "parts of the share, by prompt, for cross-fitting; 0: learn from all of it")

@@ -59,10 +59,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
         source = job.inputs["pairs"]
         made = [buckets.chosen(pairs) for pairs in (buckets.pairs(source), buckets.heldout(source, SELECT))]
     else:
-        made = [
-            jobs.encode_rows(job, model, jobs.records(job, share, tokenizer), 1, tokenizer)
-            for share in (settings.share, SELECT)
-        ]
+        made = [jobs.share_rows(job, model, tokenizer, share, 1) for share in (settings.share, SELECT)]
     # Replies that a stage sampled may make longer rows than those of the data.
     limit = {"max_length": None} if "pairs" in job.inputs else {}
     train, heldout = (

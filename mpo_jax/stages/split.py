@@ -46,7 +46,7 @@ class Settings(Pairing, Measures):
     )
     second: str = role(REWARD, "", "another reward model: pairs are flipped only where it prefers rejected too")
     policy: str = role(POLICY, "sft", "the policy whose replies are paired, where pairs are sampled", optional=True)
-    pairs: str = role(SAMPLES, "", "a stage whose pairs are read; empty: the data's own pairs")
+    pairs: str = role(SAMPLES, "", "a stage whose pairs are read; data, or empty: the data's own pairs", data=True)
     share: ShareName = setting("policy", "of the data that is divided")
     pair_source: Literal["dataset", "sampled", "both"] = setting(
         "dataset", "where pairs come from: the data (or `pairs`), the policy's own replies, or both"

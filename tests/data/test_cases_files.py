@@ -1,9 +1,12 @@
 """Files and folders as users bring them enter; that they are read as they mean, or refused by name, is checked."""
 
+import csv
 import gzip
+import io
 import json
 import os
 
+import pyarrow
 import pytest
 
 from mpo_jax import artifacts
@@ -16,6 +19,19 @@ from mpo_jax.lines import split_lines
 
 ROWS = [{"prompt": f"p{n}", "chosen": f"a{n}", "rejected": f"b{n}"} for n in range(4)]
 SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh"
+
+
+def zstd(content: bytes) -> bytes:
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+def table(rows, **how) -> bytes:
+    """Rows as the standard library writes CSV."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), **({"lineterminator": "\n"} | how))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
 
 
 def _texts(records):
@@ -44,6 +60,15 @@ READ = {
     "bom lines": ("a.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
     "bom lines, zipped": ("a.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + LINES.encode())),
     "zipped without its suffix": ("a.jsonl", gzip.compress(LINES.encode())),
+    "zstd": ("a.jsonl.zst", zstd(LINES.encode())),
+    "zstd without its suffix": ("a.jsonl", zstd(LINES.encode())),
+    "zstd of several frames": ("a.jsonl.zst", zstd(LINES[:40].encode()) + zstd(LINES[40:].encode())),
+    "an array in zstd": ("a.json.zst", zstd(json.dumps(ROWS).encode())),
+    "csv": ("a.csv", table(ROWS)),
+    "csv, bom and line breaks of Windows": ("a.csv", b"\xef\xbb\xbf" + table(ROWS, lineterminator="\r\n")),
+    "csv, all quoted, zipped": ("a.csv.gz", gzip.compress(table(ROWS, quoting=csv.QUOTE_ALL))),
+    "tsv": ("a.tsv", table(ROWS, delimiter="\t")),
+    "tsv, zstd": ("a.tsv.zst", zstd(table(ROWS, delimiter="\t"))),
     "an array in a .jsonl": ("a.jsonl", json.dumps(ROWS).encode()),
     "an array over several lines in a .jsonl": ("a.jsonl", json.dumps(ROWS, indent=2).encode()),
     "lines in a .json": ("a.json", LINES.encode()),
@@ -63,6 +88,30 @@ def test_files_that_are_read_by_their_content(tmp_path, kind):
     assert _texts(load(str(tmp_path / name))[0]) == EXPECTED
 
 
+def test_a_table_s_texts_have_line_breaks_and_its_empty_cells_say_nothing(tmp_path):
+    rows = [
+        {"prompt": 'Say "hi",\nplease.', "chosen": "hi\n\nhi", "rejected": SEPARATORS, "margin": "2.5"},
+        {"prompt": "p", "chosen": "", "rejected": "b", "margin": ""},
+        {"prompt": "é" * 200_000, "chosen": "a", "rejected": "b", "margin": ""},
+    ]
+    (tmp_path / "a.csv").write_bytes(table(rows, quoting=csv.QUOTE_ALL))
+    records, account = load(str(tmp_path / "a.csv"))
+    assert _texts(records) == [(row["prompt"], row["chosen"], row["rejected"]) for row in (rows[0], rows[2])]
+    assert [record.margin for record in records] == [2.5, None]
+    assert account.first_dropped == {"no 'chosen' (missing or null, expected text)": "a.csv, line 6"}
+
+
+def test_a_table_s_labels_and_choices_are_read(tmp_path):
+    rows = [{"prompt": "p", "completion": "a", "label": "True"}, {"prompt": "p", "completion": "b", "label": "false"}]
+    (tmp_path / "a.csv").write_bytes(table(rows))
+    (record,), account = load(str(tmp_path / "a.csv"))
+    assert (record.chosen, record.rejected, account.schema) == ("a", "b", "unpaired")
+    row = {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": "1"}
+    (tmp_path / "b.tsv").write_bytes(table([row], delimiter="\t"))
+    (record,), _ = load(str(tmp_path / "b.tsv"))
+    assert (record.chosen.strip(), record.rejected.strip()) == ("b", "a")
+
+
 def test_one_object_over_several_lines_is_one_row(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(ROWS[0], indent=1))
     assert _texts(load(str(tmp_path / "a.json"))[0]) == EXPECTED[:1]
@@ -80,6 +129,13 @@ REFUSED = {
     "a web page": ("a.json", b"<!DOCTYPE html><html></html>", "HTML"),
     "a zip": ("a.jsonl", b"PK\x03\x04 etc", "zip archive"),
     "not zipped": ("a.jsonl.gz", LINES.encode(), "gzip"),
+    "not zstd": ("a.jsonl.zst", LINES.encode(), "no zstd file"),
+    "zstd, cut": ("a.jsonl.zst", zstd(LINES.encode() * 50)[:-60], "damaged or truncated zstd"),
+    "csv, a field more": ("a.csv", table(ROWS) + b"p,a,b,c\n", "a.csv, line 6: 4 fields; expected 3: prompt"),
+    "csv, a quote that is not closed": ("a.csv", table(ROWS) + b'p,a,"b\n', "a.csv, line 6: no CSV row"),
+    "csv, a column twice": ("a.csv", b"prompt,prompt\na,b\n", "line 1: columns 'prompt', 'prompt'; expected"),
+    "csv, not utf-8": ("a.csv", table(ROWS) + b"p,\xff,b\n", "line 6: not UTF-8"),
+    "csv without a row": ("a.csv", b"prompt,chosen,rejected\n", "is empty"),
     "parquet by another name": ("a.jsonl", b"PAR1" + bytes(20), ".parquet"),
     "columns": ("a.json", json.dumps({"prompt": ["p", "q"], "chosen": ["a", "b"]}).encode(), "orient='records'"),
     "columns of pandas": ("a.json", b'{"prompt": {"0": "p", "1": "q"}, "id": {"0": 1, "1": 2}}', "orient='records'"),

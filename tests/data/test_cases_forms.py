@@ -9,6 +9,7 @@ import pytest
 
 from mpo_jax.data.encode import Limits, check_margins, encode
 from mpo_jax.data.reading import Reading
+from mpo_jax.data.records import labelled
 from mpo_jax.data.sources import load
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
@@ -323,6 +324,27 @@ def test_unpaired_replies_without_a_bad_one_are_demonstrations_alone(jsonl, mode
         encode(records[1:], tokenizer, 2, Limits(64, 16))
 
 
+def test_labelled_replies_stay_single_where_they_are_asked_for(cases, models):
+    records, account = load(str(cases / "unpaired_kto/kto.jsonl"), reading=Reading(labelled=True))
+    assert (account.read, account.kept, account.notes) == (80, 80, {})
+    assert [record.label for record in records] == [True, False] * 40
+    assert all(record.rejected is None for record in records)
+    encoded = encode(labelled(records), load_tokenizer(models / "zephyr"), 1, Limits(128, 64))
+    assert encoded.replies == 1 and encoded.label.tolist() == [1, 0] * 40
+
+
+def test_pairs_are_labelled_replies_too_and_others_are_refused(cases, jsonl, models):
+    row = {"prompt": [{"role": "user", "content": "p <|im_end|>"}], "chosen": "a <|im_end|>", "rejected": "b"}
+    (pair,), _ = load(jsonl([row]), tokenizer=load_tokenizer(models / "qwen_base"))
+    single = labelled([pair, pair])
+    assert [(r.id, r.label, r.chosen) for r in single[:2]] == [(0, True, pair.chosen), (1, False, pair.rejected)]
+    assert [r.marked for r in single[:2]] == [pair.marked[:2], (pair.marked[0], pair.marked[2])]
+    assert [r.id for r in single] == [0, 1, 2, 3]
+    (alone,), _ = load(jsonl([{"prompt": "p", "completion": "a"}]))
+    with pytest.raises(InputError, match=r"^record 0 of split 'train' \(completion: .*\) has no label and no pair"):
+        labelled([alone])
+
+
 def test_a_label_that_is_neither_true_nor_false(jsonl, fails):
     rows = [{"prompt": "p", "completion": "a", "label": True}, {"prompt": "p", "completion": "b", "label": 3}]
     fails(jsonl(rows), "line 2", "'label' is 3")
@@ -376,6 +398,31 @@ def test_replies_in_the_middle_of_a_ranking_are_told(jsonl):
     (record,), account = load(jsonl([{"prompt": "p", "answers": answers}]))
     assert (record.chosen, record.rejected) == (" 1", " 4")
     assert account.notes == {"replies between the best and the worst, unread": 2}
+
+
+@pytest.mark.parametrize(
+    ("ranked", "pairs", "left"),
+    [
+        ("best_worst", [("1", "4")], 2),
+        ("adjacent", [("2", "4"), ("1", "3")], 1),
+        ("all", [("2", "4"), ("3", "4"), ("1", "4"), ("1", "2"), ("1", "3")], 1),
+    ],
+)
+def test_ranked_replies_become_the_pairs_that_are_asked_for(jsonl, ranked, pairs, left):
+    """Two replies share the second rank: of them no pair is made."""
+    answers = [{"answer": str(n), "rank": rank} for n, rank in ((2, 2), (1, 1), (4, 4), (3, 2))]
+    rows = [{"prompt": "p", "answers": answers}, {"prompt": "q", "answers": answers[:2]}]
+    records, account = load(jsonl(rows), reading=Reading(ranked=ranked))
+    made = [(record.chosen.strip(), record.rejected.strip()) for record in records[:-1]]
+    assert sorted(made) == sorted(pairs)
+    assert (records[-1].prompt, records[-1].chosen, records[-1].rejected) == (HUMAN.format("q"), " 1", " 2")
+    assert [record.id for record in records] == list(range(len(pairs) + 1))
+    assert (account.read, account.kept, sum(account.notes.values())) == (2, len(pairs) + 1, left)
+
+
+def test_a_ranking_of_equals_is_a_tie(jsonl, fails):
+    answers = [{"answer": str(n), "rank": 1} for n in range(3)]
+    fails(jsonl([{"prompt": "p", "answers": answers}]), "tie", reading=Reading(ranked="all"))
 
 
 @pytest.mark.parametrize(
@@ -451,6 +498,10 @@ def test_implicit_prompt_is_read_where_asked_for_and_offered_otherwise(cases, fa
 def test_a_common_beginning_ends_at_a_turn_or_a_word(jsonl, one, other, prompt):
     (record,), _ = load(jsonl([{"chosen": one, "rejected": other}]), reading=Reading(common_prompt=True))
     assert record.prompt == prompt and record.prompt + record.chosen == one
+
+
+def test_a_reply_that_is_null_in_every_row_is_told(jsonl, fails):
+    fails(jsonl([{"chosen": None, "rejected": "no"}]), "a.jsonl, line 1", "without a prompt column")
 
 
 def test_replies_with_nothing_in_common_are_dropped(jsonl):
@@ -593,16 +644,16 @@ def test_a_column_map_of_whole_conversations(jsonl, fails):
 def test_a_column_map_with_wrong_names(jsonl, fails):
     fails(
         jsonl([{"prompt": "p"}]),
-        "data.columns names 'ask'",
-        "columns here: prompt",
+        "data.columns.prompt: 'ask' is no column of a.jsonl",
+        "expected one of prompt",
         reading=Reading(columns={"prompt": "ask"}),
     )
     with pytest.raises(InputError, match="unknown role 'promt'"):
         Reading(columns={"promt": "ask"})
     with pytest.raises(InputError, match="twice"):
         Reading(columns={"prompt": "ask", "chosen": "ask"})
-    with pytest.raises(InputError, match=r"data\.template: 'chatml'"):
-        Reading(template="chatml")
+    with pytest.raises(InputError, match=r"data\.template: 'chatmll': neither a file nor"):
+        Reading(template="chatmll")
 
 
 def test_rows_of_another_form_within_a_file_are_told_with_their_line(jsonl, fails):

@@ -33,6 +33,7 @@ def make_encoded(count=61, replies=2, seed=0) -> Encoded:
         prompt_id=random.permutation(count).astype(np.int32),
         confidence=np.full(count, np.nan, np.float32),
         margin=np.full(count, np.nan, np.float32),
+        label=np.full(count, np.nan, np.float32),
         replies=replies,
         conventions=Conventions(1, 2, PAD, False),
         counts={},

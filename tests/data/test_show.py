@@ -57,3 +57,28 @@ def test_show_reports_bad_input_in_one_line(shared):
     done = _show(f"--data_path={comparisons}", f"--tokenizer={tokenizer}", "--split=nope")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.strip().splitlines()[-1].endswith("unknown split 'nope'; it has train, or 'all'")
+
+
+def test_show_of_a_named_source(cases, shared, tmp_path):
+    """By its own columns and template; what is wrong with it is told by its whole key, with a proposal."""
+    config, rows = tmp_path / "config.py", tmp_path / "mine.jsonl"
+    rows.write_text('{"question": "What floats?", "answer_good": "A leaf.", "answer_bad": "A stone."}\n')
+    config.write_text(
+        "from mpo_jax import recipes\n"
+        "def get_config():\n"
+        "    config = recipes.config()\n"
+        f"    config.model.path = {str(shared / 'models/stories260K')!r}\n"
+        f"    config.data.sources.mine = recipes.source(path={str(rows)!r}, template='alpaca')\n"
+        "    config.stages.sft = recipes.stage('sft', data='mine')\n"
+        "    return config\n"
+    )
+    done = _show(f"--config={config}", "--source=mine")
+    where = "--config.data.sources.mine.columns"
+    proposed = f"{where}.chosen=answer_good {where}.rejected=answer_bad"
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.endswith(f"perhaps {where}.prompt=question {proposed}\n")
+    done = _show(f"--config={config}", "--source=mine", *proposed.split())
+    assert "question: prompt; answer_good (as chosen): chosen; answer_bad (as rejected): rejected" in done.stdout
+    assert "### Instruction:\nWhat floats?\n\n### Response:\n" in done.stdout
+    done = _show(f"--config={config}", "--source=min")
+    assert done.stderr == "error: --source: no source 'min'; did you mean 'mine'?\n"

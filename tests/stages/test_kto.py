@@ -33,11 +33,12 @@ def run(job, name: str, **settings):
 
 def test_each_reply_is_a_row_beside_one_to_another_prompt(made):
     pairs = buckets.pairs(made.inputs["pairs"])
-    single, label = kto.labelled(pairs)
-    assert len(single) == 72 and single.replies == 1 and label.tolist() == [1.0] * 36 + [0.0] * 36
+    single = kto.labelled(pairs)
+    assert len(single) == 72 and single.replies == 1 and single.label.tolist() == [1.0] * 36 + [0.0] * 36
     np.testing.assert_array_equal(single.row(3)[1], pairs.row(3)[1])
     np.testing.assert_array_equal(single.row(36 + 3)[1], pairs.row(3)[2])
     rows = kto.with_others(single, 64)
+    np.testing.assert_array_equal(rows.label, single.label)
     for row in range(72):
         for found, wanted in zip(rows.row(row)[:2], single.row(row), strict=True):
             np.testing.assert_array_equal(found, wanted)

@@ -15,7 +15,7 @@ class Said:
 
     prompt: a text as it is, or turns. chosen, rejected: texts with a text, assistant turns with turns. plain: prompt
     and replies as the source itself writes the dialogue in HH's form. tools: JSON, or "". good: of a single reply with
-    a label, whether it is a good one."""
+    a label, whether it is a good one. more: further pairs of the same row."""
 
     prompt: str | tuple[Turn, ...]
     chosen: str | Turn | None = None
@@ -25,6 +25,7 @@ class Said:
     plain: tuple[str, ...] = ()
     tools: str = ""
     good: bool | None = None
+    more: "tuple[Said, ...]" = ()
 
 
 @dataclasses.dataclass

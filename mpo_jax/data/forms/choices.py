@@ -3,7 +3,10 @@
 Published data sets are known by their columns; for others `data.columns` names first, second and choice.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mpo_jax.data.chat import messages
@@ -59,7 +62,12 @@ def _needed(row: Row, column: str):
     value = row.values.get(column)
     if value is None:
         raise Drop(f"no {column!r} (missing or null)")
-    return value
+    return _whole_number(value)
+
+
+def _whole_number(value: Any) -> Any:
+    """A whole number that is written as text, as a table without types has it; any other value as it is."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,9}\s*", value) else value
 
 
 _NAMES = ({"a", "first", "model_a", "left", "chosen_a"}, {"b", "second", "model_b", "right", "chosen_b"})
@@ -68,7 +76,7 @@ _NAMES = ({"a", "first", "model_a", "left", "chosen_a"}, {"b", "second", "model_
 def _mapped(found: Survey, rows: Sequence[Row], reading: Reading) -> Choose:
     """The meaning of a choice column that `data.columns` names, by all its values: 0 and 1, 1 and 2, below and above
     0, or names."""
-    values = [row.values.get("choice") for row in rows]
+    values = [_whole_number(row.values.get("choice")) for row in rows]
     numbers = {value for value in values if isinstance(value, int) and not isinstance(value, bool)}
     if any(number < 0 for number in numbers):
         return _strength
@@ -111,7 +119,9 @@ def _two(
         system = found.has("system")
         head = prompts.find(found, reading) if prompt == "prompt" else Head(prompt, "", True, system, False, False)
         if head is None:
-            raise InputError(f"{found.first[choice]}: no prompt column; name it, data.columns.prompt='NAME'")
+            raise InputError(
+                f"{found.first.get(choice, rows[0].where)}: no prompt column; name it, data.columns.prompt='NAME'"
+            )
         rule = choose or _mapped(found, rows, reading)
         rated = scores is not None and found.has(*scores)
 
@@ -179,7 +189,7 @@ def _is_ranked(value: Any) -> bool:
 
 
 def _ranked(found: Survey, rows: Sequence[Row], reading: Reading) -> Plan:
-    """Replies with ranks (1 is best) or scores: the best is chosen, the worst rejected; those between are unread."""
+    """Replies with ranks (1 is best) or scores, paired as `data.ranked` says: the better is chosen."""
     column, head = _ranked_column(found, rows), prompts.find(found, reading)
     assert column is not None and head is not None
 
@@ -190,15 +200,36 @@ def _ranked(found: Survey, rows: Sequence[Row], reading: Reading) -> Plan:
         graded = sorted(((_grade(entry), place) for place, entry in enumerate(entries)), key=lambda pair: pair[0])
         if graded[0][0] == graded[-1][0]:
             raise Drop("tie")
-        if len(entries) > 2:
+        if len(entries) > 2 and reading.ranked == "best_worst":
             plan.note("replies between the best and the worst, unread", len(entries) - 2)
-        worst, best = (entries[graded[at][1]] for at in (0, -1))
         prompt = prompts.ends_with_question(_asked(head.turns(row)))
-        chosen, rejected = (Turn("assistant", entry.text(_body(entry)).strip()) for entry in (best, worst))
-        return Said(prompt, chosen, rejected)
+        said = []
+        for (low, worse), (high, better) in _paired(graded, reading.ranked):
+            if low == high:
+                plan.note("pairs of replies of one rank, left out")
+                continue
+            chosen, rejected = (
+                Turn("assistant", entries[at].text(_body(entries[at])).strip()) for at in (better, worse)
+            )
+            said.append(Said(prompt, chosen, rejected))
+        return dataclasses.replace(said[0], more=tuple(said[1:]))
 
-    plan = Plan(read, head.uses() | {column: "replies: the best chosen, the worst rejected"}, frozenset(_KNOWN_RANKED))
+    plan = Plan(read, head.uses() | {column: f"replies: {_PAIRED[reading.ranked]}"}, frozenset(_KNOWN_RANKED))
     return plan
+
+
+_PAIRED = {
+    "best_worst": "the best chosen, the worst rejected",
+    "all": "every two, the better chosen",
+    "adjacent": "each with the next in rank, the better chosen",
+}
+
+
+def _paired(graded: Sequence[Any], ranked: str) -> Iterable[tuple[Any, Any]]:
+    """The pairs (worse, better) of replies in ascending order."""
+    if ranked == "all":
+        return itertools.combinations(graded, 2)
+    return itertools.pairwise(graded) if ranked == "adjacent" else [(graded[0], graded[-1])]
 
 
 _KNOWN_RANKED = ("turns", "num_responses", "good_natured", "correct_answers", "incorrect_answers")

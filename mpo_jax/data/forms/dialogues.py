@@ -31,10 +31,11 @@ def _said(prompt: str, chosen: str, rejected: str) -> Said:
 
 def _common(found: Survey, rows, reading: Reading) -> Plan:
     if not reading.common_prompt:
+        where = found.first.get("chosen", rows[0].where)
         raise InputError(
-            f"{found.first['chosen']}: columns 'chosen' and 'rejected' without a prompt column, and no dialogues in "
-            "HH's form; name the prompt's column, data.columns.prompt='NAME', or take the beginning that both replies "
-            "have in common for it, data.common_prompt=True"
+            f"{where}: columns 'chosen' and 'rejected' without a prompt column, and no dialogues in HH's form; name "
+            "the prompt's column, data.columns.prompt='NAME', or take the beginning that both replies have in common "
+            "for it, data.common_prompt=True"
         )
 
     def read(row: Row) -> Said:

@@ -88,7 +88,7 @@ def find(found: Survey, reading: Reading) -> Head | None:
     if joined and column != "instruction" and "input" not in reading.columns:
         joined = ""  # a prompt with an input beside it: which it is has to be said
     system, past, tools = found.has("system"), found.has("history"), found.has("tools")
-    asked = column in QUESTIONS or system or past or tools or reading.template == "chat"
+    asked = column in QUESTIONS or system or past or tools or reading.all_asked
     return Head(column, joined, asked, system, past, tools)
 
 

@@ -223,6 +223,7 @@ def _labelled(found: Survey, rows, reading: Reading) -> Plan:
         label = row.values.get("label")
         if label is None:
             raise Drop("no 'label' (missing or null, expected true or false)")
+        label = _LABELS.get(label.strip().lower(), label) if isinstance(label, str) else label
         if not isinstance(label, bool) and label not in (0, 1):
             row.get("label", bool)
         said = read(row)
@@ -274,8 +275,16 @@ def has_head(found: Survey) -> bool:
     return found.first_of(("prompt", *prompts.CONVERSATIONS, *prompts.QUESTIONS)) is not None
 
 
-def _is_label(found: Survey) -> bool:
-    return bool(found.kinds.get("label")) and found.kinds["label"] <= {"bool", "number"}
+_LABELS = {"true": True, "false": False, "1": True, "0": False}
+"""Labels as a table without types has them."""
+
+
+def _is_label(found: Survey, rows: Sequence[Row]) -> bool:
+    kinds = found.kinds.get("label", frozenset())
+    if kinds == {"text"}:
+        said = (row.values.get("label") for row in rows)
+        return all(value is None or str(value).strip().lower() in _LABELS for value in said)
+    return bool(kinds) and kinds <= {"bool", "number"}
 
 
 FORMS = (
@@ -301,7 +310,7 @@ FORMS = (
         "unpaired",
         "prompt/completion/label",
         lambda s, rows: (
-            _is_label(s) and has_head(s) and any(s.has(name) for name in DEMONSTRATIONS) and not s.has("chosen")
+            _is_label(s, rows) and has_head(s) and any(s.has(name) for name in DEMONSTRATIONS) and not s.has("chosen")
         ),
         _labelled,
     ),

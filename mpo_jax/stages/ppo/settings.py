@@ -53,7 +53,9 @@ class Settings(Training, Rules, Replay):
     init: str = role(POLICY, "dpo", "the policy that training starts from")
     reference: str = role(POLICY, "dpo", "the frozen policy of the KL term; the paper's is the DPO policy")
     reward: str = role(REWARD, "reward", "the reward model; empty where a labeller scores", optional=True)
-    prompts: str = role(PAIRS, "split/hard", "the pairs whose prompts it samples replies to")
+    prompts: str = role(
+        PAIRS, "split/hard", "the pairs whose prompts it samples replies to; data: the data's own prompts", data=True
+    )
     sft: str = role(POLICY, "", "a policy whose KL is logged too")
     labeller: Scorer = setting("reward", "who scores: the reward model, or a labeller, for studies")
     gold: Gold = setting("", "a labeller whose scores are logged at evaluations, and learned from by nobody")

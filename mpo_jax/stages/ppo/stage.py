@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from mpo_jax import artifacts, sharding
 from mpo_jax.artifacts import POLICY
-from mpo_jax.data.division import SELECT
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
@@ -119,9 +118,8 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     settings = job.settings
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
-    prompts = buckets.prompts(job.inputs["prompts"])
+    prompts, heldout = buckets.prompts_for(job, model, tokenizer, settings.eval_prompts)
     loader = candidates.prompt_loader(job, prompts, settings.batch_size)
-    heldout = buckets.heldout_prompts(job.inputs["prompts"], SELECT, settings.eval_prompts)
     frozen = load_frozen(job, model)
     params = {"policy": jobs.load_weights(job, job.inputs["init"], model)}
     if settings.has_critic:
