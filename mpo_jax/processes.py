@@ -36,9 +36,9 @@ def start(coordinator: str | None, processes: int | None, process: int | None, d
         raise InputError(f"--distributed: {' '.join(str(error).split())[:300]}; or give --coordinator") from error
 
 
-def first(work: Callable[[], Any]) -> None:
+def first(work: Callable[[], Any], what: str = "") -> None:
     """Does some work on process 0 alone; all processes raise InputError where it does, and none waits for one that has
-    ended."""
+    ended. what: of long work, for which the others wait at a barrier of that name."""
     told = ""
     if jax.process_index() == 0:
         try:
@@ -46,10 +46,22 @@ def first(work: Callable[[], Any]) -> None:
         except InputError as error:
             told = str(error)
     if jax.process_count() > 1:
+        if what:  # a collective operation waits for less long
+            barrier(what)
         failed = multihost_utils.broadcast_one_to_all(np.array(bool(told)))
         told = told or ("process 0 found what is wrong; see its log" if failed else "")
     if told:
         raise InputError(told)
+
+
+def from_first(work: Callable[[], np.ndarray], shape: tuple[int, ...], what: str) -> np.ndarray:
+    """What some work gives on process 0, which does it alone, on every process: f32 of the shape. As in `first`, all
+    raise InputError where it does; the others wait for it at a barrier that is named `what`."""
+    found: list[np.ndarray] = []
+    first(lambda: found.append(np.asarray(work(), np.float32)), what)
+    if jax.process_count() == 1:
+        return found[0]
+    return np.asarray(multihost_utils.broadcast_one_to_all(found[0] if found else np.zeros(shape, np.float32)))
 
 
 def barrier(what: str, seconds: float = BARRIER_SECONDS) -> None:

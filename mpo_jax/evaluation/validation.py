@@ -119,8 +119,8 @@ def _drawn(points: Sequence[Mapping[str, float]]) -> str:
 
 
 def _labelled(settings: Mapping[str, Any]) -> bool:
-    """Whether somebody other than the reward model chose the better reply of a split's pairs."""
-    return settings["pair_source"] == "dataset" or settings["labeller"] != "reward"
+    """Whether somebody other than the scorer chose the better reply of a split's pairs."""
+    return settings["pair_source"] == "dataset" or bool(settings["labeller"])
 
 
 def _split(folder: epath.Path) -> dict[str, Any]:

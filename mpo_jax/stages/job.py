@@ -15,7 +15,7 @@ from etils import epath
 
 from mpo_jax import artifacts, checkpoint, sharding
 from mpo_jax.artifacts import BASE, POLICY, REWARD
-from mpo_jax.data import division, encode, shares, tokenizer
+from mpo_jax.data import division, encode, shares, sources, tokenizer
 from mpo_jax.data.account import Account
 from mpo_jax.data.loader import Loader
 from mpo_jax.data.reading import Reading
@@ -93,11 +93,19 @@ def model(job: Job) -> ModelConfig:
     else:
         architecture = job.preset.architecture
     adapters = settings.lora
+    return computed(
+        job, architecture, LoraConfig(adapters.rank, adapters.alpha, adapters.targets) if adapters.rank else None
+    )
+
+
+def computed(job: Job, architecture: ModelConfig, adapters: LoraConfig | None = None) -> ModelConfig:
+    """A model's config as the job's mesh computes it, by the run's settings. InputError for what a backend can't do."""
+    settings = job.config.model
     config = dataclasses.replace(
         architecture.for_mesh(job.mesh),
         dtype=model_config.compute_dtype(settings.dtype, job.platform),
         remat=getattr(job.settings, "remat", "") or settings.remat,
-        lora=LoraConfig(adapters.rank, adapters.alpha, adapters.targets) if adapters.rank else None,
+        lora=adapters,
     )
     device = job.mesh.devices.flat[0]
     backend = attention.choose(
@@ -205,6 +213,26 @@ def records(job: Job, share: str, loaded_tokenizer=None) -> list[TextRecord]:
     say(account.text())
     job.accounts.append(account)
     return read
+
+
+def said(job: Job, loaded_tokenizer) -> dict[int, TextRecord]:
+    """What the data says of every prompt, by the prompt's id: its first record. Ids are given within a share; one that
+    prompts of two shares have is left out."""
+    data = data_division(job.config.data)
+    heldout, kept = [], sources.load(data.path, data.split, loaded_tokenizer, data.limit, data.reading)[0]
+    if data.eval_split:
+        heldout = sources.load(data.path, data.eval_split, loaded_tokenizer, data.limit, data.reading)[0]
+    taken = {record.first_turn for record in heldout}
+    parts: dict[str, list[TextRecord]] = {}
+    for record in division.unique_prompts([*heldout, *kept]):
+        parts.setdefault(shares.share_of(record, data, taken), []).append(record)
+    found: dict[int, TextRecord] = {}
+    twice: set[int] = set()
+    for part in parts.values():
+        numbers = division.prompt_ids([record.prompt_key for record in part]).tolist()
+        twice |= found.keys() & set(numbers)
+        found |= dict(zip(numbers, part, strict=True))
+    return {number: record for number, record in found.items() if number not in twice}
 
 
 def data_division(data: Data) -> shares.Division:

@@ -1,4 +1,4 @@
-"""Preference pairs, from the data or sampled by a policy, and a reward model enter; easy, hard and flipped pairs leave.
+"""Preference pairs, from the data or sampled by a policy, and a scorer enter; easy, hard and flipped pairs leave.
 
 The gap of a pair is its chosen score minus its rejected one, in reward units: sigmoid(gap) is the reward model's
 probability that chosen is better. Gou & Nguyen 2024 (arXiv 2403.19443): easy pairs have a large gap, hard ones a small.
@@ -6,6 +6,7 @@ No pair is scored by a reward model that was trained on it: pairs come from anot
 part that one of k reward models has not seen (cross-fitting).
 """
 
+import contextlib
 import functools
 from typing import Annotated, Any, Literal
 
@@ -18,36 +19,41 @@ from mpo_jax import settings as declared
 from mpo_jax.artifacts import PAIRS, POLICY, REWARD, SAMPLES
 from mpo_jax.data import division, encode
 from mpo_jax.data.encode import Encoded
+from mpo_jax.errors import InputError
 from mpo_jax.evaluation import sections, split_report
-from mpo_jax.evaluation.labellers import LABELLERS
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.run import ShareName
-from mpo_jax.settings import Amount, Count, OneOf, OneOrMany, Whole, changed, role, setting
-from mpo_jax.stages import buckets, candidates, rows
+from mpo_jax.scorers.names import OWN, Scorer, Scorers, own_alone
+from mpo_jax.settings import Amount, Count, OneOrMany, Whole, changed, role, setting
+from mpo_jax.stages import buckets, candidates, rows, scores
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage, rows_of_share
 from mpo_jax.stages.candidates import Pairing, Scored
 from mpo_jax.stages.job import Artifact, Job
 from mpo_jax.stages.programs import Programs
-from mpo_jax.types import GapTable
+from mpo_jax.types import Batch, GapTable
 
 
 class Settings(Pairing):
-    """Divides preference pairs into easy, hard and flipped ones by the gap of their reward-model scores."""
+    """Divides preference pairs into easy, hard and flipped ones by the gap of their scores."""
 
     reward: OneOrMany = role(
-        REWARD, "reward", "the reward model that scores, which never saw the share; or the k of cross-fitting"
+        REWARD,
+        "reward",
+        "the reward model that scores, which never saw the share; or the k of cross-fitting; empty: another scores",
+        optional=True,
     )
+    scorer: Annotated[Scorer, Scorers(more=(OWN,))] = setting(OWN, "who scores: the reward model, or another scorer")
     policy: str = role(POLICY, "sft", "the policy whose replies are paired, where pairs are sampled", optional=True)
     pairs: str = role(SAMPLES, "", "a stage whose pairs are read; empty: the data's own pairs")
     share: ShareName = setting("policy", "of the data that is divided")
     pair_source: Literal["dataset", "sampled", "both"] = setting(
         "dataset", "where pairs come from: the data (or `pairs`), the policy's own replies, or both"
     )
-    labeller: Annotated[str, OneOf(LABELLERS, more=("reward",))] = changed(
-        Pairing, "labeller", "reward", "who says which sampled reply is better"
+    labeller: Annotated[Scorer, Scorers(more=("",))] = changed(
+        Pairing, "labeller", "", "the scorer who says which sampled reply is better; empty: the one who scores"
     )
     threshold: Amount = setting(1.0, "gap at which a pair is easy; the paper tests 1 and 2", unit="reward units")
     quantile: Annotated[float, annotated_types.Interval(ge=0, lt=1)] = setting(
@@ -69,6 +75,8 @@ class Settings(Pairing):
             raise declared.wrong("threshold", "0; expected above 0, in reward units, or a quantile")
         if self.samples_pairs and not self.policy:
             raise declared.wrong("policy", "empty; expected the policy whose replies are paired")
+        if scores.uses_own(self.scorer) and not self.reward:
+            raise declared.wrong("reward", "empty, but scorer needs it; name a reward stage")
         return self
 
 
@@ -79,10 +87,11 @@ def check(job: Job[Settings]) -> None:
         jobs.check_batch(job, job.settings.score_batch, "score_batch")
     if job.settings.samples_pairs:
         candidates.check_pairs(job)
-    models = reward_models(job)
+    scores.check(job)
+    models = reward_models(job) if scores.uses_own(job.settings.scorer) else []
     if len(models) > 1:
         _check_folds(job, models)
-    elif job.settings.pair_source != "sampled" and _learned_from(job, models[0].name) == job.settings.share:
+    elif models and job.settings.pair_source != "sampled" and _learned_from(job, models[0].name) == job.settings.share:
         # A pair would be scored by a model that was trained on it.
         raise job.error(
             "share",
@@ -118,24 +127,35 @@ def _check_folds(job: Job[Settings], models: list[Artifact]) -> None:
 
 
 def programs(job: Job[Settings]) -> Programs:
-    """The scorer of the data's pairs; the sampler, and the scorer of what it sampled."""
+    """The scorers of the data's pairs; the sampler, and the scorers of what it sampled."""
     model = jobs.model(job)
     settings = job.settings
     base = jobs.abstract_base(job, model)
-    scorer = base | shapes.frozen_weights(job, model, head=True)
-    size = settings.score_batch or settings.batch_size
+    own = scores.uses_own(settings.scorer)
+    reward = base | shapes.frozen_weights(job, model, head=True) if own else base
+    size = score_rows(job)
     compiled: Programs = {}
+    scored: dict[int, Batch] = {}
     if settings.pair_source != "sampled":
-        read = shapes.pairs(job, size, shapes.made_by_stage(job, "pairs"))
-        compiled["score"] = rows.scoring_program(job, model, scorer, read, 2)
+        scored[2] = shapes.pairs(job, size, shapes.made_by_stage(job, "pairs"))
+        if own:
+            compiled["score"] = rows.scoring_program(job, model, reward, scored[2], 2)
     if settings.samples_pairs:
         weights = base | shapes.frozen_weights(job, model)
         how = candidates.of_settings(job, settings.samples)
-        compiled["sample"] = candidates.program(job, model, weights, how, settings.batch_size, scorer)
+        held = [reward, *scores.held(job, "scorer", "labeller")]
+        compiled["sample"] = candidates.program(job, model, weights, how, settings.batch_size, held)
         length, window = shapes.sampled_length(job, settings, settings.samples)
         drawn = shapes.batch(job, size, length, window)
-        compiled["score_samples"] = rows.scoring_program(job, model, scorer, drawn, settings.samples)
-    return compiled
+        scored[settings.samples] = drawn
+        if own:
+            compiled["score_samples"] = rows.scoring_program(job, model, reward, drawn, settings.samples)
+        compiled |= scores.programs(job, "labeller", {settings.samples: drawn})
+    return compiled | scores.programs(job, "scorer", scored)
+
+
+def score_rows(job: Job[Settings]) -> int:
+    return job.settings.score_batch or job.settings.batch_size
 
 
 def run(job: Job[Settings]) -> dict[str, Any]:
@@ -145,9 +165,13 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     tokenizer = jobs.load_tokenizer(job, model)
     base = jobs.base_weights(job, model)
     compiled = programs(job)
-    score = make_scorer(job, model, compiled, base)
-    make = functools.partial(_scored_pairs, job, model, tokenizer, compiled, base, score)
-    scored = make(settings.share)
+    with contextlib.ExitStack() as stack:
+        keys = ("scorer", "labeller") if settings.samples_pairs else ("scorer",)
+        asked = [stack.enter_context(scores.opened(job, key, tokenizer, compiled, score_rows(job))) for key in keys]
+        score, label = with_reward(job, model, compiled, base, asked[0]), asked[-1]
+        make = functools.partial(_scored_pairs, job, model, tokenizer, compiled, base, score, label)
+        scored, unscored = make(settings.share)
+        heldout, _ = make("eval")
     gap = scored.scores[:, 0] - scored.scores[:, 1]
     threshold = buckets.gap_threshold(gap, settings.threshold, settings.quantile)
     table = GapTable(
@@ -160,8 +184,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     )
     buckets.check_buckets(job.name, table, threshold, settings.flipped)
     report = split_report.build(table, scored.encoded, threshold)
-    heldout_pairs = make("eval").encoded
-    jobs.write_rows(heldout_pairs, job.folder / artifacts.HELDOUT)
+    jobs.write_rows(heldout.encoded, job.folder / artifacts.HELDOUT)
     jobs.write_rows(scored.encoded, job.folder / artifacts.PAIR_ROWS)
     if jobs.is_first():
         artifacts.write_gaps(job.folder, table)
@@ -172,68 +195,94 @@ def run(job: Job[Settings]) -> dict[str, Any]:
         artifacts.write_json(job.folder / artifacts.REPORT, report)
     counts = ", ".join(f"{count} {name}" for name, count in report["counts"].items())
     jobs.say(
-        f"{job.name} at gap {threshold:.4g}: {counts}; the reward model agrees with "
+        f"{job.name} at gap {threshold:.4g}: {counts}{f', {unscored} without a score' if unscored else ''}; "
+        f"{'the reward model' if own_alone(settings.scorer) else 'the scorer'} agrees with "
         f"{report['agreement']:.3f} of the labels"
     )
-    return {"threshold": threshold, "counts": report["counts"], "agreement": report["agreement"]}
+    return {
+        "threshold": threshold,
+        "counts": report["counts"],
+        "agreement": report["agreement"],
+        "unscored": unscored,
+    }
 
 
-def make_scorer(job: Job[Settings], model: ModelConfig, compiled: Programs, base):
+def with_reward(job: Job[Settings], model: ModelConfig, compiled: Programs, base, score: scores.Score):
+    """`(name of a program, encoded, share) -> f32 [rows,N]`: the scorer's scores, with the reward model's in them where
+    it is named."""
+    if not scores.uses_own(job.settings.scorer):
+        return lambda name, encoded, share: score(encoded)
+    own = reward_scorer(job, model, compiled, base)
+    return lambda name, encoded, share: score(encoded, functools.partial(own, name, encoded, share))
+
+
+def reward_scorer(job: Job[Settings], model: ModelConfig, compiled: Programs, base):
     """`(name of a program, encoded, share) -> f32 [rows,N]`, by the job's reward model; or by k of them, each row by
     the one that has not seen its prompt, and rows of other shares, which none has seen, by the mean of all."""
     models = reward_models(job)
-    size = job.settings.score_batch or job.settings.batch_size
+    size = score_rows(job)
 
     def scorer(artifact: Artifact):
         weights = base | jobs.load_weights(job, artifact, model, jobs.frozen_dtype(job))
         return lambda name, encoded: rows.compute(job, compiled[name], weights, encoded, size)
 
     if len(models) == 1:
-        score = scorer(models[0])
-        return lambda name, encoded, share: score(name, encoded)
+        only = scorer(models[0])
+        return lambda name, encoded, share: only(name, encoded)
 
     def crossfit(name: str, encoded: Encoded, share: str) -> np.ndarray:
-        scores = np.zeros((len(encoded), encoded.replies), np.float32)
+        total = np.zeros((len(encoded), encoded.replies), np.float32)
         parts = division.folds(encoded.prompt_id, len(models))
         for fold, artifact in enumerate(models):
             part = np.flatnonzero(parts == fold) if share == job.settings.share else np.arange(len(encoded))
             if len(part):
-                scores[part] += scorer(artifact)(name, encode.take(encoded, part))
-        return scores if share == job.settings.share else scores / len(models)
+                total[part] += scorer(artifact)(name, encode.take(encoded, part))
+        return total if share == job.settings.share else total / len(models)
 
     return crossfit
 
 
 def _scored_pairs(
-    job: Job[Settings], model: ModelConfig, tokenizer, compiled: Programs, base, score, share: str
-) -> Scored:
-    """The share's pairs by the settings' source, scored."""
-    made = []
-    if "score" in compiled:
+    job: Job[Settings], model: ModelConfig, tokenizer, compiled: Programs, base, score, label: scores.Score, share: str
+) -> tuple[Scored, int]:
+    """The share's pairs by the settings' source, scored; and how many pairs or replies have no score."""
+    made, unscored = [], 0
+    if job.settings.pair_source != "sampled":
         encoded = jobs.share_pairs(job, model, tokenizer, share)
-        made.append(Scored(encoded, score("score", encoded, share)))
-    if "sample" in compiled:
-        made.append(sampled_pairs(job, model, tokenizer, compiled, base, score, share))
+        found = score("score", encoded, share)
+        known = ~np.isnan(found).any(axis=1)
+        unscored += int(np.sum(~known))
+        if not known.any():
+            raise InputError(f"stages.{job.name}.scorer: none of {len(encoded)} pairs of share {share!r} has a score")
+        if not known.all():
+            encoded, found = encode.take(encoded, np.flatnonzero(known)), found[known]
+        made.append(Scored(encoded, found))
+    if job.settings.samples_pairs:
+        sampled, missing = sampled_pairs(job, model, tokenizer, compiled, base, score, label, share)
+        made.append(sampled)
+        unscored += missing
     if len(made) == 1:
-        return made[0]
-    return Scored(encode.join(made[0].encoded, made[1].encoded), np.concatenate([each.scores for each in made]))
+        return made[0], unscored
+    joined = encode.join(made[0].encoded, made[1].encoded)
+    return Scored(joined, np.concatenate([each.scores for each in made])), unscored
 
 
 def sampled_pairs(
-    job: Job[Settings], model: ModelConfig, tokenizer, compiled: Programs, base, score, share: str
-) -> Scored:
-    """Pairs of the policy's own replies to a share's prompts; the winner is the reward model's, or a labeller's."""
+    job: Job[Settings], model: ModelConfig, tokenizer, compiled: Programs, base, score, label: scores.Score, share: str
+) -> tuple[Scored, int]:
+    """Pairs of the policy's own replies to a share's prompts; the winner is the scorer's, or a labeller's. And how many
+    replies have no score."""
     settings = job.settings
     prompts = jobs.share_prompts(job, model, tokenizer, share)
     weights = base | jobs.load_weights(job, job.inputs["policy"], model, jobs.frozen_dtype(job))
     how = candidates.of_settings(job, settings.samples)
     replies = candidates.sample_all(job, compiled["sample"], weights, prompts, how, settings.batch_size)
     drawn = candidates.with_replies(prompts, replies.tokens)
-    scores = score("score_samples", drawn, share)
-    if settings.labeller == "reward":
-        return candidates.pair_up(drawn, scores, scores, settings.pairing, 0.0, job.seed)
-    gold = candidates.label(settings.labeller, replies, tokenizer)
-    return candidates.pair_up(drawn, scores, gold, settings.pairing, settings.label_temperature, job.seed)
+    found = score("score_samples", drawn, share)
+    # The scorer agrees with itself; noise is a labeller's.
+    gold, temperature = (label(drawn), settings.label_temperature) if settings.labeller else (found, 0.0)
+    pairs = candidates.pair_up(drawn, found, gold, settings.pairing, temperature, job.seed)
+    return pairs, int(np.isnan(found + gold).sum())
 
 
 STAGE = Stage(

@@ -75,7 +75,7 @@ CASES: dict[str, Callable[..., Job]] = {
     "split": sampling("split", pair_source="both"),
     "dpo": on_split("dpo", {"init": "init", "reference": "sft", "pairs": "prompts"}, pairs="split/all", **TRAINING),
     "ppo": ppo(),
-    "ppo, two samples by a labeller": ppo(samples=2, algorithm="rloo", labeller="vader", gold="vader"),
+    "ppo, two samples by another scorer": ppo(samples=2, algorithm="rloo", scorer="vader", gold="vader"),
     "evaluate": on_split(
         "evaluate", {"policies": "init", "reward": "reward", "prompts": "prompts"},
         policies=("dpo",), baseline="dpo", count=4, max_new_tokens=8, batch_size=4,

@@ -17,9 +17,9 @@ from mpo_jax.artifacts import REWARD
 from mpo_jax.data import division, encode
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
-from mpo_jax.evaluation import labellers
 from mpo_jax.ops import masks
 from mpo_jax.run import as_json
+from mpo_jax.scorers import sentiment
 from mpo_jax.stages import buckets, kinds, reward, rows, split
 from mpo_jax.stages import job as jobs
 from mpo_jax.types import BUCKETS, GapTable
@@ -232,9 +232,9 @@ def test_best_against_worst_and_the_labeller(job, sampled, shared, tmp_path):
     assert all(len(each) == 1 for each in pairs.values()) and len(pairs) > 10
     apart = 0
     for prompt, ((chosen, rejected),) in pairs.items():
-        scores = labellers.score("vader", sorted({text for pair in every[prompt] for text in pair}))
-        high, low = labellers.score("vader", [chosen, rejected])
-        assert (high, low) == (scores.max(), scores.min())
+        scores = sentiment.vader([], sorted({text for pair in every[prompt] for text in pair}))
+        high, low = sentiment.vader([], [chosen, rejected])
+        assert (high, low) == (max(scores), min(scores))
         apart += high > low
     assert apart > 3
     assert (table_of(found).gap < 0).any()  # the scores are still the reward model's
@@ -293,7 +293,7 @@ def refused(job, message, settings=None, **fields) -> None:
     ("changes", "message"),
     [
         ({"pair_source": "sampled", "samples": 1}, r"stages\.split\.samples: 1; expected 2 or more"),
-        ({"pair_source": "sampled", "labeller": "human"}, "labeller: 'human'; expected one of reward, vader"),
+        ({"pair_source": "sampled", "labeller": "human"}, "labeller: 'human'; expected one of an empty text, vader"),
         ({"pair_source": "sampled", "pairing": "some"}, "pairing: 'some'; expected one of best_worst, all"),
         ({"pair_source": "sampled", "label_temperature": -1.0}, "label_temperature: -1.0"),
         ({"pair_source": "sampled", "policy": ""}, r"stages\.split\.policy: empty"),
