@@ -96,6 +96,5 @@ class Function:
     def _end(self) -> str:
         code = self._process.wait()
         self.close()
-        return (
-            f"its process was ended by {signal.Signals(-code).name}" if code < 0 else f"its process ended with {code}"
-        )
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+        return f"its process ended {how}"

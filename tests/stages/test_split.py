@@ -339,11 +339,12 @@ def test_rows_beyond_the_models_context(job):
 
 
 def test_a_split_without_a_reward_model(job):
-    """There is no job of it: its graph is refused."""
+    """There is none by the reward model; another scorer needs none."""
     changes = {"stages.reward.init": "base", "stages.split.policy": "base", "stages.split.reward": ""}
-    run = declared.replaced(job.config, changes)
-    with pytest.raises(InputError, match=r"stages\.split\.reward: empty"):
-        graph.connections(run)
+    with pytest.raises(InputError, match=r"stages\.split\.reward: empty, but scorer needs it"):
+        declared.replaced(job.config, changes)
+    run = declared.replaced(job.config, {"stages.split.scorer": "vader"} | changes)
+    assert graph.connections(run)["split"]["reward"] == ()
 
 
 def test_segments_of_a_swapped_pair_stay_in_order(whole):
