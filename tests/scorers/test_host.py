@@ -1,5 +1,6 @@
 """Functions and servers that break in every way they can enter; one line leaves, and every score given before it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from mpo_jax import settings as declared
 from mpo_jax.errors import InputError
 from mpo_jax.scorers import host
 from mpo_jax.scorers.limits import Limits
+from tests.tools import processes
 from tests.tools.scorer_server import ScorerServer
 
 FUNCTIONS = """
@@ -148,6 +150,45 @@ def test_the_worker_ends_with_whoever_asks(module):
         assert worker.is_running()
         asker.kill()
     worker.wait(timeout=10)
+
+
+TWO = """
+import sys
+from pathlib import Path
+coordinator, count, index = (argument.split("=")[1] for argument in sys.argv[1:4])
+from mpo_jax import processes, settings
+from mpo_jax.errors import InputError
+from mpo_jax.scorers import host
+from mpo_jax.scorers.limits import Limits
+if index == "0":
+    sys.path.insert(0, sys.argv[4])
+processes.start(coordinator, int(count), int(index), False)
+with host.opened("python:some_scorers:some", Limits(batch=2), Path(sys.argv[4]) / f"kept_{index}") as score:
+    print("scores", score(["p"] * 3, ["a", "none", "abc"], [{}] * 3).tolist())
+try:
+    with host.opened("python:some_scorers:raises", Limits(), None) as score:
+        score(["p"], ["a"], [{}])
+except InputError as error:
+    print("told", error)
+"""
+
+
+def test_process_0_alone_asks_and_tells_the_others(module, tmp_path):
+    """The other has neither the module nor the scores that are kept; what goes wrong ends both."""
+    port = processes.free_port()
+    joined = [[f"--coordinator=localhost:{port}", "--processes=2", f"--process={index}"] for index in range(2)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, *given, str(tmp_path)], cwd=ROOT, env={**os.environ, **processes.ENVIRONMENT},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for given in joined
+    ]  # fmt: skip
+    said = [each.communicate(timeout=240)[0] for each in started]
+    assert all("scores [1.0, nan, 3.0]" in each for each in said), said
+    assert "told 'python:some_scorers:raises': raised ValueError: no good" in said[0]
+    assert "told process 0 found what is wrong; see its log" in said[1]
+    assert (tmp_path / "kept_0").exists() and not (tmp_path / "kept_1").exists()
 
 
 # Servers --------------------------------------------------------------------------------------------------------------
