@@ -3,7 +3,7 @@
     mpo run --config=ppo --config.model.path=MODEL --config.data.path=PROMPTS --workdir=runs/ppo
     mpo run --config=ppo:reward --config.model.path=MODEL --config.data.path=PAIRS --workdir=runs/ppo
 
-A labeller scores, VADER's sentiment unless `--config.stages.ppo.labeller` names another. With the variant `reward` a
+VADER's sentiment scores, unless `--config.stages.ppo.scorer` names another scorer (docs/scorers.md). With the variant `reward` a
 reward model does, trained before on other prompts' pairs. Without paths, the model and the stories that come with the
 package.
 """
@@ -19,5 +19,5 @@ def get_config(variant=""):
         config.stages.ppo = recipes.stage("ppo", **start)
     else:
         config.data.path, config.data.shares = recipes.STORIES, {"sft_reward": 0.0, "policy": 0.9, "eval": 0.1}
-        config.stages.ppo = recipes.stage("ppo", **start, reward="", labeller="vader")
+        config.stages.ppo = recipes.stage("ppo", **start, reward="", scorer="vader")
     return config

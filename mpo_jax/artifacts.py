@@ -42,6 +42,7 @@ COMPILED = "compiled"  # programs, for the next start
 CACHE = "cache"  # encoded rows, reference log-probs
 SET_ASIDE = "set_aside"  # what an earlier making left under the same key
 JUDGE_CACHE = "judge.sqlite"  # answers paid for
+SCORES = "scores.sqlite"  # what functions and servers have scored
 ANNOTATIONS = "annotations.sqlite"  # people's judgements
 
 # Names: of every stage's folder

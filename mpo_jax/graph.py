@@ -19,6 +19,7 @@ from mpo_jax.data.reading import of_source
 from mpo_jax.errors import InputError
 from mpo_jax.models import hf
 from mpo_jax.run import Run, Source, StageSettings, sources_of
+from mpo_jax.scorers import names
 from mpo_jax.settings import nearest
 from mpo_jax.stages import kinds
 from mpo_jax.stages.job import Artifact
@@ -70,6 +71,7 @@ def resolve(run: Run, workdir: epath.Path, shared: str | None = None) -> dict[st
         common = shared or hashes[read]
         if common != UNKNOWN:
             content = {key: _content(name, key, value) for key, value in settings.content(stage).items()}
+            content |= _scorers(name, stage)
             keys = {
                 role: [[nodes[source].key if source != BASE else BASE, part] for source, part in sources]
                 for role, sources in above.items()
@@ -123,6 +125,14 @@ def _content(stage: str, key: str, value: Any) -> Any:
         return epath.Path(value).read_text()
     except UnicodeDecodeError as error:
         raise InputError(f"stages.{stage}.{key}: {value}: not UTF-8 at byte {error.start}") from error
+
+
+def _scorers(name: str, stage: StageSettings) -> dict[str, Any]:
+    """The settings that say who scores, each scorer by what it is rather than where."""
+    try:
+        return names.identities(stage)
+    except InputError as error:
+        raise InputError(f"stages.{name}.{error}") from None
 
 
 def connections(run: Run) -> dict[str, Inputs]:

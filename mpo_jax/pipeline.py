@@ -247,7 +247,7 @@ def _never_begun(config: Run, nodes: Mapping[str, Node], node: Node) -> Status:
     above = _begun(last) or {}
     keys = {entry["name"]: entry["key"] for entries in above.values() for entry in entries}
     changed += [f"input {name}" for name in node.sources if name in keys and keys[name] != nodes[name].key]
-    reason = ", ".join(changed) or "the contents of the base model or the data"
+    reason = ", ".join(changed) or "the contents of the base model, the data, a scorer or a plugin"
     return Status(STALE, f"changed since {last.name}: {reason}")
 
 

@@ -36,23 +36,36 @@ def start(coordinator: str | None, processes: int | None, process: int | None, d
         raise InputError(f"--distributed: {' '.join(str(error).split())[:300]}; or give --coordinator") from error
 
 
-def together(work: Callable[[], Any]) -> None:
-    """Does some work on every process; all raise InputError where one does, and none waits for one that has ended."""
+def together(work: Callable[[], Any], what: str = "") -> None:
+    """Does some work on every process; all raise InputError where one does, and none waits for one that has ended.
+    what: of long work, for which the others wait at a barrier of that name."""
     told = ""
     try:
         work()
     except InputError as error:
         told = str(error)
     if jax.process_count() > 1:
+        if what:  # a collective operation waits for less long
+            barrier(what)
         failed = np.flatnonzero(multihost_utils.process_allgather(np.array(bool(told))))
         told = told or (f"process {failed[0]} found what is wrong; see its log" if len(failed) else "")
     if told:
         raise InputError(told)
 
 
-def first(work: Callable[[], Any]) -> None:
+def first(work: Callable[[], Any], what: str = "") -> None:
     """`together` of what process 0 alone has to do."""
-    together(work if jax.process_index() == 0 else lambda: None)
+    together(work if jax.process_index() == 0 else lambda: None, what)
+
+
+def from_first(work: Callable[[], np.ndarray], shape: tuple[int, ...], what: str) -> np.ndarray:
+    """What some work gives on process 0, which does it alone, on every process: f32 of the shape. As in `first`, all
+    raise InputError where it does; the others wait for it at a barrier that is named `what`."""
+    found: list[np.ndarray] = []
+    first(lambda: found.append(np.asarray(work(), np.float32)), what)
+    if jax.process_count() == 1:
+        return found[0]
+    return np.asarray(multihost_utils.broadcast_one_to_all(found[0] if found else np.zeros(shape, np.float32)))
 
 
 def barrier(what: str, seconds: float = BARRIER_SECONDS) -> None:

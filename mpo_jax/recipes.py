@@ -5,7 +5,8 @@ on the command line: `--config.stages.dpo.beta=0.2`. What each key means, `mpo s
 """
 
 import difflib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ml_collections import config_dict
 from mpo_jax import settings
 from mpo_jax.errors import InputError
 from mpo_jax.run import Run, Source
+from mpo_jax.scorers import names as scorers
 from mpo_jax.stages import kinds
 
 MODELS = {
@@ -44,7 +46,11 @@ def stage(kind: str, **given: Any) -> ml_collections.ConfigDict:
             raise InputError(
                 f"config: a stage of kind {kind!r} has no key {key!r}{settings.nearest(key, section.model_fields)}"
             )
-    return ml_collections.ConfigDict(_values(section()) | {"kind": kind} | given)
+    values = _values(section()) | {"kind": kind} | given
+    # Names in a ConfigDict hold no dots, and those of scorers may: a weighted sum of them stands there as its JSON.
+    sums = [key for key in scorers.settings_of(section()) if isinstance(given.get(key), Mapping)]
+    values |= {key: json.dumps(dict(given[key])) for key in sums}
+    return ml_collections.ConfigDict(values)
 
 
 def source(**given: Any) -> ml_collections.ConfigDict:

@@ -16,6 +16,7 @@ from mpo_jax.data.reading import CONSTANTS, RANKED, ROLES, SYSTEMS
 from mpo_jax.data.templates import BUILT_IN
 from mpo_jax.errors import InputError
 from mpo_jax.models.config import ATTENTION_SETTINGS, PROJECTIONS, REMAT_POLICIES
+from mpo_jax.scorers.limits import Limits
 from mpo_jax.settings import Count, Names, Positive, Section, Seed, Share, Whole, setting
 
 Remat = Literal[REMAT_POLICIES]  # type: ignore[valid-type]
@@ -223,10 +224,11 @@ class Run(Section):
 
     name: str = setting("mpo", "of the run, shown in its reports", min_length=1)
     seed: Seed = setting(0, "of data order, sampling and fresh weights")
-    plugins: Names = setting((), "modules that register kinds, objectives, estimators or labellers of their own")
+    plugins: Names = setting((), "modules that register kinds, objectives, estimators or scorers of their own")
     model: Model = Model()
     mesh: Mesh = Mesh()
     data: Data = Data()
+    scorers: Limits = Limits()
     stages: dict[str, Any] = {}  # noqa: RUF012, pydantic copies it
 
 

@@ -108,6 +108,10 @@ class OneOf:
     def names(self) -> list[str]:
         return [*self.more, *self.table]
 
+    def taken(self, value: Any) -> dict[str, Any]:
+        """The table's entries that a value names."""
+        return {value: self.table[value]} if value in self.table else {}
+
     def __hash__(self) -> int:
         return hash((id(self.table), self.more))
 
@@ -320,8 +324,8 @@ def chosen(section: Section) -> Iterator[tuple[str, Any]]:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         for mark in field.metadata:
-            if isinstance(mark, OneOf) and value in mark.table:
-                yield name, mark.table[value]
+            if isinstance(mark, OneOf):
+                yield from ((name, entry) for entry in mark.taken(value).values())
 
 
 def plain(value: Any) -> Any:

@@ -13,11 +13,11 @@ from etils import epath
 from mpo_jax import artifacts, command, graph, metrics, pipeline, recipes, settings, sharding
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import report
-from mpo_jax.evaluation.labellers import LABELLERS
 from mpo_jax.ops.preferences import OBJECTIVES
 from mpo_jax.ops.returns import ESTIMATORS
 from mpo_jax.planning import chips
 from mpo_jax.planning import stages as planning
+from mpo_jax.scorers.names import SCORERS
 from mpo_jax.stages import kinds
 from tests.tools.small_graph import write_rows
 
@@ -118,7 +118,7 @@ def test_each_kind_is_declared_once_in_a_file_of_its_own():
 @pytest.fixture
 def clean():
     """Puts every table back, in its order, after a test has taken something away or a plugin has registered its own."""
-    tables = (kinds.KINDS, OBJECTIVES, ESTIMATORS, LABELLERS)
+    tables = (kinds.KINDS, OBJECTIVES, ESTIMATORS, SCORERS)
     before, modules = [dict(table) for table in tables], set(sys.modules)
     yield
     for table, held in zip(tables, before, strict=True):
@@ -202,7 +202,7 @@ FEW = {"batch_size": 8, "steps": 2, "eval_batches": 1, "eval_every": 2, "save_ev
 
 
 def small(stories, folder, plugin: str):
-    """A config with stages that use a plugin's kind, objective and labeller, and one that uses none."""
+    """A config with stages that use a plugin's kind, objective and scorer, and one that uses none."""
     write_rows(folder / "rows.jsonl")
     importlib.import_module(plugin)
     config = recipes.config()
@@ -226,7 +226,7 @@ def small(stories, folder, plugin: str):
 
 
 @pytest.mark.usefixtures("clean")
-def test_a_plugin_s_kind_objective_and_labeller_run(stories, tmp_path):
+def test_a_plugin_s_kind_objective_and_scorer_run(stories, tmp_path):
     config = kinds.read(small(stories, tmp_path, "tests.plugins.echo").to_dict())
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     nodes = pipeline.run(config, epath.Path(tmp_path / "run"), mesh)

@@ -8,12 +8,13 @@ import pytest
 from mpo_jax import command, recipes, settings
 from mpo_jax.errors import InputError
 from mpo_jax.run import Columns, Constants, Data, Lora, Mesh, Model, Run, Shares, StageSettings, as_json, parse
+from mpo_jax.scorers.limits import Limits
 from mpo_jax.settings import Section
 from mpo_jax.stages import kinds
 
 SECTIONS = {
     "Run": Run, "model": Model, "model.lora": Lora, "mesh": Mesh, "data": Data, "data.shares": Shares,
-    "data.columns": Columns, "data.constants": Constants,
+    "data.columns": Columns, "data.constants": Constants, "scorers": Limits,
 } | {f"stages.{name}": kind.settings for name, kind in kinds.KINDS.items()}  # fmt: skip
 ODD = {
     "an object": object(), "a dict": {"a": 1}, "nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"),

@@ -264,3 +264,23 @@ def marked_ids(text: str, tokenizer) -> list[int]:
     from transformers.utils.chat_template_utils import encode_marked_chat
 
     return encode_marked_chat(tokenizer, text)
+
+
+def whole_ids(chat: Chat, reply: str, tokenizer) -> list[int]:
+    """Token ids of a conversation with its last turn, all that the template writes; control tokens that a message
+    spells out are text. A reward model's input: what `apply_chat_template` gives for the same messages.
+
+    InputError if the template rejects the messages or leaves something out."""
+    control = _pattern(facts(tokenizer).control)
+    tools = json.loads(chat.tools) if chat.tools else None
+    messages = [_mark(turn.message(), control) for turn in (*chat.turns, Turn("assistant", reply))]
+    try:
+        text = _apply(tokenizer, messages, _mark(tools, control), {})
+    except InputError:
+        raise
+    except Exception as error:  # jinja's TemplateError and whatever the template itself raises
+        raise InputError(f"its chat template rejects a conversation: {' '.join(str(error).split())[:200]}") from error
+    _nothing_left_out(chat, text, "its chat template")
+    if any(mark in text for mark in MARKS):
+        return marked_ids(text, tokenizer)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

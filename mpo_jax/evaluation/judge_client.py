@@ -1,31 +1,25 @@
 """Questions enter; answers of an endpoint that speaks OpenAI's chat-completions protocol leave, paid or from a cache.
 
-The `openai` package (extra "judge") does the protocol; when to wait, to try again and to stop is decided here, so that
-every attempt counts towards the ceiling.
+The `openai` package (extra "judge") does the protocol; when to wait and to try again, `asking` decides, so that every
+attempt counts towards the ceiling.
 """
 
 import asyncio
-import email.utils
 import json
 import os
-import random
 import sys
-import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import annotated_types
 from tqdm import tqdm
 
+from mpo_jax.asking import RETRIED, Again, Asker, retry_after
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import judge_cache
 from mpo_jax.evaluation.judge_cache import Cache
 from mpo_jax.settings import Amount, Count, Positive, Section, Whole, setting
-
-_RETRIED = (408, 409, 425, 429)
-_LONGEST_WAIT = 600.0
-"""Seconds. A server that asks for more has run out of quota, not of breath."""
 
 
 class Endpoint(Section):
@@ -89,72 +83,38 @@ def ask(endpoint: Endpoint, texts: list[str], cache: Cache, run: str) -> list[st
     keys = {text: endpoint.cache_key(text) for text in texts}
     open_texts = [text for text, key in keys.items() if cache.get(key) is None]
     if open_texts:
-        asyncio.run(_Asker(endpoint, cache, run, keys, len(open_texts)).all(open_texts))
+        asyncio.run(_Asker(endpoint, cache, run, keys).all(open_texts))
     return [str(cache.get(keys[text])) for text in texts]
 
 
-class _Again(Exception):
-    """An attempt that may succeed later. wait: seconds that the server asks for."""
-
-    def __init__(self, reason: str, wait: float | None = None):
-        super().__init__(reason)
-        self.wait = wait
-
-
 class _Asker:
-    """The state that one run's workers share: the questions left, the pause a server asked for, the first failure."""
+    """What one run asks an endpoint, and what it may spend on it."""
 
-    def __init__(self, endpoint: Endpoint, cache: Cache, run: str, keys: Mapping[str, str], total: int):
+    def __init__(self, endpoint: Endpoint, cache: Cache, run: str, keys: Mapping[str, str]):
         self._endpoint, self._cache, self._run, self._keys = endpoint, cache, run, keys
         self._client = _client(endpoint)
-        self._paused_until = 0.0
-        self._failure: InputError | None = None
-        self._bar = tqdm(total=total, unit="answer", desc="judge", dynamic_ncols=True, disable=None, file=sys.stderr)
 
     async def all(self, texts: list[str]) -> None:
-        waiting = iter(texts)
+        endpoint = self._endpoint
+        bar = tqdm(total=len(texts), unit="answer", desc="judge", dynamic_ncols=True, disable=None, file=sys.stderr)
+        asker = Asker(
+            f"judge at {endpoint.base_url}",
+            self._one,
+            concurrency=endpoint.concurrency,
+            attempts=endpoint.attempts,
+            backoff=endpoint.backoff,
+            done=bar.update,
+        )
         async with self._client:
-            try:
-                await asyncio.gather(*(self._work(waiting) for _ in range(self._endpoint.concurrency)))
-            finally:
-                self._bar.close()
-        if self._failure is not None:
-            raise self._failure
-
-    async def _work(self, waiting: Iterator[str]) -> None:
-        for text in waiting:
-            try:
-                await self._one(text)
-            except InputError as error:
-                self._failure = self._failure or error
-            if self._failure is not None:
-                return
-            self._bar.update()
+            with bar:
+                await asker.all(texts)
 
     async def _one(self, text: str) -> None:
-        reason = ""
-        for attempt in range(self._endpoint.attempts):
-            if attempt:
-                await asyncio.sleep(self._endpoint.backoff * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
-            while (pause := self._paused_until - time.monotonic()) > 0:
-                await asyncio.sleep(pause)
-            if self._failure is not None:
-                return
-            self._check_ceiling()
-            self._cache.charge_call(self._run)
-            try:
-                answer, prompt_tokens, answer_tokens = await self._call(text)
-            except _Again as again:
-                reason = str(again)
-                if again.wait is not None:  # the server's word goes for every worker
-                    self._paused_until = max(self._paused_until, time.monotonic() + again.wait)
-                continue
-            self._cache.put(self._run, self._keys[text], self._endpoint.model, answer, prompt_tokens, answer_tokens)
-            return
-        raise InputError(
-            f"judge at {self._endpoint.base_url}: no answer in {self._endpoint.attempts} attempts, the last: {reason}; "
-            "answers so far are kept, run the same command again"
-        )
+        """One attempt at a question; its answer is kept."""
+        self._check_ceiling()
+        self._cache.charge_call(self._run)
+        answer, prompt_tokens, answer_tokens = await self._call(text)
+        self._cache.put(self._run, self._keys[text], self._endpoint.model, answer, prompt_tokens, answer_tokens)
 
     def _check_ceiling(self) -> None:
         calls, tokens = self._cache.spent(self._run)
@@ -173,14 +133,14 @@ class _Asker:
         try:
             raw = await self._client.chat.completions.with_raw_response.create(**self._endpoint.request(text))
         except openai.APITimeoutError as error:
-            raise _Again(f"nothing within {self._endpoint.seconds:g} s") from error
+            raise Again(f"nothing within {self._endpoint.seconds:g} s") from error
         except openai.APIStatusError as error:
             code = error.status_code
-            if code in _RETRIED or code >= 500:
-                raise _Again(f"status {code}", _retry_after(error.response.headers)) from error
+            if code in RETRIED or code >= 500:
+                raise Again(f"status {code}", retry_after("judge", error.response.headers)) from error
             raise InputError(f"judge at {self._endpoint.base_url}: refused with status {code}{_hint(error)}") from error
         except openai.APIConnectionError as error:
-            raise _Again(f"no connection ({type(error.__cause__ or error).__name__})") from error
+            raise Again(f"no connection ({type(error.__cause__ or error).__name__})") from error
         return _read(raw.content)
 
 
@@ -196,31 +156,14 @@ def _client(endpoint: Endpoint):
 
 
 def _read(body: bytes) -> tuple[str, int, int]:
-    """The answer's text and both token counts; _Again for what is not a whole reply. A reply without text is one."""
+    """The answer's text and both token counts; `Again` for what is not a whole reply. A reply without text is one."""
     try:
         reply = json.loads(body)
         text = reply["choices"][0]["message"]["content"]
         usage = reply.get("usage") or {}
         return str(text or ""), int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _Again("a reply that is not one of the protocol, or cut off") from error
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server asks to wait, from either form of Retry-After (RFC 9110, 10.2.3)."""
-    value = headers.get("retry-after", "").strip()
-    if not value:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return None
-    if seconds > _LONGEST_WAIT:
-        raise InputError(f"judge: the server asks to wait {seconds:,.0f} s; answers so far are kept, run again then")
-    return max(seconds, 0.0)
+        raise Again("a reply that is not one of the protocol, or cut off") from error
 
 
 def _hint(error: Any) -> str:

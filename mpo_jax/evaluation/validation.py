@@ -119,10 +119,9 @@ def _drawn(points: Sequence[Mapping[str, float]]) -> str:
 
 
 def _labelled(settings: Mapping[str, Any]) -> bool:
-    """Whether a split's gaps are the reward model's, and somebody else chose the better reply of its pairs."""
-    return settings.get("gap", "reward") == "reward" and (
-        settings["pair_source"] == "dataset" or settings["labeller"] != "reward"
-    )
+    """Whether a split's gaps are of its scorer, and somebody else chose the better reply of its pairs."""
+    others = settings["pair_source"] == "dataset" or bool(settings["labeller"])
+    return settings.get("gap", "reward") == "reward" and others
 
 
 def _split(folder: epath.Path) -> dict[str, Any]:

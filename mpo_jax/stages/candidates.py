@@ -5,6 +5,7 @@ The jitted sampler with the settings of a stage; what pairs, the split, PPO and 
 
 import dataclasses
 import functools
+import itertools
 from typing import Annotated, Literal
 
 import annotated_types
@@ -15,12 +16,13 @@ from mpo_jax import sampling, sharding
 from mpo_jax.data import encode
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.plan import FILLER
+from mpo_jax.data.tokenizer import Conventions
 from mpo_jax.errors import InputError
-from mpo_jax.evaluation import labellers
-from mpo_jax.evaluation.labellers import LABELLERS
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.sampling import SamplingConfig
-from mpo_jax.settings import Amount, OneOf, setting
+from mpo_jax.scorers import preferences
+from mpo_jax.scorers.names import Scorer, Scorers
+from mpo_jax.settings import Amount, setting
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Sampling
@@ -32,7 +34,7 @@ from mpo_jax.types import PyTree
 class Pairing(Sampling):
     """How a policy's own replies become preference pairs."""
 
-    labeller: Annotated[str, OneOf(LABELLERS)] = setting("vader", "who says which reply is better")
+    labeller: Annotated[Scorer, Scorers()] = setting("vader", "the scorer who says which reply is better")
     label_temperature: Amount = setting(
         0.1, "of the Bradley-Terry noise of labels; 0: none", unit="the labeller's units"
     )
@@ -190,6 +192,16 @@ def reply_tokens(rollout, settings: SamplingConfig) -> list[list[np.ndarray]]:
     return [[tokens[row, n][real[row, n]] for n in range(settings.n)] for row in range(rows)]
 
 
+def rows_of_rollout(rollout, settings: SamplingConfig, known: Conventions) -> tuple[np.ndarray, Encoded]:
+    """Which rows of a rollout on the host are real, bool [B], and those as encoded rows of n replies."""
+    real = np.asarray(rollout.batch.weight) > 0
+    tokens, segments = np.asarray(rollout.batch.tokens), np.asarray(rollout.batch.segments)
+    replies = reply_tokens(rollout, settings)
+    pieces = [piece for row in np.flatnonzero(real) for piece in (tokens[row][segments[row] == 1], *replies[row])]
+    ids = [np.asarray(getattr(rollout.batch, name))[real] for name in ("id", "prompt_id")]
+    return real, encode.assemble(pieces, settings.n, known, "rollout", id=ids[0], prompt_id=ids[1])
+
+
 # Pairs ----------------------------------------------------------------------------------------------------------------
 
 
@@ -201,40 +213,38 @@ def with_replies(prompts: Encoded, replies: list[list[np.ndarray]]) -> Encoded:
     )
 
 
-def label(labeller: str, replies: Replies, tokenizer) -> np.ndarray:
-    """A labeller's scores of sampled replies, f32 [prompts,N]."""
-    texts = [text for row in replies.texts(tokenizer) for text in row]
-    return labellers.score(labeller, texts).reshape(len(replies.tokens), -1)
-
-
 def pair_up(
     candidates: Encoded, scores: np.ndarray, gold: np.ndarray, pairing: str, temperature: float, seed: int
 ) -> Scored:
-    """Pairs of each row's replies. best_worst: by `gold`; all: every two. Equal replies make no pair.
+    """Pairs of each row's replies. best_worst: by `gold`; all: every two. Equal replies make no pair, nor do those that
+    have no score, which is NaN.
 
     scores, gold: f32 [rows,N]. temperature: of the Bradley-Terry noise with which `gold` says who wins; 0: none.
     """
+    scored = ~np.isnan(scores + gold)
     pieces: list[np.ndarray] = []
     pair_scores: list[np.ndarray] = []
     prompt_ids: list[int] = []
     for row in range(len(candidates)):
         prompt, *answers = candidates.row(row)
-        order = np.argsort(-gold[row], kind="stable")
+        order = [int(place) for place in np.argsort(-gold[row], kind="stable") if scored[row, place]]
         if pairing == "best_worst":
-            choices = [(int(order[0]), int(order[-1]))]
+            choices = [(order[0], order[-1])] if order else []
         else:
-            choices = [(a, b) for a in range(len(answers)) for b in range(a + 1, len(answers))]
+            choices = list(itertools.combinations(sorted(order), 2))
         for a, b in choices:
             if np.array_equal(answers[a], answers[b]):
                 continue
             number = np.array([len(pair_scores)])
-            if not labellers.first_wins(gold[row, [a]], gold[row, [b]], temperature, number, seed)[0]:
+            if not preferences.first_wins(gold[row, [a]], gold[row, [b]], temperature, number, seed)[0]:
                 a, b = b, a
             pieces += [prompt, answers[a], answers[b]]
             pair_scores.append(scores[row, [a, b]])
             prompt_ids.append(candidates.prompt_id[row])
     if not pair_scores:
-        raise InputError("no two sampled replies to a prompt differ; raise temperature or samples")
+        unscored = int(np.sum(~scored))
+        why = f" ({unscored} of {scored.size} have no score)" if unscored else ""
+        raise InputError(f"no two sampled replies to a prompt differ{why}; raise temperature or samples")
     encoded = encode.assemble(
         pieces,
         2,

@@ -15,7 +15,7 @@ import pydantic
 
 from mpo_jax import artifacts, scoring
 from mpo_jax import settings as declared
-from mpo_jax.artifacts import PAIRS, POLICY
+from mpo_jax.artifacts import DATA, PAIRS, POLICY
 from mpo_jax.data import encode
 from mpo_jax.evaluation import pairs as pair_tables
 from mpo_jax.evaluation import sections
@@ -77,7 +77,7 @@ class Settings(Training):
             raise declared.wrong("reference", f"{self.reference!r}; {self.objective} has none, expected an empty text")
         if self.reference_every and not objective.reference:
             raise declared.wrong("reference_every", f"{self.reference_every}; {self.objective} has no reference")
-        if self.pairs == declared.DATA:  # which nobody has scored
+        if self.pairs == DATA:  # which nobody has scored
             for name, usual in (("weight", "none"), ("order", "random")):
                 if getattr(self, name) != usual:
                     raise declared.wrong(name, f"{getattr(self, name)!r} goes by gaps; expected pairs of a split")

@@ -18,12 +18,12 @@ from mpo_jax.data import encode
 from mpo_jax.data.division import REPORT
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.plan import sample_rows
-from mpo_jax.evaluation import judge, labellers, sections, statistics
-from mpo_jax.evaluation.labellers import LABELLERS
+from mpo_jax.evaluation import judge, sections, statistics
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
-from mpo_jax.settings import Count, Names, OneOf, Whole, role, setting
-from mpo_jax.stages import buckets, candidates, rows
+from mpo_jax.scorers.names import OWN, Scorer, Scorers
+from mpo_jax.settings import Count, Names, Whole, role, setting
+from mpo_jax.stages import buckets, candidates, rows, scores
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Sampling, Stage
@@ -48,8 +48,8 @@ class Settings(Sampling):
         data=True,
     )
     count: Count = setting(128, "held-out prompts", unit="prompts")
-    labeller: Annotated[str, OneOf(LABELLERS, more=("",))] = setting(
-        "", "a labeller whose gold score stands beside the reward model's, for studies"
+    labeller: Annotated[Scorer, Scorers(more=("",))] = setting(
+        "", "a scorer whose gold score stands beside the reward model's"
     )
     bootstrap: Count = setting(2000, "resamples of an interval")
     batch_size: Count = setting(32, "prompts sampled at a time", unit="rows")
@@ -73,10 +73,11 @@ def check(job: Job[Settings]) -> None:
     jobs.check_batch(job, job.settings.batch_size)
     jobs.check_batch(job, job.settings.scored_rows, "score_batch")
     candidates.of_settings(job, 1)
+    scores.check(job)
 
 
 def programs(job: Job[Settings]) -> Programs:
-    """The sampler, log-probs of its replies, and the scorer."""
+    """The sampler, log-probs of its replies, and the scorers."""
     model = jobs.model(job)
     settings = job.settings
     base = jobs.abstract_base(job, model)
@@ -91,7 +92,7 @@ def programs(job: Job[Settings]) -> Programs:
     if settings.reward:
         scorer = base | shapes.frozen_weights(job, model, head=True)
         compiled["score"] = rows.scoring_program(job, model, scorer, drawn, 1)
-    return compiled
+    return compiled | scores.programs(job, "labeller", {1: drawn})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +138,16 @@ def run(job: Job[Settings]) -> dict[str, Any]:
         for name, each in replied.items():
             columns[name]["reward"] = _rowwise(job, compiled["score"], weights, each.rows)
     if settings.labeller:
-        for name, each in replied.items():
-            columns[name]["gold"] = labellers.score(settings.labeller, each.texts)
+        with scores.opened(job, "labeller", tokenizer, compiled, settings.scored_rows) as score:
+            for name, each in replied.items():
+                columns[name]["gold"] = score(each.rows)[:, 0]
     lines = _lines(prompts, tokenizer, replied, columns)
     report: dict[str, Any] = {
         "prompts": len(prompts),
         "baseline": settings.baseline,
         "truncation": truncation,
         "policies": {
-            name: {key: float(np.mean(values)) for key, values in columns[name].items()}
+            name: _means(columns[name])
             | ({"kl_error": standard_error(columns[name]["kl"])} if "kl" in columns[name] else {})
             | {"distinct": distinct(replied[name].tokens, _DISTINCT)}
             for name in replied
@@ -170,17 +172,18 @@ def heldout_prompts(job: Job, model: ModelConfig, tokenizer) -> Encoded:
 
 
 def compared(lines: Sequence[judge.Row], baseline: str, resamples: int, seed: int) -> list[dict[str, Any]]:
-    """Comparisons by each score that every reply has, with Holm's correction over the pairs, as plain data."""
-    names = list(lines[0]["replies"])
-    if len(names) < 2:
+    """Comparisons by each score, of the prompts whose replies all have it, with Holm's correction over the pairs, as
+    plain data."""
+    if len(lines[0]["replies"]) < 2:
         return []
     comparisons = []
     for key, by in (("gold", "the gold labeller"), ("reward", "the reward model")):
-        if lines[0]["replies"][names[0]][key] is None:
+        scored = [line for line in lines if all(reply[key] is not None for reply in line["replies"].values())]
+        if not scored:
             continue
         family = []
-        for left, right in judge.pairs_of(lines, (), baseline):
-            replies = [(line["replies"][left], line["replies"][right]) for line in lines]
+        for left, right in judge.pairs_of(scored, (), baseline):
+            replies = [(line["replies"][left], line["replies"][right]) for line in scored]
             won = statistics.outcomes([a[key] for a, _ in replies], [b[key] for _, b in replies])
             lengths = np.array([a["tokens"] - b["tokens"] for a, b in replies])
             family.append(statistics.compare(left, right, by, won, lengths, resamples, seed))
@@ -213,11 +216,19 @@ def _along_training(job: Job[Settings], artifact: Artifact) -> list[dict[str, fl
     settings: Any = job.config.stages[artifact.name]
     kl_to = {getattr(settings, "sft", ""): "eval/kl_sft", getattr(settings, "reference", ""): "eval/kl"}
     key = kl_to.get(job.settings.baseline, "")
-    scores = getattr(settings, "labeller", ""), getattr(settings, "reward", "")
-    if not key or scores != ("reward", job.settings.reward):
+    scored_by = getattr(settings, "scorer", ""), getattr(settings, "reward", "")
+    if not key or scored_by != (OWN, job.settings.reward):
         return []
     read = metrics.read(artifact.folder)
     return [{"step": row["step"], "kl": row[key], "score": row["eval/score"]} for row in read if key in row]
+
+
+def _means(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Of what there is in each column; and how many replies have no gold score, where some have none."""
+    known = {key: values[~np.isnan(values)] for key, values in columns.items()}
+    missing = len(columns["gold"]) - len(known["gold"]) if "gold" in columns else 0
+    means = {key: float(np.mean(values)) for key, values in known.items() if len(values)}
+    return means | ({"gold_unscored": missing} if missing else {})
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -322,14 +333,17 @@ def _measured(replied: Replied) -> dict[str, np.ndarray]:
 def _lines(prompts: Encoded, tokenizer, replied: Mapping[str, Replied], columns) -> list[dict[str, Any]]:
     """The lines of replies.jsonl."""
 
+    def score(name: str, key: str, row: int) -> float | None:
+        value = columns[name][key][row] if key in columns[name] else np.nan
+        return None if np.isnan(value) else float(value)
+
     def reply(name: str, row: int) -> dict[str, Any]:
-        scores = {key: float(columns[name][key][row]) if key in columns[name] else None for key in ("reward", "gold")}
         each = replied[name]
         return {
             "text": each.texts[row],
             "tokens": len(each.tokens[row]),
             "finished": bool(each.finished[row]),
-        } | scores
+        } | {key: score(name, key, row) for key in ("reward", "gold")}
 
     return [
         {

@@ -32,7 +32,7 @@ class Measures(Section):
 
     gap: OneOrMany = setting(
         "reward",
-        "what the gap is of: the reward model's scores (reward), the data's margins (given), implicit rewards beta log "
+        "what the gap is of: the scorer's scores (reward), the data's margins (given), implicit rewards beta log "
         "policy/reference (implicit), or log-probs per token under the reference (reference_loss); of several their "
         "mean rank",
     )
@@ -48,9 +48,9 @@ class Measures(Section):
     def gap_unit(self) -> str:
         return UNITS[self.measures[0]] if len(self.measures) == 1 else "mean signed rank"
 
-    def check_measures(self, given: dict[str, Any], samples: bool) -> None:
+    def check_measures(self, given: dict[str, Any], samples: bool, own: bool) -> None:
         """Raises `wrong` for measures that can't be meant. given: role -> what is named there. samples: whether pairs
-        are sampled, which the reward model chooses and whose margins nobody gave."""
+        are sampled, which need scores and whose margins nobody gave. own: whether the reward model gives scores."""
         for name in self.measures:
             if name not in MEASURES:
                 raise wrong("gap", f"{name!r}; expected one of {', '.join(MEASURES)}, or several of them")
@@ -59,14 +59,15 @@ class Measures(Section):
         if samples and "given" in self.measures:
             raise wrong("gap", "given, but nobody gave sampled pairs a margin; expected pair_source=dataset")
         read = {role for name in self.measures for role in MEASURES[name]} | ({"reward"} if samples else set())
+        if not own:
+            read.discard("reward")
         for name, value in given.items():
             if name in read and not value:
                 need = "sampled pairs need" if name == "reward" and samples else f"gap={','.join(self.measures)} needs"
                 raise wrong(name, f"empty, but {need} it")
             if value and name not in read:
-                raise wrong(
-                    name, f"{value!r}, but gap={','.join(self.measures)} does not read it; expected an empty text"
-                )
+                unread = "gap=" + ",".join(self.measures) if own or name != "reward" else "the scorer"
+                raise wrong(name, f"{value!r}, but {unread} does not read it; expected an empty text")
 
 
 def margins(margin: np.ndarray) -> np.ndarray:

@@ -94,11 +94,19 @@ def model(job: Job) -> ModelConfig:
     else:
         architecture = job.preset.architecture
     adapters = settings.lora
+    return computed(
+        job, architecture, LoraConfig(adapters.rank, adapters.alpha, adapters.targets) if adapters.rank else None
+    )
+
+
+def computed(job: Job, architecture: ModelConfig, adapters: LoraConfig | None = None) -> ModelConfig:
+    """A model's config as the job's mesh computes it, by the run's settings. InputError for what a backend can't do."""
+    settings = job.config.model
     config = dataclasses.replace(
         architecture.for_mesh(job.mesh),
         dtype=model_config.compute_dtype(settings.dtype, job.platform),
         remat=getattr(job.settings, "remat", "") or settings.remat,
-        lora=LoraConfig(adapters.rank, adapters.alpha, adapters.targets) if adapters.rank else None,
+        lora=adapters,
     )
     device = job.mesh.devices.flat[0]
     backend = attention.choose(
@@ -303,6 +311,35 @@ def _of_sources(
         return parts[0] if len(parts) == 1 else mixture.mix(parts, list(weights.values()))
     except InputError as error:
         raise job.error("data", str(error)) from None
+
+
+def said(job: Job, loaded_tokenizer) -> dict[int, TextRecord]:
+    """What the data says of every prompt, by the prompt's id: its first record, of the sources that the stage reads, or
+    else of all that the run does. Ids are given within a share; one that two prompts have is left out."""
+    named = sources_of(job.settings) or {name: 1.0 for each in job.config.stages.values() for name in sources_of(each)}
+    found: dict[int, TextRecord] = {}
+    twice: set[int] = set()
+    for part in (part for name in named for part in _parts(job, loaded_tokenizer, name)):
+        numbers = division.prompt_ids([record.prompt_key for record in part]).tolist()
+        for number, record in zip(numbers, part, strict=True):
+            if found.setdefault(number, record).prompt_key != record.prompt_key:
+                twice.add(number)
+    return {number: record for number, record in found.items() if number not in twice}
+
+
+def _parts(job: Job, loaded_tokenizer, source: str) -> list[list[TextRecord]]:
+    """The first record of every prompt of a source, share by share."""
+    data = data_division(job.config.data, source)
+    shown = dressed(job, loaded_tokenizer, source)
+    with reading.of_source(source):
+        heldout, kept = [], sources.load(data.path, data.split, shown, data.limit, data.reading)[0]
+        if data.eval_split:
+            heldout = sources.load(data.path, data.eval_split, shown, data.limit, data.reading)[0]
+    taken = {record.first_turn for record in heldout}
+    parts: dict[str, list[TextRecord]] = {}
+    for record in division.unique_prompts([*heldout, *kept]):
+        parts.setdefault(shares.share_of(record, data, taken), []).append(record)
+    return list(parts.values())
 
 
 def encode_rows(job: Job, model: ModelConfig, rows: list[TextRecord], replies: int, loaded_tokenizer) -> encode.Encoded:

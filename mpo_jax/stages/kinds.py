@@ -30,7 +30,7 @@ for _module in (sft, reward, pairs, split, dpo, kto, ppo, blend, evaluate, judge
 
 
 def load_plugins(names: Iterable[str]) -> None:
-    """Imports a run's plugins, which add to `KINDS`, `OBJECTIVES`, `ESTIMATORS` or `LABELLERS` when they are imported.
+    """Imports a run's plugins, which add to `KINDS`, `OBJECTIVES`, `ESTIMATORS` or `SCORERS` when they are imported.
     InputError, naming the module, for one that can't be imported."""
     for name in names:
         try:
@@ -61,9 +61,11 @@ def shown() -> dict[str, Shown]:
 def plugged(stage: StageSettings) -> dict[str, str]:
     """Setting -> hash of the plugin's source text, for what a stage takes from a plugin: its kind, or an entry of a
     table. It enters the stage's key, so that a changed plugin makes the stage again."""
-    entries = {"kind": KINDS[stage.kind].run} | dict(settings.chosen(stage))
-    texts = {name: _source(entry) for name, entry in entries.items()}
-    return {name: text for name, text in texts.items() if text}
+    texts: dict[str, str] = {}
+    for name, entry in [("kind", KINDS[stage.kind].run), *settings.chosen(stage)]:
+        if text := _source(entry):
+            texts[name] = texts.get(name, "") + text
+    return texts
 
 
 def _source(entry: Any) -> str:

@@ -1,4 +1,4 @@
-"""A policy and prompts enter; preference pairs of its own replies leave, labelled by a simulated annotator.
+"""A policy and prompts enter; preference pairs of its own replies leave, labelled by a scorer as a simulated annotator.
 
 For self-labelled studies and data without labels: the labeller's Bradley-Terry choices stand in for the human's. Every
 share of the data gets its pairs, so that what follows can keep them apart.
@@ -13,7 +13,7 @@ from mpo_jax.artifacts import POLICY, SAMPLES
 from mpo_jax.data import shares
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.settings import Count, changed, role, setting
-from mpo_jax.stages import candidates
+from mpo_jax.stages import candidates, scores
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage
@@ -35,14 +35,19 @@ def check(job: Job[Settings]) -> None:
     """InputError where no pairs can be sampled, or where they can't be stored; nothing is loaded."""
     jobs.check_batch(job, job.settings.batch_size)
     candidates.check_pairs(job)
+    scores.check(job)
 
 
 def programs(job: Job[Settings]) -> Programs:
-    """The sampler."""
-    model = jobs.model(job)
+    """The sampler, and the labeller where it is a model."""
+    model, settings = jobs.model(job), job.settings
     weights = jobs.abstract_base(job, model) | shapes.frozen_weights(job, model)
-    how = candidates.of_settings(job, job.settings.samples)
-    return {"sample": candidates.program(job, model, weights, how, job.settings.batch_size)}
+    how = candidates.of_settings(job, settings.samples)
+    drawn = shapes.batch(job, settings.batch_size, *shapes.sampled_length(job, settings, settings.samples))
+    held = scores.held(job, "labeller")
+    return {"sample": candidates.program(job, model, weights, how, settings.batch_size, held)} | scores.programs(
+        job, "labeller", {settings.samples: drawn}
+    )
 
 
 def run(job: Job[Settings]) -> dict[str, Any]:
@@ -54,20 +59,22 @@ def run(job: Job[Settings]) -> dict[str, Any]:
         job, job.inputs["policy"], model, jobs.frozen_dtype(job)
     )
     how = candidates.of_settings(job, settings.samples)
-    sample = programs(job)["sample"]
+    compiled = programs(job)
     counts: dict[str, int] = {}
-    for share in shares.names(jobs.data_division(job.config.data)):
-        prompts = jobs.share_prompts(job, model, tokenizer, share)
-        replies = candidates.sample_all(job, sample, weights, prompts, how, settings.batch_size)
-        gold = candidates.label(settings.labeller, replies, tokenizer)
-        rows = candidates.with_replies(prompts, replies.tokens)
-        pairs = candidates.pair_up(rows, gold, gold, settings.pairing, settings.label_temperature, job.seed)
-        counts[share] = len(pairs.encoded)
-        jobs.write_rows(pairs.encoded, job.folder / share)
-        gap = pairs.scores[:, 0] - pairs.scores[:, 1]
-        right = float(np.mean(gap > 0))
-        jobs.say(f"{share}: {len(gap)} pairs of {len(prompts)} prompts; the label follows the score in {right:.3f}")
-    return {"pairs": counts}
+    unscored: dict[str, int] = {}
+    with scores.opened(job, "labeller", tokenizer, compiled, settings.batch_size) as score:
+        for share in shares.names(jobs.data_division(job.config.data, settings.data)):
+            prompts = jobs.share_prompts(job, model, tokenizer, share)
+            replies = candidates.sample_all(job, compiled["sample"], weights, prompts, how, settings.batch_size)
+            rows = candidates.with_replies(prompts, replies.tokens)
+            gold = score(rows)
+            pairs = candidates.pair_up(rows, gold, gold, settings.pairing, settings.label_temperature, job.seed)
+            counts[share], unscored[share] = len(pairs.encoded), int(np.isnan(gold).sum())
+            jobs.write_rows(pairs.encoded, job.folder / share)
+            gap = pairs.scores[:, 0] - pairs.scores[:, 1]
+            right = float(np.mean(gap > 0))
+            jobs.say(f"{share}: {len(gap)} pairs of {len(prompts)} prompts; the label follows the score in {right:.3f}")
+    return {"pairs": counts, "unscored": unscored}
 
 
 STAGE = Stage(

@@ -59,10 +59,11 @@ def logps_program(
     return Program(step, (weights, rows), shapes.forward(model, rows), per="batch")
 
 
-def compute(job: Job, program: Program, weights: PyTree, encoded: Encoded, batch_size: int) -> np.ndarray:
-    """The program's numbers of all rows, f32 [rows,N], in the rows' own order; equal on every process."""
+def compute(job: Job, program: Program, weights: PyTree, encoded: Encoded, batch_size: int, **options) -> np.ndarray:
+    """The program's numbers of all rows, f32 [rows,N], in the rows' own order; equal on every process. options: of the
+    loader."""
     # Rows of many samples may be longer than those of the data; no position in them is.
-    loader = jobs.loader(job, encoded, batch_size, shuffle=False, max_length=None)
+    loader = jobs.loader(job, encoded, batch_size, shuffle=False, max_length=None, **options)
     return collect(program.function, weights, loader, encoded.replies)
 
 

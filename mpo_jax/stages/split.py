@@ -1,4 +1,4 @@
-"""Preference pairs, from the data or sampled by a policy, and a reward model enter; easy, hard and flipped pairs leave.
+"""Preference pairs, from the data or sampled by a policy, and a scorer enter; easy, hard and flipped pairs leave.
 
 The gap of a pair is its chosen score minus its rejected one, in reward units: sigmoid(gap) is the reward model's
 probability that chosen is better. Gou & Nguyen 2024 (arXiv 2403.19443): easy pairs have a large gap, hard ones a small.
@@ -6,6 +6,7 @@ No pair is scored by a reward model that was trained on it: pairs come from anot
 part that one of k reward models has not seen (cross-fitting).
 """
 
+import contextlib
 import functools
 from typing import Annotated, Any, Literal
 
@@ -18,13 +19,14 @@ from mpo_jax import settings as declared
 from mpo_jax.artifacts import PAIRS, POLICY, REWARD, SAMPLES
 from mpo_jax.data import division, encode
 from mpo_jax.data.encode import Encoded
+from mpo_jax.errors import InputError
 from mpo_jax.evaluation import sections, split_report
-from mpo_jax.evaluation.labellers import LABELLERS
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.run import ShareName
-from mpo_jax.settings import Amount, Count, OneOf, OneOrMany, Whole, changed, role, setting
-from mpo_jax.stages import buckets, candidates, gaps, rows
+from mpo_jax.scorers.names import OWN, Scorer, Scorers, own_alone
+from mpo_jax.settings import Amount, Count, OneOrMany, Whole, changed, role, setting
+from mpo_jax.stages import buckets, candidates, gaps, rows, scores
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage, rows_of_share
@@ -32,11 +34,11 @@ from mpo_jax.stages.candidates import Pairing, Scored
 from mpo_jax.stages.gaps import Measures
 from mpo_jax.stages.job import Artifact, Job
 from mpo_jax.stages.programs import Programs
-from mpo_jax.types import GapTable
+from mpo_jax.types import Batch, GapTable
 
 
 class Settings(Pairing, Measures):
-    """Divides preference pairs into easy, hard and flipped ones by the gap of their reward-model scores."""
+    """Divides preference pairs into easy, hard and flipped ones by the gap of their scores."""
 
     reward: OneOrMany = role(
         REWARD,
@@ -44,6 +46,7 @@ class Settings(Pairing, Measures):
         "the reward model that scores, which never saw the share; or the k of cross-fitting; empty where none is read",
         optional=True,
     )
+    scorer: Annotated[Scorer, Scorers(more=(OWN,))] = setting(OWN, "who scores: the reward model, or another scorer")
     second: str = role(REWARD, "", "another reward model: pairs are flipped only where it prefers rejected too")
     policy: str = role(POLICY, "sft", "the policy whose replies are paired, where pairs are sampled", optional=True)
     pairs: str = role(SAMPLES, "", "a stage whose pairs are read; data, or empty: the data's own pairs", data=True)
@@ -51,8 +54,8 @@ class Settings(Pairing, Measures):
     pair_source: Literal["dataset", "sampled", "both"] = setting(
         "dataset", "where pairs come from: the data (or `pairs`), the policy's own replies, or both"
     )
-    labeller: Annotated[str, OneOf(LABELLERS, more=("reward",))] = changed(
-        Pairing, "labeller", "reward", "who says which sampled reply is better"
+    labeller: Annotated[Scorer, Scorers(more=("",))] = changed(
+        Pairing, "labeller", "", "the scorer who says which sampled reply is better; empty: the one who scores"
     )
     threshold: Amount = setting(1.0, "gap at which a pair is easy; the paper tests 1 and 2", unit="reward units")
     quantile: Annotated[float, annotated_types.Interval(ge=0, lt=1)] = setting(
@@ -75,9 +78,14 @@ class Settings(Pairing, Measures):
         return self.pair_source != "dataset"
 
     @property
-    def reads_reward(self) -> bool:
-        """Whether the reward model scores: where its gap is asked for, and where it chooses among sampled replies."""
+    def reads_scores(self) -> bool:
+        """Whether anybody scores: where the gap of scores is asked for, and for sampled replies."""
         return "reward" in self.measures or self.samples_pairs
+
+    @property
+    def reads_reward(self) -> bool:
+        """Whether the reward model does."""
+        return self.reads_scores and scores.uses_own(self.scorer)
 
     @pydantic.model_validator(mode="after")
     def _edge(self):
@@ -86,7 +94,7 @@ class Settings(Pairing, Measures):
         if self.top_k and self.quantile:
             raise declared.wrong("top_k", f"{self.top_k}, beside a quantile of {self.quantile:g}; expected one of them")
         given = {"reward": self.reward, "implicit": self.implicit, "reference": self.reference}
-        self.check_measures(given, self.samples_pairs)
+        self.check_measures(given, self.samples_pairs, scores.uses_own(self.scorer))
         if self.samples_pairs and not self.policy:
             raise declared.wrong("policy", "empty; expected the policy whose replies are paired")
         return self
@@ -99,6 +107,7 @@ def check(job: Job[Settings]) -> None:
         jobs.check_batch(job, job.settings.score_batch, "score_batch")
     if job.settings.samples_pairs:
         candidates.check_pairs(job)
+    scores.check(job)
     models = reward_models(job) if job.settings.reads_reward else []
     if len(models) > 1:
         _check_folds(job, models)
@@ -141,27 +150,42 @@ def _check_folds(job: Job[Settings], models: list[Artifact]) -> None:
 
 
 def programs(job: Job[Settings]) -> Programs:
-    """The scorer of the data's pairs; the sampler, and the scorer of what it sampled."""
+    """The scorers of the data's pairs; the sampler, and the scorers of what it sampled."""
     model = jobs.model(job)
     settings = job.settings
     base = jobs.abstract_base(job, model)
-    scorer = base | shapes.frozen_weights(job, model, head=True)
-    size = settings.score_batch or settings.batch_size
+    own = settings.reads_reward
+    reward = base | shapes.frozen_weights(job, model, head=True) if own else base
+    size = score_rows(job)
     compiled: Programs = {}
+    scored: dict[int, Batch] = {}
     made_by = settings if settings.pair_source == "sampled" else shapes.made_by_stage(job, "pairs")
     read = shapes.pairs(job, size, made_by)
-    if settings.pair_source != "sampled" and settings.reads_reward:
-        compiled["score"] = rows.scoring_program(job, model, scorer, read, 2)
+    if settings.pair_source != "sampled" and settings.reads_scores:
+        scored[2] = read
+        if own:
+            compiled["score"] = rows.scoring_program(job, model, reward, read, 2)
     if settings.samples_pairs:
         weights = base | shapes.frozen_weights(job, model)
         how = candidates.of_settings(job, settings.samples)
-        compiled["sample"] = candidates.program(job, model, weights, how, settings.batch_size, scorer)
+        held = [reward, *scores.held(job, "scorer", "labeller")]
+        compiled["sample"] = candidates.program(job, model, weights, how, settings.batch_size, held)
         length, window = shapes.sampled_length(job, settings, settings.samples)
         drawn = shapes.batch(job, size, length, window)
-        compiled["score_samples"] = rows.scoring_program(job, model, scorer, drawn, settings.samples)
+        scored[settings.samples] = drawn
+        if own:
+            compiled["score_samples"] = rows.scoring_program(job, model, reward, drawn, settings.samples)
+        compiled |= scores.programs(job, "labeller", {settings.samples: drawn})
     if "second" in job.inputs:
-        compiled["second"] = rows.scoring_program(job, model, scorer, read, 2)
-    return compiled | gaps.programs(job, model, base | shapes.frozen_weights(job, model), read)
+        head = base | shapes.frozen_weights(job, model, head=True)
+        compiled["second"] = rows.scoring_program(job, model, head, read, 2)
+    compiled |= gaps.programs(job, model, base | shapes.frozen_weights(job, model), read)
+    return compiled | scores.programs(job, "scorer", scored)
+
+
+def score_rows(job: Job[Settings]) -> int:
+    """Rows scored at a time."""
+    return job.settings.score_batch or job.settings.batch_size
 
 
 def run(job: Job[Settings]) -> dict[str, Any]:
@@ -171,24 +195,28 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     tokenizer = jobs.load_tokenizer(job, model)
     base = jobs.base_weights(job, model)
     compiled = programs(job)
-    score = make_scorer(job, model, compiled, base) if settings.reads_reward else None
-    make = functools.partial(_scored_pairs, job, model, tokenizer, compiled, base, score)
-    scored = make(settings.share)
-    scores = gaps.scores(job, compiled, base, scored.encoded, scored.scores)
-    gap = scores[:, 0] - scores[:, 1]
+    with contextlib.ExitStack() as stack:
+        keys = ("scorer", "labeller") if settings.samples_pairs else ("scorer",)
+        asked = [stack.enter_context(scores.opened(job, key, tokenizer, compiled, score_rows(job))) for key in keys]
+        score = with_reward(job, model, compiled, base, asked[0]) if settings.reads_scores else None
+        make = functools.partial(_scored_pairs, job, model, tokenizer, compiled, base, score, asked[-1])
+        scored, unscored = make(settings.share)
+        heldout = {half: make(half)[0].encoded for half in (division.SELECT, division.REPORT)}
+    measured = gaps.scores(job, compiled, base, scored.encoded, scored.scores)
+    gap = measured[:, 0] - measured[:, 1]
     threshold, bucket = divided(job, model, compiled, base, scored.encoded, gap)
     table = GapTable(
         id=scored.encoded.id,
         prompt_id=scored.encoded.prompt_id,
-        score_chosen=scores[:, 0],
-        score_rejected=scores[:, 1],
+        score_chosen=measured[:, 0],
+        score_rejected=measured[:, 1],
         gap=gap,
         bucket=bucket,
     )
     buckets.check_buckets(job.name, table, threshold, settings.flipped)
     report = split_report.build(table, scored.encoded, threshold, settings.measures, settings.gap_unit)
-    for half in (division.SELECT, division.REPORT):
-        jobs.write_rows(make(half).encoded, job.folder / artifacts.HELDOUT / half)
+    for half, encoded in heldout.items():
+        jobs.write_rows(encoded, job.folder / artifacts.HELDOUT / half)
     jobs.write_rows(scored.encoded, job.folder / artifacts.PAIR_ROWS)
     if jobs.is_first():
         artifacts.write_gaps(job.folder, table)
@@ -199,11 +227,22 @@ def run(job: Job[Settings]) -> dict[str, Any]:
         artifacts.write_json(job.folder / artifacts.REPORT, report)
     counts = ", ".join(f"{count} {name}" for name, count in report["counts"].items())
     jobs.say(
-        f"{job.name} at gap {threshold:.4g}: {counts}; "
-        f"{'the reward model' if settings.measures == ('reward',) else 'the gap'} agrees with "
+        f"{job.name} at gap {threshold:.4g}: {counts}{f', {unscored} without a score' if unscored else ''}; "
+        f"{_judge(settings)} agrees with "
         f"{report['agreement']:.3f} of the labels"
     )
-    return {"threshold": threshold, "counts": report["counts"], "agreement": report["agreement"]}
+    return {
+        "threshold": threshold,
+        "counts": report["counts"],
+        "agreement": report["agreement"],
+        "unscored": unscored,
+    }
+
+
+def _judge(settings: Settings) -> str:
+    if settings.measures != ("reward",):
+        return "the gap"
+    return "the reward model" if own_alone(settings.scorer) else "the scorer"
 
 
 def divided(job: Job[Settings], model: ModelConfig, compiled: Programs, base, encoded: Encoded, gap: np.ndarray):
@@ -218,69 +257,88 @@ def divided(job: Job[Settings], model: ModelConfig, compiled: Programs, base, en
         bucket = buckets.only_top(bucket, gap, settings.top_k)
     if "second" in compiled:
         weights = base | jobs.load_weights(job, job.inputs["second"], model, jobs.frozen_dtype(job))
-        size = settings.score_batch or settings.batch_size
-        scores = rows.compute(job, compiled["second"], weights, encoded, size)
-        bucket = buckets.agreed(bucket, scores[:, 0] - scores[:, 1])
+        second = rows.compute(job, compiled["second"], weights, encoded, score_rows(job))
+        bucket = buckets.agreed(bucket, second[:, 0] - second[:, 1])
     return threshold, bucket
 
 
-def make_scorer(job: Job[Settings], model: ModelConfig, compiled: Programs, base):
+def with_reward(job: Job[Settings], model: ModelConfig, compiled: Programs, base, score: scores.Score):
+    """`(name of a program, encoded, share) -> f32 [rows,N]`: the scorer's scores, with the reward model's in them where
+    it is named."""
+    if not scores.uses_own(job.settings.scorer):
+        return lambda name, encoded, share: score(encoded)
+    own = reward_scorer(job, model, compiled, base)
+    return lambda name, encoded, share: score(encoded, functools.partial(own, name, encoded, share))
+
+
+def reward_scorer(job: Job[Settings], model: ModelConfig, compiled: Programs, base):
     """`(name of a program, encoded, share) -> f32 [rows,N]`, by the job's reward model; or by k of them, each row by
     the one that has not seen its prompt, and rows of other shares, which none has seen, by the mean of all."""
     models = reward_models(job)
-    size = job.settings.score_batch or job.settings.batch_size
+    size = score_rows(job)
 
     def scorer(artifact: Artifact):
         weights = base | jobs.load_weights(job, artifact, model, jobs.frozen_dtype(job))
         return lambda name, encoded: rows.compute(job, compiled[name], weights, encoded, size)
 
     if len(models) == 1:
-        score = scorer(models[0])
-        return lambda name, encoded, share: score(name, encoded)
+        only = scorer(models[0])
+        return lambda name, encoded, share: only(name, encoded)
 
     def crossfit(name: str, encoded: Encoded, share: str) -> np.ndarray:
-        scores = np.zeros((len(encoded), encoded.replies), np.float32)
+        total = np.zeros((len(encoded), encoded.replies), np.float32)
         parts = division.folds(encoded.prompt_id, len(models))
         for fold, artifact in enumerate(models):
             part = np.flatnonzero(parts == fold) if share == job.settings.share else np.arange(len(encoded))
             if len(part):
-                scores[part] += scorer(artifact)(name, encode.take(encoded, part))
-        return scores if share == job.settings.share else scores / len(models)
+                total[part] += scorer(artifact)(name, encode.take(encoded, part))
+        return total if share == job.settings.share else total / len(models)
 
     return crossfit
 
 
 def _scored_pairs(
-    job: Job[Settings], model: ModelConfig, tokenizer, compiled: Programs, base, score, share: str
-) -> Scored:
-    """The share's pairs by the settings' source, scored."""
-    made = []
+    job: Job[Settings], model: ModelConfig, tokenizer, compiled: Programs, base, score, label: scores.Score, share: str
+) -> tuple[Scored, int]:
+    """The share's pairs by the settings' source, scored, where there is a `score`; and how many pairs or replies have
+    none."""
+    made, unscored = [], 0
     if job.settings.pair_source != "sampled":
         encoded = jobs.share_pairs(job, model, tokenizer, share)
-        unscored = np.zeros((len(encoded), 2), np.float32)
-        made.append(Scored(encoded, unscored if score is None else score("score", encoded, share)))
-    if "sample" in compiled:
-        made.append(sampled_pairs(job, model, tokenizer, compiled, base, score, share))
+        found = np.zeros((len(encoded), 2), np.float32) if score is None else score("score", encoded, share)
+        known = ~np.isnan(found).any(axis=1)
+        unscored += int(np.sum(~known))
+        if not known.any():
+            raise InputError(f"stages.{job.name}.scorer: none of {len(encoded)} pairs of share {share!r} has a score")
+        if not known.all():
+            encoded, found = encode.take(encoded, np.flatnonzero(known)), found[known]
+        made.append(Scored(encoded, found))
+    if job.settings.samples_pairs:
+        sampled, missing = sampled_pairs(job, model, tokenizer, compiled, base, score, label, share)
+        made.append(sampled)
+        unscored += missing
     if len(made) == 1:
-        return made[0]
-    return Scored(encode.join(made[0].encoded, made[1].encoded), np.concatenate([each.scores for each in made]))
+        return made[0], unscored
+    joined = encode.join(made[0].encoded, made[1].encoded)
+    return Scored(joined, np.concatenate([each.scores for each in made])), unscored
 
 
 def sampled_pairs(
-    job: Job[Settings], model: ModelConfig, tokenizer, compiled: Programs, base, score, share: str
-) -> Scored:
-    """Pairs of the policy's own replies to a share's prompts; the winner is the reward model's, or a labeller's."""
+    job: Job[Settings], model: ModelConfig, tokenizer, compiled: Programs, base, score, label: scores.Score, share: str
+) -> tuple[Scored, int]:
+    """Pairs of the policy's own replies to a share's prompts; the winner is the scorer's, or a labeller's. And how many
+    replies have no score."""
     settings = job.settings
     prompts = jobs.share_prompts(job, model, tokenizer, share)
     weights = base | jobs.load_weights(job, job.inputs["policy"], model, jobs.frozen_dtype(job))
     how = candidates.of_settings(job, settings.samples)
     replies = candidates.sample_all(job, compiled["sample"], weights, prompts, how, settings.batch_size)
     drawn = candidates.with_replies(prompts, replies.tokens)
-    scores = score("score_samples", drawn, share)
-    if settings.labeller == "reward":
-        return candidates.pair_up(drawn, scores, scores, settings.pairing, 0.0, job.seed)
-    gold = candidates.label(settings.labeller, replies, tokenizer)
-    return candidates.pair_up(drawn, scores, gold, settings.pairing, settings.label_temperature, job.seed)
+    found = score("score_samples", drawn, share)
+    # The scorer agrees with itself; noise is a labeller's.
+    gold, temperature = (label(drawn), settings.label_temperature) if settings.labeller else (found, 0.0)
+    pairs = candidates.pair_up(drawn, found, gold, settings.pairing, temperature, job.seed)
+    return pairs, int(np.isnan(found + gold).sum())
 
 
 STAGE = Stage(

@@ -172,7 +172,8 @@ def ppo_update(case: Case, mesh) -> Work:
     }
     optimizer, _ = update.make_optimizer(settings, settings.steps)
     state = loop.init_state(optimizer, params, jax.random.key(0), mesh, update.first_extra(settings))
-    step = update.make_step(job, kinds.KINDS["ppo"].programs(job, settings.steps), None)
+    compiled = kinds.KINDS["ppo"].programs(job, settings.steps)
+    step = update.make_step(job, compiled, update.scored_on_device(compiled))
     tokens = rows * settings.samples * (case.prompt + case.response) * PPO_EPOCHS
     return Work((state, None), lambda carry: step(carry[0], others, prompts), tokens, {})
 

@@ -22,7 +22,7 @@ def get_config():
     config.data.max_buckets = 1
     sampled = {"max_new_tokens": 40, "batch_size": 64}
     ppo = {
-        "labeller": "vader", "sft": "base", "prompts": "split/hard", "batch_size": 32, "steps": 20, "inner_epochs": 2,
+        "scorer": "vader", "sft": "base", "prompts": "split/hard", "batch_size": 32, "steps": 20, "inner_epochs": 2,
         "max_new_tokens": 40, "learning_rate": 2e-4, "value_learning_rate": 1e-3, "kl_coefficient": 0.05,
         "eval_prompts": 128, "eval_every": 10, "save_every": 20,
     }  # fmt: skip

@@ -21,7 +21,7 @@ def stage(workdir, name, kind, inputs=None, done=True):
     folder = workdir / f"{name}-0123"
     folder.mkdir()
     artifacts.write_json(
-        folder / "config.json", {"stages": {name: {"kind": kind, "pair_source": "sampled", "labeller": "reward"}}}
+        folder / "config.json", {"stages": {name: {"kind": kind, "pair_source": "sampled", "labeller": ""}}}
     )
     entries = {role: [{"name": source, "part": part}] for role, (source, part) in (inputs or {}).items()}
     manifest = {

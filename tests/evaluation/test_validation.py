@@ -89,7 +89,7 @@ def run(tmp_path):
     for name, kind in (("split", "split"), ("mpo", "ppo"), ("judge", "judge")):
         stages[name] = epath.Path(tmp_path / f"{name}-0")
         stages[name].mkdir()
-        settings = {"kind": kind, "pair_source": "dataset", "labeller": "reward"}
+        settings = {"kind": kind, "pair_source": "dataset", "labeller": ""}
         artifacts.write_json(stages[name] / "config.json", {"stages": {name: settings}})
     gap = calibrated_gaps(400)
     artifacts.write_gaps(stages["split"], made.gap_table(gap))

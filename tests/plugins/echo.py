@@ -1,4 +1,4 @@
-"""A plugin: a kind of stage that writes down a policy's name, an objective, and a labeller. See tests/test_kinds.py."""
+"""A plugin: a kind of stage that writes down a policy's name, an objective, and a scorer. See tests/test_kinds.py."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ import jax.numpy as jnp
 
 from mpo_jax import artifacts
 from mpo_jax.artifacts import POLICY, REPLIES
-from mpo_jax.evaluation.labellers import LABELLERS
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.ops import preferences
 from mpo_jax.ops.losses import Loss
 from mpo_jax.ops.preferences import OBJECTIVES, Objective
 from mpo_jax.run import StageSettings
+from mpo_jax.scorers.names import SCORERS
 from mpo_jax.settings import Count, role, setting
 from mpo_jax.stages import kinds
 from mpo_jax.stages.base import Stage
@@ -41,13 +41,13 @@ def squared_hinge(policy_chosen, policy_rejected, reference_chosen, reference_re
     return jnp.sum(weight * jnp.maximum(0.0, 1.0 - margin) ** 2), pairs, metrics
 
 
-def shortest(texts) -> list[float]:
+def shortest(prompts, replies) -> list[float]:
     """The shorter the better."""
-    return [-float(len(text)) for text in texts]
+    return [-float(len(reply)) for reply in replies]
 
 
 OBJECTIVES["squared_hinge"] = Objective(squared_hinge)
-LABELLERS["shortest"] = shortest
+SCORERS["shortest"] = shortest
 STAGE = kinds.register(
     Stage(
         kind="echo",

@@ -12,8 +12,8 @@ from etils import epath
 from mpo_jax import artifacts
 from mpo_jax.artifacts import POLICY
 from mpo_jax.data.tokenizer import load_tokenizer
-from mpo_jax.evaluation import labellers
 from mpo_jax.models import hf
+from mpo_jax.scorers import sentiment
 from mpo_jax.stages import candidates, evaluate
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Artifact, Job
@@ -54,7 +54,7 @@ def test_files_hold_every_reply_and_its_scores(ran):
         replies = [line["replies"][name] for line in lines]
         assert means["tokens"] == pytest.approx(np.mean([reply["tokens"] for reply in replies]))
         assert means["reward"] == pytest.approx(np.mean([reply["reward"] for reply in replies]), abs=1e-5)
-        gold = labellers.score("vader", [reply["text"] for reply in replies])
+        gold = sentiment.vader([], [reply["text"] for reply in replies])
         np.testing.assert_allclose([reply["gold"] for reply in replies], gold, atol=1e-6)
         assert set(means) == {"tokens", "finished", "repetition", "kl", "kl_error", "reward", "gold", "distinct"}
     assert summary["policies"] == report["policies"]
@@ -133,7 +133,7 @@ def test_frontier_is_of_every_policy_and_along_ppo(ran, tmp_path):
     along = replaced(job, {"stages.mpo.sft": "sft"}, inputs=job.inputs | {"policies": [artifact]})
     found = evaluate.frontier(along, {"mpo": {"kl": 2.0, "reward": 0.5}})
     assert found == {"mpo": [{"step": 2, "kl": 1.5, "score": 0.25}, {"kl": 2.0, "score": 0.5}]}
-    other = replaced(along, {"stages.mpo.labeller": "vader"})  # another score
+    other = replaced(along, {"stages.mpo.scorer": "vader"})  # another score
     assert evaluate.frontier(other, {"mpo": {"kl": 2.0, "reward": 0.5}}) == {"mpo": [{"kl": 2.0, "score": 0.5}]}
     assert evaluate.frontier(along, {"mpo": {"reward": 0.5}}) == {}
 

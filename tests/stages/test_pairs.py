@@ -8,7 +8,7 @@ from mpo_jax import metrics
 from mpo_jax.artifacts import SAMPLES
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
-from mpo_jax.evaluation import labellers
+from mpo_jax.scorers import preferences, sentiment
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import pairs
 from mpo_jax.stages.job import Artifact
@@ -49,7 +49,7 @@ def test_without_noise_the_label_follows_the_score(ran):
         found = jobs.read_rows(job.folder / share)
         for row in range(len(found)):
             texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in found.row(row)[1:]]
-            chosen, rejected = labellers.score("vader", texts)
+            chosen, rejected = sentiment.vader([], texts)
             assert chosen >= rejected and texts[0] != texts[1]
             apart += chosen > rejected
     assert apart > 10
@@ -59,11 +59,11 @@ def test_choices_are_bradley_terrys():
     """Of 4,000 choices at each gap, the first wins as often as sigmoid(gap / temperature) says."""
     for gap in (-0.3, 0.0, 0.1, 0.5):
         left = np.full(4000, gap, np.float32)
-        won = labellers.first_wins(left, np.zeros_like(left), 0.2, np.arange(4000), seed=1).mean()
+        won = preferences.first_wins(left, np.zeros_like(left), 0.2, np.arange(4000), seed=1).mean()
         expected = 1 / (1 + np.exp(-gap / 0.2))
         assert won == pytest.approx(expected, abs=4 * np.sqrt(expected * (1 - expected) / 4000))
     left = np.array([1.0, 0.0, 0.0])
-    assert labellers.first_wins(left, np.array([0.0, 1.0, 0.0]), 0.0, np.arange(3), 0).tolist() == [True, False, True]
+    assert preferences.first_wins(left, np.array([0.0, 1.0, 0.0]), 0.0, np.arange(3), 0).tolist() == [True, False, True]
 
 
 def test_a_split_reads_the_pairs_and_scores_them(ran):
@@ -80,7 +80,7 @@ def test_a_split_reads_the_pairs_and_scores_them(ran):
     ("changes", "message"),
     [
         ({"samples": 1}, r"stages\.pairs\.samples: 1; expected 2 or more"),
-        ({"labeller": "reward"}, "labeller: 'reward'; expected one of vader"),
+        ({"labeller": "reward"}, "labeller: 'reward'; expected one of vader, hf:"),
     ],
 )
 def test_bad_settings(ran, changes, message):

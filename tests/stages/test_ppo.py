@@ -174,11 +174,11 @@ def test_reward_that_becomes_nan(ran, tmp_path):
         ({"kl_term": "k3"}, "kl_term: 'k3'"),
         ({"critic": "none"}, "critic: 'none'"),
         ({"temperature": 0.0}, "temperature: 0.0"),
-        ({"labeller": "human"}, "labeller: 'human'"),
+        ({"scorer": "human"}, "scorer: 'human'"),
         ({"epochs": 0.0}, "epochs: 0.0"),
         ({"select": "worst"}, "select: 'worst'"),
-        ({"reward": ""}, r"stages\.mpo\.reward: empty, but labeller needs it"),
-        ({"reward": "", "labeller": "vader", "normalise_scores": True}, "reward: empty, but normalise_scores needs it"),
+        ({"reward": ""}, r"stages\.mpo\.reward: empty, but scorer needs it"),
+        ({"reward": "", "scorer": {"vader": 1.0, "reward": 0.5}}, r"stages\.mpo\.reward: empty, but scorer needs it"),
     ],
 )
 def test_bad_settings(ran, settings, words):

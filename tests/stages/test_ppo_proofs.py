@@ -38,13 +38,13 @@ def inputs(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("algorithm", "labeller", "critic", "rank"), VARIANTS)
-def test_first_step_of_every_variant(inputs, stories, algorithm, labeller, critic, rank):
+@pytest.mark.parametrize(("algorithm", "scorer", "critic", "rank"), VARIANTS)
+def test_first_step_of_every_variant(inputs, stories, algorithm, scorer, critic, rank):
     """KL to the reference 0 and ratio 1 at temperature 0.7; under LoRA the reference is the adapter, not the base."""
     samples = 2 if algorithm == "rloo" else 1
-    tokens = 24 if labeller == "vader" else 8  # in eight tokens it finds no sentiment, and there is nothing to learn
+    tokens = 24 if scorer == "vader" else 8  # in eight tokens it finds no sentiment, and there is nothing to learn
     job = ppo_job.make_job(
-        inputs[rank], stories, rank=rank, algorithm=algorithm, labeller=labeller, critic=critic, samples=samples,
+        inputs[rank], stories, rank=rank, algorithm=algorithm, scorer=scorer, critic=critic, samples=samples,
         temperature=0.7, steps=2, max_new_tokens=tokens,
     )  # fmt: skip
     shutil.rmtree(job.folder, ignore_errors=True)
@@ -89,7 +89,7 @@ FLIPS = {
     "batch_size": 4, "epochs": (2.0, {"steps": 0, "batch_size": 24}), "steps": 1, "learning_rate": 2e-3,
     "schedule": "constant", "warmup": 0.5, "end_fraction": 0.5, "weight_decay": 0.1, "beta1": 0.5, "beta2": 0.5,
     "eps": 1e-2, "clip_norm": 0.1, "moments": "bfloat16", "eval_every": 2, "eval_batches": (1, {"batch_size": 4}),
-    "select": ("best", {"best_kl": 1e-6, "critic_warmup": 1}), "seed": 1, "labeller": "vader",
+    "select": ("best", {"best_kl": 1e-6, "critic_warmup": 1}), "seed": 1, "scorer": "vader",
     "algorithm": ("rloo", {"samples": 2}),
     "samples": 2, "temperature": 0.7, "max_new_tokens": 4, "inner_epochs": 1, "minibatches": 1, "clip": 0.01,
     "value_clip": 0.01, "value_learning_rate": 1e-2, "critic": "shared", "critic_warmup": 1, "entropy": 0.1,

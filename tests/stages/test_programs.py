@@ -14,6 +14,7 @@ from mpo_jax.stages.job import Artifact, Job
 from tests.evaluation import made
 from tests.stages import ppo_job, split_job, test_judge_stage
 from tests.stages.ppo_job import part
+from tests.tools import reward_models
 
 TRAINING = {"batch_size": 8, "steps": 1, "eval_batches": 1}
 UNPLANNED = {
@@ -73,6 +74,17 @@ def on_split(kind: str, roles: dict[str, str], **settings):
     return job
 
 
+def ppo_by_a_sum(folder, shared) -> Job:
+    """Of the run's own reward model, a model of others, and a scorer on the host."""
+    other = f"hf:{reward_models.make(folder / 'other', 'llama')}"
+    return ppo(samples=2, algorithm="rloo", scorer={"reward": 1.0, other: 0.5, "vader": 0.1})(folder, shared)
+
+
+def split_by_others(folder, shared) -> Job:
+    other = f"hf:{reward_models.make(folder / 'other', 'llama')}"
+    return sampling("split", pair_source="both", scorer=other, labeller=other)(folder, shared)
+
+
 def local_judge(folder, shared) -> Job:
     settings = {"judge": "local", "local": "base"}
     return test_judge_stage.make_job(folder, shared / "models/stories260K", made.rows(2), **settings)
@@ -103,8 +115,10 @@ CASES: dict[str, Callable[..., Job]] = {
         replay="split/all", replay_loss="dpo", prompts="split/all", batch_size=8, max_new_tokens=8, inner_epochs=1,
         eval_batches=1, eval_prompts=8, steps=1,
     ),
-    "ppo, two samples by a labeller": ppo(samples=2, algorithm="rloo", labeller="vader", gold="vader"),
     "blend": on_split("blend", {"policies": "sft"}, policies=("sft",)),
+    "ppo, two samples by another scorer": ppo(samples=2, algorithm="rloo", scorer="vader", gold="vader"),
+    "ppo, by a sum": ppo_by_a_sum,
+    "split, by others": split_by_others,
     "evaluate": on_split(
         "evaluate", {"policies": "init", "reward": "reward", "prompts": "prompts"},
         policies=("dpo",), baseline="dpo", count=4, max_new_tokens=8, batch_size=4,

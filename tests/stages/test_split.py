@@ -11,15 +11,15 @@ import ml_collections
 import numpy as np
 import pytest
 
-from mpo_jax import artifacts, metrics, recipes, sharding
+from mpo_jax import artifacts, graph, metrics, recipes, sharding
 from mpo_jax import settings as declared
 from mpo_jax.artifacts import REWARD
 from mpo_jax.data import division, encode
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
-from mpo_jax.evaluation import labellers
 from mpo_jax.ops import masks
 from mpo_jax.run import as_json
+from mpo_jax.scorers import sentiment
 from mpo_jax.stages import buckets, kinds, reward, rows, split
 from mpo_jax.stages import job as jobs
 from mpo_jax.types import BUCKETS, GapTable
@@ -233,9 +233,9 @@ def test_best_against_worst_and_the_labeller(job, sampled, shared, tmp_path):
     assert all(len(each) == 1 for each in pairs.values()) and len(pairs) > 10
     apart = 0
     for prompt, ((chosen, rejected),) in pairs.items():
-        scores = labellers.score("vader", sorted({text for pair in every[prompt] for text in pair}))
-        high, low = labellers.score("vader", [chosen, rejected])
-        assert (high, low) == (scores.max(), scores.min())
+        scores = sentiment.vader([], sorted({text for pair in every[prompt] for text in pair}))
+        high, low = sentiment.vader([], [chosen, rejected])
+        assert (high, low) == (max(scores), min(scores))
         apart += high > low
     assert apart > 3
     assert (table_of(found).gap < 0).any()  # the scores are still the reward model's
@@ -294,7 +294,7 @@ def refused(job, message, settings=None, **fields) -> None:
     ("changes", "message"),
     [
         ({"pair_source": "sampled", "samples": 1}, r"stages\.split\.samples: 1; expected 2 or more"),
-        ({"pair_source": "sampled", "labeller": "human"}, "labeller: 'human'; expected one of reward, vader"),
+        ({"pair_source": "sampled", "labeller": "human"}, "labeller: 'human'; expected one of an empty text, vader"),
         ({"pair_source": "sampled", "pairing": "some"}, "pairing: 'some'; expected one of best_worst, all"),
         ({"pair_source": "sampled", "label_temperature": -1.0}, "label_temperature: -1.0"),
         ({"pair_source": "sampled", "policy": ""}, r"stages\.split\.policy: empty"),
@@ -340,9 +340,12 @@ def test_rows_beyond_the_models_context(job):
 
 
 def test_a_split_without_a_reward_model(job):
-    """There is no job of it: its settings are refused."""
+    """There is none by the reward model; another scorer needs none."""
+    changes = {"stages.reward.init": "base", "stages.split.policy": "base", "stages.split.reward": ""}
     with pytest.raises(InputError, match=r"stages\.split\.reward: empty, but gap=reward needs it"):
-        declared.replaced(job.config, {"stages.split.reward": ""})
+        declared.replaced(job.config, changes)
+    run = declared.replaced(job.config, {"stages.split.scorer": "vader"} | changes)
+    assert graph.connections(run)["split"]["reward"] == ()
 
 
 def test_segments_of_a_swapped_pair_stay_in_order(whole):

@@ -2,16 +2,17 @@
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpo_jax import artifacts
+from mpo_jax import artifacts, sharding
 from mpo_jax import metrics as metrics_log
-from mpo_jax.evaluation import labellers
-from mpo_jax.evaluation.labellers import LABELLERS
+from mpo_jax.data.encode import Encoded
+from mpo_jax.data.tokenizer import conventions
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.sampling import SamplingConfig
 from mpo_jax.stages import candidates, loop
@@ -20,60 +21,95 @@ from mpo_jax.stages.job import Job
 from mpo_jax.stages.ppo import experience as experiences
 from mpo_jax.stages.ppo.settings import Rules, Settings
 from mpo_jax.stages.programs import Programs
-from mpo_jax.types import PyTree
+from mpo_jax.stages.scores import Score
+from mpo_jax.types import PyTree, Rollout
+
+Ask = Callable[[PyTree, Rollout], np.ndarray]
+"""`(frozen, rollout) -> f32 [B,N]`: what others than the reward model alone say, NaN where a reply has no score."""
 
 
-def make_labeller(labeller: str, sampling: SamplingConfig, tokenizer):
-    """`(rollout) -> f32 [B,N]` scores of a labeller on the host, or None where the name is none's."""
-    if labeller not in LABELLERS:
-        return None
+def make_ask(score: Score, sampling: SamplingConfig, tokenizer, own: Any = None) -> Ask:
+    """Asks open scorers about a rollout; rows that only fill a batch are not asked about, and get 0. own: the jitted
+    scoring by the run's own reward model, where it has a part in the scores."""
+    known = conventions(tokenizer)
 
-    def gold(rollout) -> np.ndarray:
-        replies = candidates.reply_tokens(loop.on_host(rollout), sampling)
-        texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for row in replies for ids in row]
-        return labellers.score(labeller, texts).reshape(len(replies), sampling.n)
+    def ask(frozen: PyTree, rollout: Rollout) -> np.ndarray:
+        given = None if own is None else own(frozen, rollout)  # dispatched before the host waits for anything
+        real, rows = candidates.rows_of_rollout(loop.on_host(rollout), sampling, known)
+        found = np.zeros((len(real), sampling.n), np.float32)
+        found[real] = score(rows, None if given is None else lambda: np.asarray(loop.on_host(given))[real])
+        return found
 
-    return gold
+    return ask
+
+
+def own_scoring_step(model: ModelConfig, mesh):
+    """Jitted `experience.score`, for sums in which the reward model's scores are one part."""
+
+    def score(frozen, rollout):
+        return experiences.score(model, frozen, rollout)
+
+    return jax.jit(score, out_shardings=sharding.batch_sharding(mesh))
 
 
 def measuring_step(model: ModelConfig, rules: Rules):
     """Jitted `experience.measure`."""
 
-    def measure(params, frozen, rollout, label_scores):
-        return experiences.measure(model, rules, params, frozen, rollout, label_scores)
+    def measure(params, frozen, rollout, asked_scores):
+        return experiences.measure(model, rules, params, frozen, rollout, asked_scores)
 
     return jax.jit(measure)
 
 
+class Replied(NamedTuple):
+    """A batch of held-out prompts, replied to and scored. scores: f32 [B,N]; sums: of `experience.measure`."""
+
+    rollout: Rollout
+    scores: jax.Array
+    sums: loop.Metrics
+
+
+def reply(
+    job: Job[Settings], compiled: Programs, sampling: SamplingConfig, prompts: Encoded, ask: Ask | None
+) -> Callable[[PyTree, PyTree], Iterator[Replied]]:
+    """`(params, frozen) ->` one reply to each of a fair sample of held-out prompts, a batch at a time. ask: None where
+    the reward model alone scores."""
+    loader = candidates.prompt_loader(job, prompts, job.settings.batch_size, shuffle=False)
+    draw = compiled.get("evaluation_rollout", compiled["rollout"]).function
+    measure = compiled["measure"].function
+
+    def replied(params: PyTree, frozen: PyTree) -> Iterator[Replied]:
+        with loader.sample(job.settings.eval_batches) as stream:
+            for batch in stream:
+                rollout = draw(frozen["base"] | params["policy"], batch, job.seed, 0)
+                sums, scores = measure(params, frozen, rollout, None if ask is None else ask(frozen, rollout))
+                yield Replied(rollout, scores, sums)
+
+    return replied
+
+
 def make_evaluation(
-    job: Job[Settings], compiled: Programs, sampling: SamplingConfig, tokenizer, prompts
-) -> loop.Evaluate:
+    job: Job[Settings], replied: Callable[[PyTree, PyTree], Iterator[Replied]], sampling: SamplingConfig, tokenizer,
+    gold: Ask | None,
+) -> loop.Evaluate:  # fmt: skip
     """Samples replies to fixed held-out prompts, scores them, and adds a table of some to the stage's folder.
 
     score_within_kl is the mean score where the KL to the reference is within the stage's best_kl, else -inf.
-    gold_score, where the stage names a gold labeller, is one that nothing learns from: it shows over-optimisation.
+    gold_score, where the stage names a gold scorer, is one that nothing learns from: it shows over-optimisation.
     """
     settings = job.settings
-    one = dataclasses.replace(sampling, n=1)
-    label, gold = (make_labeller(name, one, tokenizer) for name in (settings.labeller, settings.gold))
-    loader = candidates.prompt_loader(job, prompts, settings.batch_size, shuffle=False)
-    draw = compiled.get("evaluation_rollout", compiled["rollout"]).function
-    scored = compiled["measure"].function
 
     def evaluate(params: PyTree, frozen: PyTree, step: int) -> dict[str, float]:
         sums: loop.Metrics = {}
         table: list[dict[str, Any]] = []
-        with loader.sample(settings.eval_batches) as stream:
-            for batch in stream:
-                rollout = draw(frozen["base"] | params["policy"], batch, job.seed, 0)
-                label_scores = None if label is None else label(rollout)
-                new, scores = scored(params, frozen, rollout, label_scores)
-                if gold is not None:
-                    real = np.asarray(loop.on_host(rollout.batch.weight)) > 0
-                    new = new | {"gold_score": (gold(rollout)[real].sum(), real.sum())}
-                sums = new if not sums else jax.tree.map(jnp.add, sums, new)
-                if len(table) < settings.table_rows:
-                    table += _texts(rollout, scores, sampling, tokenizer)
+        for rollout, scores, new in replied(params, frozen):
+            if gold is not None:
+                found = gold(frozen, rollout)
+                known = (np.asarray(loop.on_host(rollout.batch.weight)) > 0)[:, None] & ~np.isnan(found)
+                new = new | {"gold_score": (found[known].sum(), known.sum())}
+            sums = new if not sums else jax.tree.map(jnp.add, sums, new)
+            if len(table) < settings.table_rows:
+                table += _texts(rollout, scores, sampling, tokenizer)
         means = {name: float(total) / max(float(weight), 1e-8) for name, (total, weight) in sums.items()}
         within = not settings.best_kl or means["kl"] <= settings.best_kl
         if jobs.is_first():
@@ -94,7 +130,7 @@ def _texts(rollout, scores, sampling: SamplingConfig, tokenizer) -> list[dict[st
         {
             "prompt": tokenizer.decode(prompts[row][real[row]].tolist(), skip_special_tokens=True),
             "reply": tokenizer.decode(reply[0].tolist(), skip_special_tokens=True),
-            "score": float(values[row, 0]),
+            "score": None if np.isnan(values[row, 0]) else float(values[row, 0]),
         }
         for row, reply in enumerate(candidates.reply_tokens(host, one))
         if host.batch.weight[row] > 0

@@ -17,10 +17,10 @@ from mpo_jax.ops import losses, masks, policy, returns
 from mpo_jax.ops import statistics as moments
 from mpo_jax.ops.returns import ESTIMATORS
 from mpo_jax.stages.ppo.settings import Rules
-from mpo_jax.types import Experience, PyTree, Rollout
+from mpo_jax.types import Experience, PyTree, Rollout, record
 
 
-@dataclasses.dataclass(frozen=True)
+@record
 class PolicyView:
     """The policy's view of a rollout: logps, entropy, values f32 [B,N,R], mask bool [B,N,R]."""
 
@@ -28,6 +28,16 @@ class PolicyView:
     entropy: jax.Array | None
     values: jax.Array | None
     mask: jax.Array
+
+
+@record
+class Views:
+    """All that models say of a rollout but for its scores: the policy's view, log-probs f32 [B,N,R] of the reference
+    and, where there is one, of the `sft` policy."""
+
+    policy: PolicyView
+    reference: jax.Array
+    sft: jax.Array | None
 
 
 def slots_of(rollout: Rollout) -> Slots:
@@ -86,22 +96,48 @@ def make(
     params: PyTree,
     frozen: PyTree,
     rollout: Rollout,
-    label_scores: jax.Array | None,
+    asked_scores: jax.Array | None,
     coefficient: jax.Array,
 ) -> tuple[Experience, dict[str, jax.Array]]:
-    """The experience of a rollout and its metrics, f32 scalars.
+    """The experience of a rollout and its metrics, f32 scalars: `look` and `weigh` in one.
 
-    statistics: mean and standard deviation by which scores are normalised; None: they stay raw.
-    frozen: {"base", "reference", "reward"?, "sft"?}. label_scores: f32 [B,N], a labeller's instead of the reward
-    model's, or None. coefficient: f32 [], of the KL penalty inside the reward (k1).
+    asked_scores: f32 [B,N], another scorer's instead of the reward model's, or None.
     """
+    views = look(model, rules, params, frozen, rollout)
+    raw = score(model, frozen, rollout) if asked_scores is None else asked_scores
+    return weigh(rules, statistics, rollout, views, raw, coefficient)
+
+
+def look(model: ModelConfig, rules: Rules, params: PyTree, frozen: PyTree, rollout: Rollout) -> Views:
+    """What the models say of a rollout. frozen: {"base", "reference", "reward"?, "sft"?}."""
     view = policy_view(model, params, frozen["base"], rollout, rules, entropy=True)
+    reference, sft = (
+        reference_logps(model, frozen["base"] | frozen[role], rollout, rules.temperature) if role in frozen else None
+        for role in ("reference", "sft")
+    )
+    assert reference is not None
+    return Views(view, reference, sft)
+
+
+def weigh(
+    rules: Rules,
+    statistics: tuple[float, float] | jax.Array | None,
+    rollout: Rollout,
+    views: Views,
+    raw: jax.Array,
+    coefficient: jax.Array,
+) -> tuple[Experience, dict[str, jax.Array]]:
+    """The experience of a rollout with scores `raw` f32 [B,N], and its metrics, f32 scalars.
+
+    statistics: mean and standard deviation by which scores are normalised; None: they stay raw. coefficient: f32 [], of
+    the KL penalty inside the reward (k1).
+    """
+    view, reference = views.policy, views.reference
     mask = view.mask
-    reference = reference_logps(model, frozen["base"] | frozen["reference"], rollout, rules.temperature)
-    raw = score(model, frozen, rollout) if label_scores is None else label_scores
     scores = raw
     if statistics is not None:
-        scores = returns.normalise(raw, *statistics, rules.score_clip or None)
+        mean, std = statistics
+        scores = returns.normalise(raw, mean, std, rules.score_clip or None)
     elif rules.score_clip:
         scores = jnp.clip(raw, -rules.score_clip, rules.score_clip)
     inside = coefficient if rules.kl_term == "k1" else jnp.float32(0)
@@ -113,23 +149,38 @@ def make(
         rewards, values, mask, rollout.batch.weight, rules.gamma, rules.lam
     )
     metrics = _metrics(rollout, view, reference, raw, advantages, targets) | {"kl_coefficient": coefficient}
-    if "sft" in frozen:
-        sft = reference_logps(model, frozen["base"] | frozen["sft"], rollout, rules.temperature)
-        metrics["kl_sft"] = _mean(policy.kl_metrics(view.logps, sft, mask)["kl"])
+    if views.sft is not None:
+        metrics["kl_sft"] = _mean(policy.kl_metrics(view.logps, views.sft, mask)["kl"])
     if rules.whitens:
         advantages = returns.whiten(advantages, mask)
     experience = Experience(rollout, view.logps, reference, values, advantages, targets, raw)
     return experience, metrics
 
 
+def weigh_asked(
+    rules: Rules, rollout: Rollout, views: Views, asked: jax.Array, statistics: jax.Array | None, coefficient: jax.Array
+) -> tuple[Experience, dict[str, jax.Array]]:
+    """As `weigh`, of scores f32 [B,N] that may be missing (NaN): prompts with a reply that has none get the weight 0,
+    and nothing is learned from them. The metric `unscored` is their share. statistics: f32 [2], or None."""
+    before = rollout.batch.weight
+    scored = jnp.all(jnp.isfinite(asked), axis=1)
+    batch = dataclasses.replace(rollout.batch, weight=jnp.where(scored, before, jnp.float32(0)))
+    rollout = dataclasses.replace(rollout, batch=batch)
+    views = dataclasses.replace(views, policy=dataclasses.replace(views.policy, mask=response_mask(rollout)))
+    raw = jnp.where(scored[:, None], asked, jnp.float32(0))
+    experience, metrics = weigh(rules, statistics, rollout, views, raw, coefficient)
+    return experience, metrics | {"unscored": masks.masked_mean((~scored).astype(jnp.float32), before > 0)}
+
+
 def measure(
-    model: ModelConfig, rules: Rules, params: PyTree, frozen: PyTree, rollout: Rollout, label_scores: jax.Array | None
+    model: ModelConfig, rules: Rules, params: PyTree, frozen: PyTree, rollout: Rollout, asked_scores: jax.Array | None
 ) -> tuple[losses.Metrics, jax.Array]:
-    """What an evaluation keeps of a rollout, as sums with their weights, and its scores f32 [B,N]."""
+    """What an evaluation keeps of a rollout, as sums with their weights, and its scores f32 [B,N]. asked_scores:
+    another scorer's instead of the reward model's, NaN where a reply has none; `unscored` is the share of those."""
     own = {"policy": params["policy"]}
     view = policy_view(model, own, frozen["base"], rollout, rules)
     reference = reference_logps(model, frozen["base"] | frozen["reference"], rollout, rules.temperature)
-    raw = score(model, frozen, rollout) if label_scores is None else label_scores
+    raw = score(model, frozen, rollout) if asked_scores is None else asked_scores
     real = jnp.any(view.mask, axis=2)
     count = losses.count(real)
     lens = jnp.sum(view.mask.astype(jnp.float32), axis=2)
@@ -146,8 +197,12 @@ def measure(
     if "sft" in frozen:
         sft = reference_logps(model, frozen["base"] | frozen["sft"], rollout, rules.temperature)
         sums["kl_sft"] = policy.kl_metrics(view.logps, sft, view.mask)["kl"]
-    if label_scores is not None and "reward" in frozen:
-        sums["reward_score"] = (masks.masked_sum(score(model, frozen, rollout), real), count)
+    if asked_scores is not None:
+        scored = real & jnp.isfinite(raw)
+        sums["score"] = masks.masked_sum(raw, scored), losses.count(scored)
+        sums["unscored"] = losses.count(real & ~scored), count
+        if "reward" in frozen:
+            sums["reward_score"] = (masks.masked_sum(score(model, frozen, rollout), real), count)
     return sums, raw
 
 

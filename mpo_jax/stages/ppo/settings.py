@@ -7,9 +7,9 @@ import pydantic
 
 from mpo_jax import settings as declared
 from mpo_jax.artifacts import PAIRS, POLICY, REWARD
-from mpo_jax.evaluation.labellers import LABELLERS
 from mpo_jax.ops.returns import ESTIMATORS
 from mpo_jax.optim import Rate
+from mpo_jax.scorers.names import OWN, Scorer, Scorers, own_alone, terms
 from mpo_jax.settings import Amount, Count, OneOf, Section, Share, Whole, changed, role, setting
 from mpo_jax.stages.base import Training
 from mpo_jax.stages.ppo.replay import Replay
@@ -18,8 +18,6 @@ Switch = Annotated[
     Literal["auto", "true", "false"],
     pydantic.BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool | str) else value),
 ]
-Scorer = Annotated[str, OneOf(LABELLERS, more=("reward",))]
-Gold = Annotated[str, OneOf(LABELLERS, more=("",))]
 
 
 class Rules(Section):
@@ -52,13 +50,15 @@ class Settings(Training, Rules, Replay):
 
     init: str = role(POLICY, "dpo", "the policy that training starts from")
     reference: str = role(POLICY, "dpo", "the frozen policy of the KL term; the paper's is the DPO policy")
-    reward: str = role(REWARD, "reward", "the reward model; empty where a labeller scores", optional=True)
+    reward: str = role(REWARD, "reward", "the reward model; empty where another scores", optional=True)
     prompts: str = role(
         PAIRS, "split/hard", "the pairs whose prompts it samples replies to; data: the data's own prompts", data=True
     )
     sft: str = role(POLICY, "", "a policy whose KL is logged too")
-    labeller: Scorer = setting("reward", "who scores: the reward model, or a labeller, for studies")
-    gold: Gold = setting("", "a labeller whose scores are logged at evaluations, and learned from by nobody")
+    scorer: Annotated[Scorer, Scorers(more=(OWN,))] = setting(OWN, "who scores: the reward model, or another scorer")
+    gold: Annotated[Scorer, Scorers(more=("",))] = setting(
+        "", "a scorer whose scores are logged at evaluations, and learned from by nobody"
+    )
     samples: Count = setting(1, "replies to a prompt", unit="replies")
     max_new_tokens: Count = setting(64, "longest reply, its stop token included", unit="tokens")
     inner_epochs: Count = setting(4, "passes over each rollout")
@@ -72,7 +72,9 @@ class Settings(Training, Rules, Replay):
     kl_target: Amount = setting(0.0, "for an adaptive coefficient; 0: fixed", unit="nats a response")
     kl_gain: Amount = setting(0.1, "of the adaptive coefficient")
     target_kl: Amount = setting(0.0, "stops the inner epochs above this k3; 0: never", unit="nats a token")
-    normalise_scores: bool = setting(False, "by the reward model's stored mean and standard deviation")
+    normalise_scores: bool = setting(
+        False, "by the reward model's stored mean and standard deviation, or those of another scorer's first scores"
+    )
     eval_prompts: Count = setting(64, "held-out prompts of the evaluations while training")
     best_kl: Amount = setting(
         0.0, "the best checkpoint may not be further from the reference; 0: any distance", unit="nats"
@@ -83,6 +85,11 @@ class Settings(Training, Rules, Replay):
     @property
     def update_rows(self) -> int:
         return self.batch_size // self.minibatches
+
+    @property
+    def asks(self) -> bool:
+        """Whether another than the reward model scores, so that a reply may have no score."""
+        return not own_alone(self.scorer)
 
     @property
     def has_critic(self) -> bool:
@@ -98,7 +105,6 @@ class Settings(Training, Rules, Replay):
             )
         if self.batch_size % self.minibatches:
             raise declared.wrong("minibatches", f"{self.minibatches} do not divide batch_size {self.batch_size}")
-        if not self.reward and (self.labeller == "reward" or self.normalise_scores):
-            need = "labeller" if self.labeller == "reward" else "normalise_scores"
-            raise declared.wrong("reward", f"empty, but {need} needs it; name a reward stage")
+        if not self.reward and OWN in terms(self.scorer):
+            raise declared.wrong("reward", "empty, but scorer needs it; name a reward stage")
         return self

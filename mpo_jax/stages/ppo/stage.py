@@ -1,31 +1,46 @@
-"""A policy, its frozen reference, a reward model and prompts enter; a policy that earns more reward leaves.
+"""A policy, its frozen reference, a scorer and prompts enter; a policy that earns higher scores leaves.
 
 PPO (Schulman et al. 2017, arXiv 1707.06347; for language models Ziegler et al. 2019, arXiv 1909.08593), or RLOO
 (Ahmadian et al. 2024, arXiv 2402.14740) without a critic. In MPO init and reference are the DPO policy.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mpo_jax import artifacts, sharding
+from mpo_jax import artifacts, processes, sharding
 from mpo_jax.artifacts import POLICY
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.sampling import SamplingConfig
-from mpo_jax.stages import buckets, candidates, loop
+from mpo_jax.stages import buckets, candidates, loop, scores
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.ppo import replay
-from mpo_jax.stages.ppo.evaluation import make_evaluation, make_labeller, measuring_step
+from mpo_jax.stages.ppo.evaluation import Ask, make_ask, make_evaluation, measuring_step, own_scoring_step, reply
 from mpo_jax.stages.ppo.settings import Settings
-from mpo_jax.stages.ppo.update import first_extra, make_optimizer, make_step, make_watch, scoring_step, update_step
+from mpo_jax.stages.ppo.update import (
+    first_extra,
+    looking_step,
+    make_optimizer,
+    make_step,
+    make_watch,
+    scored_by_others,
+    scored_on_device,
+    scoring_step,
+    update_step,
+    weighing_step,
+)
 from mpo_jax.stages.programs import Program, Programs
-from mpo_jax.types import PyTree
+from mpo_jax.types import PyTree, Rollout
 
 
 def check(job: Job[Settings]) -> None:
@@ -38,6 +53,7 @@ def check(job: Job[Settings]) -> None:
         except InputError as error:
             raise InputError(f"stages.{job.name}.{error}") from None
     sampling_config(job)
+    scores.check(job)
     for role_ in ("init", "reference", "reward", "sft"):
         if role_ in job.inputs:
             check_vocabulary(job, role_)
@@ -61,7 +77,6 @@ def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
     model = jobs.model(job)
     settings = job.settings
     sampling = sampling_config(job)
-    statistics = load_statistics(job)
     params: dict[str, PyTree] = {"policy": jobs.abstract_weights(model, job.mesh)}
     if settings.has_critic:
         value = jobs.abstract_weights(model, job.mesh, head=True)
@@ -75,28 +90,35 @@ def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
     state = loop.abstract_state(optimizer, params, job.mesh, first_extra(settings))
     weights = frozen["base"] | params["policy"]
     prompts = shapes.batch(job, settings.batch_size, shapes.prompt_length(job), 0)
-    held = (state, frozen)
+    held = (state, frozen, scores.held(job, "scorer", "gold"))
+    trunks = len(params) + len(frozen) - 1
 
-    def rollout(how: SamplingConfig, per: str) -> tuple[Program, Any, Any]:
-        """The sampler, the shapes of what it draws, and of the scores that a labeller gives that."""
+    def rollout(how: SamplingConfig, per: str) -> tuple[Program, Any]:
+        """The sampler, and the shapes of what it draws."""
         draw = candidates.sampler(model, how, job.mesh)
         arguments = (weights, prompts, shapes.scalar(job), state.step)
         drawn = shapes.on_rows(job, draw.eval_shape(*arguments))
-        scores = shapes.rows_of(job, (settings.batch_size, how.n), jnp.float32)
-        label_scores = None if settings.labeller == "reward" else scores
-        return Program(draw, arguments, shapes.decode(model, how, prompts), held, per), drawn, label_scores
+        return Program(draw, arguments, shapes.decode(model, how, prompts), held, per), drawn
 
-    trunks = len(params) + len(frozen) - 1
-    sample, drawn, label_scores = rollout(sampling, "step")
-    prepare = scoring_step(model, settings, statistics, job.mesh)
-    whole = (params, frozen, drawn, label_scores, state.extra["kl_coefficient"])
+    sample, drawn = rollout(sampling, "step")
+    asked = shapes.rows_of(job, (settings.batch_size, sampling.n), jnp.float32)
+    compiled = {"rollout": sample}
+    if settings.asks:
+        look = looking_step(model, settings, job.mesh)
+        compiled["look"] = Program(look, (params, frozen, drawn), shapes.forward(model, drawn.batch, trunks), held)
+        views = shapes.on_rows(job, look.eval_shape(params, frozen, drawn))
+        statistics = _everywhere(job, (2,)) if settings.normalise_scores else None
+        prepare = weighing_step(settings, job.mesh)
+        whole: tuple = (drawn, views, asked, statistics, state.extra["kl_coefficient"])
+    else:
+        prepare = scoring_step(model, settings, load_statistics(job), job.mesh)
+        whole = (params, frozen, drawn, state.extra["kl_coefficient"])
     made, _ = prepare.eval_shape(*whole)
     update = update_step(settings, model, optimizer, state, job.mesh)
     extent = shapes.train(
         job, model, state, drawn.batch, settings.update_rows, settings.inner_epochs * settings.minibatches, adds=True
     )
-    compiled = replay.programs(job, model) | {
-        "rollout": sample,
+    compiled |= replay.programs(job, model) | {
         "experience": Program(prepare, whole, shapes.forward(model, drawn.batch, trunks), held),
         "update": Program(
             update,
@@ -104,17 +126,42 @@ def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
             extent,
         ),
     }
-    single, drawn, label_scores = rollout(dataclasses.replace(sampling, n=1), "evaluation")
-    forward = shapes.forward(model, drawn.batch, trunks)
-    measured = (params, frozen, drawn, label_scores)
-    measure = Program(measuring_step(model, settings), measured, forward, held, "evaluation")
-    if sampling.n == 1:  # the same program, planned once
-        return compiled | {"measure": measure}
-    return compiled | {"evaluation_rollout": single, "measure": measure}
+    single, one = rollout(dataclasses.replace(sampling, n=1), "evaluation")
+    if sampling.n > 1:  # else the same program, planned once
+        compiled["evaluation_rollout"] = single
+    asked = shapes.rows_of(job, (settings.batch_size, 1), jnp.float32) if settings.asks else None
+    forward = shapes.forward(model, one.batch, trunks)
+    measured = (params, frozen, one, asked)
+    compiled["measure"] = Program(measuring_step(model, settings), measured, forward, held, "evaluation")
+    return compiled | asked_programs(job, model, frozen, {sampling.n: drawn, 1: one})
+
+
+def _everywhere(job: Job, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.replicated(job.mesh))
+
+
+def asked_programs(job: Job[Settings], model: ModelConfig, frozen: PyTree, drawn: Mapping[int, Rollout]) -> Programs:
+    """Scoring, on the device, that is not part of another program: the reward model's where it is one part of a sum,
+    and that of models of others. drawn: shapes of rollouts, by their replies to a prompt."""
+    settings = job.settings
+    compiled: Programs = {}
+    if settings.asks and scores.uses_own(settings.scorer):
+        own = own_scoring_step(model, job.mesh)
+        for replies, rollout in drawn.items():
+            extent = shapes.forward(model, rollout.batch)
+            compiled[f"reward_of_{replies}"] = Program(own, (frozen, rollout), extent)
+    length, window = shapes.sampled_length(job, settings, 1)
+    read = {n: shapes.batch(job, settings.batch_size, length + (n - 1) * window, n * window) for n in drawn}
+    return compiled | scores.programs(job, "scorer", read) | scores.programs(job, "gold", {1: read[1]})
 
 
 def run(job: Job[Settings]) -> dict[str, Any]:
     """Trains, writes the policy's (and the critic's) weights, returns the summary."""
+    with contextlib.ExitStack() as stack:
+        return _run(job, stack)
+
+
+def _run(job: Job[Settings], stack: contextlib.ExitStack) -> dict[str, Any]:
     settings = job.settings
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
@@ -125,18 +172,38 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     if settings.has_critic:
         params["value"] = critic(job, model, params["policy"])
     sampling = sampling_config(job)
+    one = dataclasses.replace(sampling, n=1)
     steps = loop.total_steps(job, loader)
     compiled = programs(job, steps)
+
+    def asker(key: str) -> Callable[[SamplingConfig], Ask]:
+        """Opens the scorers of a setting."""
+        score = stack.enter_context(scores.opened(job, key, tokenizer, compiled, settings.batch_size, steady=True))
+
+        def of(how: SamplingConfig) -> Ask:
+            own = compiled[f"reward_of_{how.n}"].function if scores.uses_own(getattr(settings, key)) else None
+            return make_ask(score, how, tokenizer, own)
+
+        return of
+
+    asked = asker("scorer") if settings.asks else None
+    gold = asker("gold")(one) if settings.gold else None
+    replied = reply(job, compiled, sampling, heldout, None if asked is None else asked(one))
+    if asked is None:
+        prepare = scored_on_device(compiled)
+    else:
+        statistics = estimated_statistics(job, replied, params, frozen) if settings.normalise_scores else None
+        prepare = scored_by_others(compiled, asked(sampling), statistics)
     optimizer, rate = make_optimizer(settings, steps)
     replayed = replay.loader(job, compiled, frozen["base"])
     training = loop.Trainer(
-        step=make_step(job, compiled, make_labeller(settings.labeller, sampling, tokenizer), replayed),
+        step=make_step(job, compiled, prepare, replayed),
         optimizer=optimizer,
         rate=rate,
         params=params,
         frozen=frozen,
         loader=loader,
-        evaluate=make_evaluation(job, compiled, sampling, tokenizer, heldout),
+        evaluate=make_evaluation(job, replied, sampling, tokenizer, gold),
         settings=settings,
         key=jobs.key(job),
         extra=first_extra(settings),
@@ -185,6 +252,29 @@ def load_statistics(job: Job[Settings]) -> tuple[float, float] | None:
         return 0.0, 1.0
     statistics = artifacts.read_json(job.inputs["reward"].folder / artifacts.STATISTICS)
     return statistics["mean"], statistics["std"]
+
+
+def estimated_statistics(job: Job[Settings], replied, params: PyTree, frozen: PyTree) -> np.ndarray:
+    """f32 [2], mean and standard deviation of the scores that the first policy's replies to held-out prompts get, in
+    the scorer's own units; kept in the stage's folder, so that a resumed stage goes on with the same."""
+    file = job.folder / artifacts.STATISTICS
+    if not file.exists():
+        found = []
+        for rollout, given, _ in replied(params, frozen):
+            rows, weight = (np.asarray(loop.on_host(each)) for each in (given, rollout.batch.weight))
+            found.append(rows[weight > 0].ravel())
+        values = np.concatenate(found)
+        values = values[~np.isnan(values)].astype(np.float64)
+        if not len(values) or not values.std() > 0:
+            told = "none of them has a score" if not len(values) else f"all of their scores are {values[0]:g}"
+            raise job.error("normalise_scores", f"of the first replies to held-out prompts, {told}")
+        processes.barrier(f"{job.name} statistics")
+        if jobs.is_first():
+            artifacts.write_json(file, {"mean": float(values.mean()), "std": float(values.std()), "of": len(values)})
+        processes.barrier(f"{job.name} statistics written")
+    statistics = artifacts.read_json(file)
+    jobs.say(f"{job.name}: scores have mean {statistics['mean']:.4g} and standard deviation {statistics['std']:.4g}")
+    return np.array([statistics["mean"], statistics["std"]], np.float32)
 
 
 STAGE = Stage(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,12 @@ from mpo_jax.stages import job as jobs
 from mpo_jax.stages import loop, nonfinite
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.ppo import experience as experiences
+from mpo_jax.stages.ppo.evaluation import Ask
 from mpo_jax.stages.ppo.replay import second_loss
 from mpo_jax.stages.ppo.settings import Rules, Settings
 from mpo_jax.stages.ppo.stopwatch import Stopwatch
 from mpo_jax.stages.programs import Programs
-from mpo_jax.types import Batch, Experience, PyTree, TrainState
+from mpo_jax.types import Batch, Experience, PyTree, Rollout, TrainState
 
 
 def make_optimizer(settings: Settings, steps: int):
@@ -46,11 +47,31 @@ def first_extra(settings: Settings) -> dict[str, np.float32]:
 
 
 def scoring_step(model: ModelConfig, rules: Rules, statistics: tuple[float, float] | None, mesh):
-    """Jitted `experience.make`: rows lie over the mesh as the rollout's, metrics are everywhere."""
+    """Jitted `experience.make` with the reward model's scores: rows lie over the mesh as the rollout's, metrics are
+    everywhere."""
     where = (sharding.batch_sharding(mesh), sharding.replicated(mesh))
 
-    def experience(params, frozen, rollout, label_scores, coefficient):
-        return experiences.make(model, rules, statistics, params, frozen, rollout, label_scores, coefficient)
+    def experience(params, frozen, rollout, coefficient):
+        return experiences.make(model, rules, statistics, params, frozen, rollout, None, coefficient)
+
+    return jax.jit(experience, out_shardings=where)
+
+
+def looking_step(model: ModelConfig, rules: Rules, mesh):
+    """Jitted `experience.look`: what the device does while others score."""
+
+    def look(params, frozen, rollout):
+        return experiences.look(model, rules, params, frozen, rollout)
+
+    return jax.jit(look, out_shardings=sharding.batch_sharding(mesh))
+
+
+def weighing_step(rules: Rules, mesh):
+    """Jitted `experience.weigh_asked`."""
+    where = (sharding.batch_sharding(mesh), sharding.replicated(mesh))
+
+    def experience(rollout, views, asked, statistics, coefficient):
+        return experiences.weigh_asked(rules, rollout, views, asked, statistics, coefficient)
 
     return jax.jit(experience, out_shardings=where)
 
@@ -60,13 +81,40 @@ def update_step(settings: Settings, model: ModelConfig, optimizer, state: TrainS
     return loop.jit_step(make_update(settings, model, optimizer), state, mesh)
 
 
-def make_step(job: Job[Settings], compiled: Programs, gold, replayed: Loader | None = None) -> loop.Step:
+Prepare = Callable[[TrainState, PyTree, Rollout], tuple[Experience, dict[str, jax.Array]]]
+"""`(state, frozen, rollout) -> (experience, metrics)`."""
+
+
+def scored_on_device(compiled: Programs) -> Prepare:
+    """The reward model scores, in one program with all else. compiled: the stage's programs."""
+    prepare = compiled["experience"].function
+
+    def experience(state: TrainState, frozen: PyTree, rollout: Rollout):
+        return prepare(state.params, frozen, rollout, state.extra["kl_coefficient"])
+
+    return experience
+
+
+def scored_by_others(compiled: Programs, ask: Ask, statistics: np.ndarray | None) -> Prepare:
+    """Others score too. They are asked while the device computes what the policy and its reference say of the rollout;
+    nothing newer than the rollout is waited for, and nothing is sampled ahead of the update."""
+    look, weigh = compiled["look"].function, compiled["experience"].function
+
+    def experience(state: TrainState, frozen: PyTree, rollout: Rollout):
+        views = look(state.params, frozen, rollout)
+        asked = ask(frozen, rollout)
+        return weigh(rollout, views, asked, statistics, state.extra["kl_coefficient"])
+
+    return experience
+
+
+def make_step(job: Job[Settings], compiled: Programs, prepare: Prepare, replayed: Loader | None = None) -> loop.Step:
     """Rollout, scoring and update, each jitted once for a bucket of prompts. compiled: the stage's programs. replayed:
     pairs of which each step takes a batch, by its number alone.
 
-    The rollout sees the policy of the step before and nothing newer. Only a labeller on the host waits for the device.
+    The rollout sees the policy of the step before and nothing newer. Only a scorer on the host waits for the device.
     """
-    draw, prepare, update = (compiled[name].function for name in ("rollout", "experience", "update"))
+    draw, update = (compiled[name].function for name in ("rollout", "update"))
     watch = Stopwatch()
     numbers: list[Iterator[int]] = []
 
@@ -81,8 +129,7 @@ def make_step(job: Job[Settings], compiled: Programs, gold, replayed: Loader | N
         watch.begin()
         rollout = draw(frozen["base"] | state.params["policy"], prompts, job.seed, state.step)
         seconds = {"seconds_rollout": watch.lap(rollout.logps)}
-        label_scores = None if gold is None else gold(rollout)
-        experience, metrics = prepare(state.params, frozen, rollout, label_scores, state.extra["kl_coefficient"])
+        experience, metrics = prepare(state, frozen, rollout)
         seconds["seconds_scoring"] = watch.lap(experience.advantages)
         state, more = update(state, frozen, experience, metrics["kl"], *pairs(state))
         seconds["seconds_update"] = watch.lap(more["loss"])
@@ -137,6 +184,7 @@ def make_update(settings: Settings, model: ModelConfig, optimizer):
                 before = params, opt_state
                 key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), index)
                 grads, total, weight, sums = loop.accumulate(loss, params, frozen, minibatch, key, rows // part)
+                found = weight > 0
                 weight = jnp.maximum(weight, 1e-8)
                 grads = jax.tree.map(lambda g: g / weight, grads)
                 value = total / weight
@@ -154,6 +202,9 @@ def make_update(settings: Settings, model: ModelConfig, optimizer):
                 if settings.on_nonfinite == "skip":
                     ok = nonfinite.finite(out["loss"], out["grad_norm"])
                     updated = nonfinite.kept_where(ok, updated, before)
+                if settings.asks:  # of a minibatch without a score nothing is learned, not even by moments and decay
+                    updated = nonfinite.kept_where(found, updated, before)
+                    out["learned"] = found.astype(jnp.float32)
                 return *updated, out
 
             if not settings.target_kl:  # nothing stops: a branch would copy the state
@@ -177,8 +228,12 @@ def make_update(settings: Settings, model: ModelConfig, optimizer):
             )
             if settings.on_nonfinite == "skip":
                 extra = nonfinite.kept_where(jnp.isfinite(kl), extra, dict(state.extra))
+            if settings.asks:
+                extra = nonfinite.kept_where(jnp.any(experience.rollout.batch.weight > 0), extra, dict(state.extra))
+        out["updates"] *= out.pop("learned", jnp.float32(1))
         done = jnp.sum(out["updates"])
-        metrics = {name: jnp.sum(values) / done for name, values in out.items() if name != "updates"}
+        least = jnp.maximum(done, 1)
+        metrics = {name: jnp.sum(values) / least for name, values in out.items() if name != "updates"}
         metrics |= {"updates": done, "ratio_deviation_first": out["ratio_deviation"][0]}
         state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, extra=extra)
         return state, metrics
