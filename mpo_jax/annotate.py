@@ -91,6 +91,7 @@ def work() -> None:
         raise InputError("--run: judgements lie in SQLite; expected a folder on a file system (mount it)")
     rows = judge.read_replies(replies_of(run, given.evaluation))
     if given.export is not None:
+        command.written(given.export, "export")
         export(epath.Path(given.export), run)
         return
     try:

@@ -74,6 +74,12 @@ def required(value: Any, flag: str, expected: str) -> Any:
     return value
 
 
+def written(path: str, flag: str) -> None:
+    """InputError for a flag's file to write where it is a pipe, which would wait for its reader for ever."""
+    if Path(path).is_fifo():
+        raise InputError(f"--{flag}: {path} is a pipe; expected a file, or a name that is not taken")
+
+
 def config_file(name: str) -> str:
     """The path of a config, `configs/tldr.py` or the name of one that comes with the package, `tldr`; what follows a
     colon stays. InputError where there is none."""

@@ -37,6 +37,7 @@ def work() -> int:
     topology = command.required(given.topology, "topology", chips.known("").removeprefix("expected "))
     if given.json and not epath.Path(given.json).parent.is_dir():
         raise InputError(f"--json: {given.json}: no such folder; make it first")
+    command.written(given.json or "", "json")
     logging.set_verbosity(logging.ERROR)
     assumptions = Assumptions(given.pairs, given.easy, given.utilisation)
     fits = plan(main.read(given.config), topology, assumptions, given.stages, given.propose, given.json)

@@ -46,7 +46,7 @@ def test_table_and_report(whole):
     print(json.dumps(report["policies"], indent=1))
     assert report["policies"]["mpo"]["gold"] > report["policies"]["sft"]["gold"]
     lines = output(whole)
-    place = next(n for n, line in enumerate(lines) if line.startswith("policy"))
+    place = next(n for n, line in enumerate(lines) if line.startswith("policy") and "KL to sft" in line)
     assert [line.split()[0] for line in lines[place + 1 : place + 6]] == list(POLICIES)
     assert lines[-1] == f"report: {whole / 'report.html'}" and (whole / "report.html").exists()
 

@@ -109,7 +109,7 @@ def lines(folder: Path, stories: Path, seed: int, count: int) -> Iterator[dict]:
         name, values = right[number % len(right)]
         given, extra = {flag: str(value) for flag, value in values.items()}, []
         for _ in range(draw.choice((1, 1, 2))):
-            flag, how = draw.choice(names[name]), draw.randrange(10)
+            flag, how = draw.choice(names[name]), draw.randrange(10 if "config" in names[name] else 7)
             if how < 4:
                 given[draw.choice([*given, flag])] = odd()
             elif how == 4 and given:
@@ -119,7 +119,7 @@ def lines(folder: Path, stories: Path, seed: int, count: int) -> Iterator[dict]:
             elif how == 6:
                 wild = ("--undefok=x", "--flagfile=/dev/null/x", "-h", "--", "--=", "-")
                 extra.append(draw.choice((odd(), f"--{flag}={odd()}", *wild)))
-            elif "config" in names[name]:
+            else:
                 read = ("--config.data.path", "--config.model.path", "--config.data.split", "--config.plugins")
                 extra.append(f"{draw.choice(draw.choice((read, settings)))}={odd()}")
         serves = name == "annotate" and "export" not in given
