@@ -3,9 +3,9 @@
     mpo run --config=ppo --config.model.path=MODEL --config.data.path=PROMPTS --workdir=runs/ppo
     mpo run --config=ppo:reward --config.model.path=MODEL --config.data.path=PAIRS --workdir=runs/ppo
 
-VADER's sentiment scores, unless `--config.stages.ppo.scorer` names another scorer (docs/scorers.md). With the variant `reward` a
-reward model does, trained before on other prompts' pairs. Without paths, the model and the stories that come with the
-package.
+VADER's sentiment scores, unless `--config.stages.ppo.scorer` names another scorer (docs/scorers.md). With the variant
+`reward` a reward model does, trained before on other prompts' pairs. Without paths, the model and the stories that come
+with the package.
 """
 
 from mpo_jax import recipes
