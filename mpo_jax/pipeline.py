@@ -26,8 +26,8 @@ from mpo_jax.graph import Inputs, Node
 from mpo_jax.models import hf
 from mpo_jax.models.presets import Preset
 from mpo_jax.run import Run, as_json, sources_of
+from mpo_jax.stages import corpus, kinds
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import kinds
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.nonfinite import NonFinite
 
@@ -97,7 +97,7 @@ def run(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dic
     nodes = graph.resolve(config, workdir)
     waiting = [name for name, status in statuses(config, nodes).items() if name in wanted and status.state != DONE]
     read = dict.fromkeys(source for name in waiting for source in sources_of(config.stages[name]))
-    processes.first(functools.partial(jobs.check_data, config.data, read))
+    processes.first(functools.partial(corpus.check_data, config.data, read))
     if jobs.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         artifacts.write_json(workdir / artifacts.STAGES_FILE, {name: node.folder.name for name, node in nodes.items()})

@@ -5,6 +5,8 @@ Waiting has an end: where a process has died or hangs, the others stop with an e
 
 import itertools
 import os
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from mpo_jax.errors import InputError
+from mpo_jax.types import PyTree
 
 BARRIER_SECONDS = 1800
 """How long a process waits for the others: longer than the slowest host's export or compile."""
@@ -66,6 +69,39 @@ def from_first(work: Callable[[], np.ndarray], shape: tuple[int, ...], what: str
     if jax.process_count() == 1:
         return found[0]
     return np.asarray(multihost_utils.broadcast_one_to_all(found[0] if found else np.zeros(shape, np.float32)))
+
+
+_asked = itertools.count()
+"""Steps at which the processes of a run agreed on; it never falls, as a stage's own step does at the next stage."""
+
+
+class StopNotice:
+    """Whether SIGTERM (a preemption notice) has come; on several hosts, all learn of it at the same step."""
+
+    def __init__(self):
+        self._told = threading.Event()
+        self._before: Any = None
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            self._before = signal.signal(signal.SIGTERM, lambda *_: self._told.set())
+        return self
+
+    def __exit__(self, *exception):
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def at_this_step(self) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(next(_asked))
+        return self._told.is_set()
+
+
+def on_host(tree: PyTree) -> PyTree:
+    """A tree's arrays as NumPy, whole on every process."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_get(tree)
 
 
 def barrier(what: str, seconds: float = BARRIER_SECONDS) -> None:

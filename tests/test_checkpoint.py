@@ -323,6 +323,8 @@ if when == "written":
     threading.Thread(target=die_at_sight).start()
 checkpoints.save(2, state(2), {"at": 2})
 if when == "begun":
+    while not any((folder / "last").glob("2*")):  # save returns before the folder is there
+        pass
     die()
 time.sleep(60)
 """

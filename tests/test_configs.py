@@ -9,7 +9,9 @@ from configs import (
     curri_dpo,
     dpo,
     hh_rlhf,
+    http_reward,
     iterative,
+    kto,
     mix_dpo,
     ppo,
     quickstart,
@@ -45,9 +47,11 @@ CONFIGS = {
     "sft": sft.get_config,
     "reward:qwen2.5-0.5b": lambda: reward.get_config("qwen2.5-0.5b"),
     "dpo": dpo.get_config,
+    "kto": kto.get_config,
     "ppo": ppo.get_config,
     "ppo:reward": lambda: ppo.get_config("reward"),
     "sample": sample.get_config,
+    "http_reward": http_reward.get_config,
 }
 
 

@@ -17,7 +17,7 @@ import pytest
 from etils import epath
 
 from mpo_jax import artifacts, metrics
-from mpo_jax.stages import job as jobs
+from mpo_jax.stages import corpus
 from mpo_jax.stages.loop import PREEMPTED
 from tests.tools import processes
 from tests.tools.small_graph import write_rows
@@ -114,7 +114,7 @@ def test_completions_from_one_policy_are_those_of_one_process(alone, again, coun
 def completions(path: Path) -> Iterator[tuple[bytes, ...]]:
     """Prompt and replies of every pair that a pairs stage sampled."""
     for share in ("sft_reward", "policy", "select", "report"):
-        rows = jobs.read_rows(epath.Path(path) / share)
+        rows = corpus.read_rows(epath.Path(path) / share)
         yield from (tuple(piece.tobytes() for piece in rows.row(index)) for index in range(len(rows)))
 
 

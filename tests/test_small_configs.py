@@ -20,6 +20,7 @@ RUNS = {
     "sft": ({"sft": TRAINED}, "demonstrations"),
     "reward": ({"reward": TRAINED}, "pairs"),
     "dpo": ({"dpo": TRAINED}, "pairs"),
+    "kto": ({"kto": TRAINED}, "labelled"),
     "ppo": ({"ppo": [*TRAINED, *SAMPLED, "eval_prompts=8"]}, "prompts"),
     "ppo:reward": ({"reward": TRAINED, "ppo": [*TRAINED, *SAMPLED, "eval_prompts=8"]}, "pairs"),
     "sample": ({"sample": [*SAMPLED, "batch_size=8", "count=16"]}, "prompts"),
@@ -36,10 +37,24 @@ def runs(tmp_path_factory):
     for name, columns in (("demonstrations", ("prompt", "chosen")), ("prompts", ("prompt",))):
         lines = [json.dumps({column: row[column] for column in columns}) + "\n" for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(lines))
+    labelled = [
+        json.dumps({"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}) + "\n"
+        for number, row in enumerate(rows)
+        for side in (("rejected", "chosen")[number % 2],)  # none has a counterpart
+    ]
+    (folder / "labelled.jsonl").write_text("".join(labelled))
     places = {name: folder / name.replace(":", "_") for name in RUNS}
     commands = [
-        [f"--config={name}", f"--workdir={places[name]}", f"--config.data.path={folder / data}.jsonl", *LENGTHS]
-        + [f"--config.stages.{stage}.{each}" for stage, changes in stages.items() for each in changes]
+        {
+            "arguments": [
+                "run",
+                f"--config={name}",
+                f"--workdir={places[name]}",
+                f"--config.data.path={folder / data}.jsonl",
+                *LENGTHS,
+                *(f"--config.stages.{stage}.{each}" for stage, changes in stages.items() for each in changes),
+            ]
+        }
         for name, (stages, data) in RUNS.items()
     ]
     done = subprocess.run(
@@ -70,6 +85,14 @@ def test_dpo_on_the_data_learns_from_the_policy_share_and_is_judged_on_the_held_
     assert manifest["summary"]["pairs"] == manifest["data"][0]["share_records"]
     first = json.loads((kills.folder(workdir, "dpo") / artifacts.METRICS).read_text().split("\n")[0])
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_kto_learns_from_single_replies_that_the_data_labels(runs):
+    """Ethayarajh et al. 2024, eq. 8: before the first step every reply's loss is 1 - sigmoid(0)."""
+    workdir, _ = runs["kto"]
+    summary = artifacts.read_manifest(kills.folder(workdir, "kto"))["summary"]
+    first = json.loads((kills.folder(workdir, "kto") / artifacts.METRICS).read_text().split("\n")[0])
+    assert first["loss"] == pytest.approx(0.5, abs=1e-5) and 150 < summary["replies"] < 240
 
 
 def test_ppo_on_the_data_begins_at_kl_0(runs):

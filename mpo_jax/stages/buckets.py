@@ -16,6 +16,7 @@ from mpo_jax.data.encode import Encoded
 from mpo_jax.data.plan import sample_rows
 from mpo_jax.errors import InputError
 from mpo_jax.models.config import ModelConfig
+from mpo_jax.stages import corpus
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Artifact, Job
 from mpo_jax.types import BUCKETS, LEFT_OUT, GapTable
@@ -109,7 +110,7 @@ def pairs_for(job: Job, model: ModelConfig) -> tuple[Encoded, Encoded, Encoded]:
         split = job.inputs["pairs"]
         return pairs(split), heldout(split, SELECT), heldout(split, REPORT)
     tokenizer = jobs.load_tokenizer(job, model)
-    train, select, report = (jobs.share_pairs(job, model, tokenizer, share) for share in ("policy", SELECT, REPORT))
+    train, select, report = (corpus.share_pairs(job, model, tokenizer, share) for share in ("policy", SELECT, REPORT))
     return train, select, report
 
 
@@ -118,7 +119,7 @@ def prompts_for(job: Job, model: ModelConfig, tokenizer, count: int) -> tuple[En
     role `prompts`, or the data's own."""
     if "prompts" in job.inputs:
         return prompts(job.inputs["prompts"]), heldout_prompts(job.inputs["prompts"], SELECT, count)
-    train, held = (jobs.share_prompts(job, model, tokenizer, share) for share in ("policy", SELECT))
+    train, held = (corpus.share_prompts(job, model, tokenizer, share) for share in ("policy", SELECT))
     return train, encode.take(held, sample_rows(len(held), count))
 
 
@@ -130,7 +131,7 @@ def pairs(artifact: Artifact) -> Encoded:
 
     Flipped pairs stand where the split's settings put them: among the hard, nowhere, or turned around among the easy.
     """
-    encoded = jobs.read_rows(artifact.folder / artifacts.PAIR_ROWS)
+    encoded = corpus.read_rows(artifact.folder / artifacts.PAIR_ROWS)
     return encoded if artifact.part == "all" else encode.take(encoded, *_chosen(artifact))
 
 
@@ -164,7 +165,7 @@ def prompts(artifact: Artifact) -> Encoded:
 
 def heldout(artifact: Artifact, half: str) -> Encoded:
     """Pairs of one half of the eval share, SELECT or REPORT of `data.division`, made as the split's own."""
-    return jobs.read_rows(artifact.folder / artifacts.HELDOUT / half)
+    return corpus.read_rows(artifact.folder / artifacts.HELDOUT / half)
 
 
 def heldout_prompts(artifact: Artifact, half: str, count: int) -> Encoded:

@@ -23,7 +23,7 @@ from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.scorers.names import OWN, Scorer, Scorers
 from mpo_jax.settings import Count, Names, Whole, role, setting
-from mpo_jax.stages import buckets, candidates, rows, scores
+from mpo_jax.stages import buckets, candidates, corpus, rows, scores
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Sampling, Stage
@@ -167,7 +167,7 @@ def heldout_prompts(job: Job, model: ModelConfig, tokenizer) -> Encoded:
     that the stage names, or else of the data."""
     if "prompts" in job.inputs:
         return buckets.heldout_prompts(job.inputs["prompts"], REPORT, job.settings.count)
-    prompts = jobs.share_prompts(job, model, tokenizer, REPORT)
+    prompts = corpus.share_prompts(job, model, tokenizer, REPORT)
     return encode.take(prompts, sample_rows(len(prompts), job.settings.count))
 
 

@@ -48,9 +48,9 @@ class Measures(Section):
     def gap_unit(self) -> str:
         return UNITS[self.measures[0]] if len(self.measures) == 1 else "mean signed rank"
 
-    def check_measures(self, given: dict[str, Any], samples: bool, own: bool) -> None:
+    def check_measures(self, given: dict[str, Any], samples: bool) -> None:
         """Raises `wrong` for measures that can't be meant. given: role -> what is named there. samples: whether pairs
-        are sampled, which need scores and whose margins nobody gave. own: whether the reward model gives scores."""
+        are sampled, which need scores and whose margins nobody gave."""
         for name in self.measures:
             if name not in MEASURES:
                 raise wrong("gap", f"{name!r}; expected one of {', '.join(MEASURES)}, or several of them")
@@ -59,15 +59,14 @@ class Measures(Section):
         if samples and "given" in self.measures:
             raise wrong("gap", "given, but nobody gave sampled pairs a margin; expected pair_source=dataset")
         read = {role for name in self.measures for role in MEASURES[name]} | ({"reward"} if samples else set())
-        if not own:
-            read.discard("reward")
         for name, value in given.items():
             if name in read and not value:
                 need = "sampled pairs need" if name == "reward" and samples else f"gap={','.join(self.measures)} needs"
                 raise wrong(name, f"empty, but {need} it")
             if value and name not in read:
-                unread = "gap=" + ",".join(self.measures) if own or name != "reward" else "the scorer"
-                raise wrong(name, f"{value!r}, but {unread} does not read it; expected an empty text")
+                raise wrong(
+                    name, f"{value!r}, but gap={','.join(self.measures)} does not read it; expected an empty text"
+                )
 
 
 def margins(margin: np.ndarray) -> np.ndarray:

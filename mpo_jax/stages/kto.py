@@ -22,7 +22,7 @@ from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import preferences
 from mpo_jax.optim import Rate
 from mpo_jax.settings import Amount, Positive, changed, role, setting
-from mpo_jax.stages import buckets, loop, reference, rows
+from mpo_jax.stages import buckets, corpus, loop, reference, rows
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage, Training
@@ -76,7 +76,7 @@ def replies(job: Job[Settings], model: ModelConfig) -> list[Encoded]:
         train, heldout, _ = buckets.pairs_for(job, model)
         return [labelled(train), labelled(heldout)]
     tokenizer = jobs.load_tokenizer(job, model)
-    return [jobs.share_labelled(job, model, tokenizer, share) for share in ("policy", SELECT)]
+    return [corpus.share_labelled(job, model, tokenizer, share) for share in ("policy", SELECT)]
 
 
 def labelled(pairs: Encoded) -> Encoded:

@@ -5,11 +5,8 @@ continues from the last checkpoint and ends with the same numbers.
 """
 
 import dataclasses
-import itertools
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from jax.experimental import multihost_utils
 
-from mpo_jax import artifacts, optim, sharding
+from mpo_jax import artifacts, optim, processes, sharding
 from mpo_jax import metrics as metrics_log
 from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.data.account import epochs
@@ -331,7 +327,7 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
     jobs.say(epochs(steps, loader.batch_size, len(loader.encoded)))
     eval_every = settings.eval_every or max(1, steps // 10)
     save_every = settings.save_every or max(1, steps // 10)
-    stop = _StopNotice()
+    stop = processes.StopNotice()
     compiles = {"first": 0, "late": 0}
     watch = nonfinite.Watch(loader, settings.on_nonfinite == "skip", progress.get("skipped", 0))
     # Whatever ends the loop, saves that have begun are waited for.
@@ -418,36 +414,3 @@ def _better(evaluation: dict[str, float], best: dict[str, float] | None, name: s
     sign, name = (-1, name[1:]) if name.startswith("-") else (1, name)
     value = sign * evaluation[name]
     return math.isfinite(value) and (best is None or value < sign * best[name])
-
-
-_asked = itertools.count()
-"""Steps at which the processes of a run agreed on; it never falls, as a stage's own step does at the next stage."""
-
-
-class _StopNotice:
-    """Whether SIGTERM (a preemption notice) has come; on several hosts, all learn of it at the same step."""
-
-    def __init__(self):
-        self._told = threading.Event()
-        self._before: Any = None
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            self._before = signal.signal(signal.SIGTERM, lambda *_: self._told.set())
-        return self
-
-    def __exit__(self, *exception):
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def at_this_step(self) -> bool:
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(next(_asked))
-        return self._told.is_set()
-
-
-def on_host(tree: PyTree) -> PyTree:
-    """A tree's arrays as NumPy, whole on every process."""
-    if jax.process_count() > 1:
-        return multihost_utils.process_allgather(tree, tiled=True)
-    return jax.device_get(tree)

@@ -13,7 +13,7 @@ from mpo_jax.artifacts import POLICY, SAMPLES
 from mpo_jax.data import shares
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.settings import Count, changed, role, setting
-from mpo_jax.stages import candidates, scores
+from mpo_jax.stages import candidates, corpus, scores
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage
@@ -64,13 +64,13 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     unscored: dict[str, int] = {}
     with scores.opened(job, "labeller", tokenizer, compiled, settings.batch_size) as score:
         for share in shares.names(jobs.data_division(job.config.data, settings.data)):
-            prompts = jobs.share_prompts(job, model, tokenizer, share)
+            prompts = corpus.share_prompts(job, model, tokenizer, share)
             replies = candidates.sample_all(job, compiled["sample"], weights, prompts, how, settings.batch_size)
             rows = candidates.with_replies(prompts, replies.tokens)
             gold = score(rows)
             pairs = candidates.pair_up(rows, gold, gold, settings.pairing, settings.label_temperature, job.seed)
             counts[share], unscored[share] = len(pairs.encoded), int(np.isnan(gold).sum())
-            jobs.write_rows(pairs.encoded, job.folder / share)
+            corpus.write_rows(pairs.encoded, job.folder / share)
             gap = pairs.scores[:, 0] - pairs.scores[:, 1]
             right = float(np.mean(gap > 0))
             jobs.say(f"{share}: {len(gap)} pairs of {len(prompts)} prompts; the label follows the score in {right:.3f}")

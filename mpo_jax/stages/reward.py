@@ -21,8 +21,8 @@ from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import losses
 from mpo_jax.run import ShareName
 from mpo_jax.settings import Whole, role, setting
+from mpo_jax.stages import corpus, loop, rows
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import loop, rows
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage, Training, rows_of_share
 from mpo_jax.stages.job import Job
@@ -79,7 +79,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
     settings = job.settings
-    encoded = {share: jobs.share_pairs(job, model, tokenizer, share) for share in (settings.share, SELECT, REPORT)}
+    encoded = {share: corpus.share_pairs(job, model, tokenizer, share) for share in (settings.share, SELECT, REPORT)}
     if settings.margin:
         encode.check_margins(encoded[settings.share], f"stages.{job.name}.margin")
     if settings.folds:

@@ -22,9 +22,9 @@ from mpo_jax.models import hf as hf_folders
 from mpo_jax.scorers import hf, host, names
 from mpo_jax.scorers.python import Function
 from mpo_jax.settings import Section
+from mpo_jax.stages import corpus, rows
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
-from mpo_jax.stages import rows
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Program, Programs
 from mpo_jax.types import Batch, PyTree
@@ -139,7 +139,7 @@ class _Data:
 
     @functools.cached_property
     def said(self) -> dict[int, TextRecord]:
-        return jobs.said(self.job, self.tokenizer)
+        return corpus.said(self.job, self.tokenizer)
 
     @functools.cached_property
     def chats(self) -> dict[int, Chat]:

@@ -14,7 +14,7 @@ from mpo_jax.ops import losses
 from mpo_jax.optim import Rate
 from mpo_jax.run import ShareName
 from mpo_jax.settings import changed, role, setting
-from mpo_jax.stages import buckets, loop
+from mpo_jax.stages import buckets, corpus, loop
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage, Training, rows_of_share
@@ -59,7 +59,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
         source = job.inputs["pairs"]
         made = [buckets.chosen(pairs) for pairs in (buckets.pairs(source), buckets.heldout(source, SELECT))]
     else:
-        made = [jobs.share_rows(job, model, tokenizer, share, 1) for share in (settings.share, SELECT)]
+        made = [corpus.share_rows(job, model, tokenizer, share, 1) for share in (settings.share, SELECT)]
     # Replies that a stage sampled may make longer rows than those of the data.
     limit = {"max_length": None} if "pairs" in job.inputs else {}
     train, heldout = (

@@ -26,7 +26,7 @@ from mpo_jax.models.config import ModelConfig
 from mpo_jax.run import ShareName
 from mpo_jax.scorers.names import OWN, Scorer, Scorers, own_alone
 from mpo_jax.settings import Amount, Count, OneOrMany, Whole, changed, role, setting
-from mpo_jax.stages import buckets, candidates, gaps, rows, scores
+from mpo_jax.stages import buckets, candidates, corpus, gaps, rows, scores
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage, rows_of_share
@@ -93,8 +93,8 @@ class Settings(Pairing, Measures):
             raise declared.wrong("threshold", "0; expected above 0, in reward units, or a quantile")
         if self.top_k and self.quantile:
             raise declared.wrong("top_k", f"{self.top_k}, beside a quantile of {self.quantile:g}; expected one of them")
-        given = {"reward": self.reward, "implicit": self.implicit, "reference": self.reference}
-        self.check_measures(given, self.samples_pairs, scores.uses_own(self.scorer))
+        own = {"reward": self.reward} if scores.uses_own(self.scorer) else {}
+        self.check_measures(own | {"implicit": self.implicit, "reference": self.reference}, self.samples_pairs)
         if self.samples_pairs and not self.policy:
             raise declared.wrong("policy", "empty; expected the policy whose replies are paired")
         return self
@@ -216,8 +216,8 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     buckets.check_buckets(job.name, table, threshold, settings.flipped)
     report = split_report.build(table, scored.encoded, threshold, settings.measures, settings.gap_unit)
     for half, encoded in heldout.items():
-        jobs.write_rows(encoded, job.folder / artifacts.HELDOUT / half)
-    jobs.write_rows(scored.encoded, job.folder / artifacts.PAIR_ROWS)
+        corpus.write_rows(encoded, job.folder / artifacts.HELDOUT / half)
+    corpus.write_rows(scored.encoded, job.folder / artifacts.PAIR_ROWS)
     if jobs.is_first():
         artifacts.write_gaps(job.folder, table)
         split_report.draw(job.folder, gap, report)
@@ -304,7 +304,7 @@ def _scored_pairs(
     none."""
     made, unscored = [], 0
     if job.settings.pair_source != "sampled":
-        encoded = jobs.share_pairs(job, model, tokenizer, share)
+        encoded = corpus.share_pairs(job, model, tokenizer, share)
         found = np.zeros((len(encoded), 2), np.float32) if score is None else score("score", encoded, share)
         known = ~np.isnan(found).any(axis=1)
         unscored += int(np.sum(~known))
@@ -329,7 +329,7 @@ def sampled_pairs(
     """Pairs of the policy's own replies to a share's prompts; the winner is the scorer's, or a labeller's. And how many
     replies have no score."""
     settings = job.settings
-    prompts = jobs.share_prompts(job, model, tokenizer, share)
+    prompts = corpus.share_prompts(job, model, tokenizer, share)
     weights = base | jobs.load_weights(job, job.inputs["policy"], model, jobs.frozen_dtype(job))
     how = candidates.of_settings(job, settings.samples)
     replies = candidates.sample_all(job, compiled["sample"], weights, prompts, how, settings.batch_size)

@@ -12,8 +12,8 @@ from mpo_jax.data import encode
 from mpo_jax.errors import InputError
 from mpo_jax.models import hf as folders
 from mpo_jax.scorers import hf
+from mpo_jax.stages import corpus, scores, split
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import scores, split
 from mpo_jax.stages.job import Job
 from tests.stages import ppo_job, split_job
 from tests.tools import reward_models
@@ -32,7 +32,7 @@ def scored(job: Job):
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
     with jax.set_mesh(job.mesh):
-        encoded = jobs.share_pairs(job, model, tokenizer, job.settings.share)
+        encoded = corpus.share_pairs(job, model, tokenizer, job.settings.share)
         with scores.opened(job, "scorer", tokenizer, split.programs(job), 8) as score:
             return encoded, tokenizer, score(encoded)
 
@@ -81,7 +81,7 @@ def test_conversations_are_shown_by_the_model_s_own_template(tmp_path, shared, f
             file.write(json.dumps({"chosen": f"{asked} played all day.", "rejected": f"{asked} were sad."}) + "\n")
     job = split_by(tmp_path / "run", shared, f"hf:{folder}", data=rows)
     encoded, own, found = scored(job)
-    theirs, said = AutoTokenizer.from_pretrained(folder), jobs.said(job, own)
+    theirs, said = AutoTokenizer.from_pretrained(folder), corpus.said(job, own)
     ids, ends = [], 0
     for row in range(100):
         _, *replies = encoded.row(row)
@@ -103,7 +103,7 @@ def test_an_exported_reward_model_scores_as_it_does_in_its_run(tmp_path, shared)
         weights = jobs.load_weights(job, job.inputs["reward"], model)
         folders.export_weights(tmp_path / "exported", model, weights, shared / "models/stories260K", head=True)
         tokenizer = jobs.load_tokenizer(job, model)
-        encoded = jobs.share_pairs(job, model, tokenizer, job.settings.share)
+        encoded = corpus.share_pairs(job, model, tokenizer, job.settings.share)
         own = split.reward_scorer(job, model, split.programs(job), {})("score", encoded, job.settings.share)
     other = ppo_job.replaced(job, {"scorer": f"hf:{tmp_path / 'exported'}"})
     encoded, _, found = scored(other)

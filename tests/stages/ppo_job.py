@@ -18,8 +18,8 @@ from mpo_jax.data import encode
 from mpo_jax.data.schemas import TextRecord
 from mpo_jax.errors import InputError
 from mpo_jax.run import Run, as_json
+from mpo_jax.stages import corpus, kinds
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import kinds
 from mpo_jax.stages.job import Artifact, Job
 from mpo_jax.types import BUCKETS, GapTable
 
@@ -163,9 +163,9 @@ def hard_prompts(job: Job, count: int) -> Artifact:
         gap=gap,
         bucket=np.where(gap < 1, BUCKETS.index("hard"), BUCKETS.index("easy")).astype(np.int8),
     )
-    jobs.write_rows(train, folder / artifacts.PAIR_ROWS)
+    corpus.write_rows(train, folder / artifacts.PAIR_ROWS)
     for half, stories in (("select", STORIES[-24:-12]), ("report", STORIES[-12:])):
-        jobs.write_rows(pairs(stories), folder / artifacts.HELDOUT / half)
+        corpus.write_rows(pairs(stories), folder / artifacts.HELDOUT / half)
     artifacts.write_gaps(folder, table)
     artifacts.write_json(folder / artifacts.CONFIG, as_json(job.config))
     return artifact

@@ -11,7 +11,7 @@ from scipy import stats
 
 from mpo_jax import artifacts
 from mpo_jax.errors import InputError
-from mpo_jax.stages import buckets, gaps, rows, split
+from mpo_jax.stages import buckets, corpus, gaps, rows, split
 from mpo_jax.stages import job as jobs
 from mpo_jax.types import BUCKETS, LEFT_OUT
 from tests.stages import ppo_job
@@ -60,7 +60,7 @@ def test_the_default_is_the_reward_model_s_gap(job, tmp_path, shared):
 def test_implicit_rewards_and_losses_need_no_reward_model(job, policies, tmp_path, shared):
     found = table(made(job, shared, tmp_path / "implicit", policies, gap="implicit", beta=0.5))
     with jax.set_mesh(job.mesh):
-        encoded = jobs.share_pairs(job, jobs.model(job), jobs.load_tokenizer(job, jobs.model(job)), "policy")
+        encoded = corpus.share_pairs(job, jobs.model(job), jobs.load_tokenizer(job, jobs.model(job)), "policy")
     policy_logps, reference = (log_probs(job, policies[role], encoded) for role in ("implicit", "reference"))
     np.testing.assert_allclose(found.score_chosen, 0.5 * (policy_logps - reference)[:, 0], atol=1e-4)
     np.testing.assert_allclose(found.gap, found.score_chosen - found.score_rejected)

@@ -47,6 +47,7 @@ def random_rows(count=45, replies=2, seed=0) -> Encoded:
         prompt_id=np.arange(count, dtype=np.int32),
         confidence=unknown,
         margin=unknown,
+        label=unknown,
         replies=replies,
         conventions=Conventions(1, 2, 2, False),
         counts={},

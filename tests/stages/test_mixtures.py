@@ -8,8 +8,8 @@ import pytest
 from etils import epath
 
 from mpo_jax import artifacts, recipes, sharding
+from mpo_jax.stages import corpus, kinds
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import kinds
 from mpo_jax.stages.job import Job
 from tests.stages.ppo_job import STORIES
 from tests.tools import kills, processes
@@ -93,11 +93,11 @@ def test_labelled_rows_of_a_share_keep_their_labels_in_a_mixture(stories, tmp_pa
     job = Job("sft", run.stages["sft"], run, workdir / "sft", workdir, {}, mesh)
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
-    encoded = jobs.share_labelled(job, model, tokenizer, "sft_reward")
+    encoded = corpus.share_labelled(job, model, tokenizer, "sft_reward")
     assert encoded.label.tolist() == [1, 0] * 40 + [float(n % 3 == 0) for n in range(60)]
     assert np.bincount(encoded.mixture.source).tolist() == [80, 60]
     assert [account.notes for account in job.accounts] == [{}, {}]
-    good = jobs.share_rows(job, model, tokenizer, "sft_reward", 1)
+    good = corpus.share_rows(job, model, tokenizer, "sft_reward", 1)
     assert np.bincount(good.mixture.source).tolist() == [40, 20], "fine-tuning takes the good ones"
     assert job.accounts[-1].dropped == {"labelled bad, and no good reply to pair it with": 40}
 

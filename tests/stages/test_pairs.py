@@ -9,8 +9,8 @@ from mpo_jax.artifacts import SAMPLES
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
 from mpo_jax.scorers import preferences, sentiment
+from mpo_jax.stages import corpus, pairs
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import pairs
 from mpo_jax.stages.job import Artifact
 from tests.stages.ppo_job import beside, refused, replaced
 from tests.stages.split_job import make_job, run_split
@@ -31,8 +31,8 @@ def test_every_share_has_pairs_of_its_own_prompts(ran):
     seen = set()
     assert set(summary["pairs"]) == {"sft_reward", "policy", "select", "report"}
     for share, count in summary["pairs"].items():
-        found = jobs.read_rows(job.folder / share)
-        own = jobs.share_prompts(job, model, tokenizer, share)
+        found = corpus.read_rows(job.folder / share)
+        own = corpus.share_prompts(job, model, tokenizer, share)
         assert len(found) == count > len(own)
         prompts = {int(number): tuple(own.row(row)[0].tolist()) for row, number in enumerate(own.prompt_id)}
         assert all(prompts[int(found.prompt_id[row])] == tuple(found.row(row)[0].tolist()) for row in range(count))
@@ -46,7 +46,7 @@ def test_without_noise_the_label_follows_the_score(ran):
     tokenizer = load_tokenizer(job.config.model.path)
     apart = 0
     for share in summary["pairs"]:
-        found = jobs.read_rows(job.folder / share)
+        found = corpus.read_rows(job.folder / share)
         for row in range(len(found)):
             texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in found.row(row)[1:]]
             chosen, rejected = sentiment.vader([], texts)
@@ -71,9 +71,9 @@ def test_a_split_reads_the_pairs_and_scores_them(ran):
     inputs = job.inputs | {"pairs": Artifact("pairs", SAMPLES, job.folder)}
     made = beside(job, "split", "split", inputs=inputs, pairs="pairs", batch_size=8, quantile=0.5)
     whole = run_split(replaced(made, {"stages.reward.pairs": "pairs"}))
-    assert len(jobs.read_rows(whole.folder / "pairs")) == summary["pairs"]["policy"]
+    assert len(corpus.read_rows(whole.folder / "pairs")) == summary["pairs"]["policy"]
     for half in ("select", "report"):
-        assert len(jobs.read_rows(whole.folder / "heldout" / half)) == summary["pairs"][half]
+        assert len(corpus.read_rows(whole.folder / "heldout" / half)) == summary["pairs"][half]
 
 
 @pytest.mark.parametrize(

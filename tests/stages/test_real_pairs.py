@@ -8,8 +8,8 @@ from etils import epath
 
 from mpo_jax import recipes, sharding
 from mpo_jax.artifacts import POLICY
+from mpo_jax.stages import corpus, kinds, loop, reward, rows, sft
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import kinds, loop, reward, rows, sft
 from mpo_jax.stages.job import Artifact, Job
 from tests.configs import stories_hh
 
@@ -32,8 +32,8 @@ def loaded(job: Job, replies: int, count: int):
     """The model, its weights, and a loader over the first `count` rows of the training share."""
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
-    records = jobs.records(job, "sft_reward", tokenizer)
-    encoded = jobs.encode_rows(job, model, records[:count], replies, tokenizer)
+    records = corpus.records(job, "sft_reward", tokenizer)
+    encoded = corpus.encode_rows(job, model, records[:count], replies, tokenizer)
     assert len(encoded) == count
     return model, jobs.load_weights(job, job.inputs["init"], model), encoded
 

@@ -20,7 +20,7 @@ from mpo_jax.errors import InputError
 from mpo_jax.ops import masks
 from mpo_jax.run import as_json
 from mpo_jax.scorers import sentiment
-from mpo_jax.stages import buckets, kinds, reward, rows, split
+from mpo_jax.stages import buckets, corpus, kinds, reward, rows, split
 from mpo_jax.stages import job as jobs
 from mpo_jax.types import BUCKETS, GapTable
 from tests.stages import ppo_job
@@ -82,7 +82,7 @@ def test_buckets_partition_the_ids(job, whole):
 @pytest.mark.parametrize("half", ["select", "report"])
 def test_held_out_pairs_are_of_the_eval_share(job, whole, half):
     model, tokenizer = jobs.model(job), load_tokenizer(job.config.model.path)
-    expected = jobs.share_pairs(job, model, tokenizer, half)
+    expected = corpus.share_pairs(job, model, tokenizer, half)
     heldout = buckets.heldout(whole, half)
     assert encode.rows_fingerprint(heldout) == encode.rows_fingerprint(expected)
     assert not set(heldout.prompt_id.tolist()) & set(buckets.pairs(whole).prompt_id.tolist())
@@ -266,7 +266,7 @@ def test_cross_fitted_pairs_are_scored_by_the_model_that_never_saw_them(job, who
     artifacts.write_json(crossed.folder / artifacts.CONFIG, as_json(run))
     found = table_of(run_split(crossed))
     model, tokenizer = jobs.model(job), load_tokenizer(job.config.model.path)
-    encoded = jobs.share_pairs(crossed, model, tokenizer, "sft_reward")
+    encoded = corpus.share_pairs(crossed, model, tokenizer, "sft_reward")
     fold_of = division.folds(encoded.prompt_id, 3)
     assert set(fold_of.tolist()) == {0, 1, 2} and len(found.id) == len(encoded)
     with jax.set_mesh(job.mesh):

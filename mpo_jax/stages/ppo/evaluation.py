@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpo_jax import artifacts, sharding
+from mpo_jax import artifacts, processes, sharding
 from mpo_jax import metrics as metrics_log
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.tokenizer import conventions
@@ -35,9 +35,9 @@ def make_ask(score: Score, sampling: SamplingConfig, tokenizer, own: Any = None)
 
     def ask(frozen: PyTree, rollout: Rollout) -> np.ndarray:
         given = None if own is None else own(frozen, rollout)  # dispatched before the host waits for anything
-        real, rows = candidates.rows_of_rollout(loop.on_host(rollout), sampling, known)
+        real, rows = candidates.rows_of_rollout(processes.on_host(rollout), sampling, known)
         found = np.zeros((len(real), sampling.n), np.float32)
-        found[real] = score(rows, None if given is None else lambda: np.asarray(loop.on_host(given))[real])
+        found[real] = score(rows, None if given is None else lambda: np.asarray(processes.on_host(given))[real])
         return found
 
     return ask
@@ -105,7 +105,7 @@ def make_evaluation(
         for rollout, scores, new in replied(params, frozen):
             if gold is not None:
                 found = gold(frozen, rollout)
-                known = (np.asarray(loop.on_host(rollout.batch.weight)) > 0)[:, None] & ~np.isnan(found)
+                known = (np.asarray(processes.on_host(rollout.batch.weight)) > 0)[:, None] & ~np.isnan(found)
                 new = new | {"gold_score": (found[known].sum(), known.sum())}
             sums = new if not sums else jax.tree.map(jnp.add, sums, new)
             if len(table) < settings.table_rows:
@@ -121,11 +121,11 @@ def make_evaluation(
 
 
 def _texts(rollout, scores, sampling: SamplingConfig, tokenizer) -> list[dict[str, Any]]:
-    host = loop.on_host(rollout)
+    host = processes.on_host(rollout)
     one = dataclasses.replace(sampling, n=1)
     prompts = np.asarray(host.batch.tokens)[:, : -sampling.max_new_tokens]
     real = np.asarray(host.batch.segments)[:, : -sampling.max_new_tokens] > 0
-    values = np.asarray(loop.on_host(scores))
+    values = np.asarray(processes.on_host(scores))
     return [
         {
             "prompt": tokenizer.decode(prompts[row][real[row]].tolist(), skip_special_tokens=True),

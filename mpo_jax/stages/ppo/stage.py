@@ -261,7 +261,7 @@ def estimated_statistics(job: Job[Settings], replied, params: PyTree, frozen: Py
     if not file.exists():
         found = []
         for rollout, given, _ in replied(params, frozen):
-            rows, weight = (np.asarray(loop.on_host(each)) for each in (given, rollout.batch.weight))
+            rows, weight = (np.asarray(processes.on_host(each)) for each in (given, rollout.batch.weight))
             found.append(rows[weight > 0].ravel())
         values = np.concatenate(found)
         values = values[~np.isnan(values)].astype(np.float64)
