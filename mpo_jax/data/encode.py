@@ -57,10 +57,9 @@ class Encoded:
     """Rows of one prompt and `replies` responses.
 
     tokens: i32 [all tokens]. offsets: i64 [rows * (1 + replies) + 1], where each piece begins; a row's pieces are its
-    prompt, then its replies. id, prompt_id: i32 [rows]. confidence, margin, label (1: a good
-    reply, 0: a bad one): f32 [rows], NaN where unknown.
-    counts: rows in and kept, and what the limits did. key: hash of tokenizer, template, records and limits. mixture:
-    how training draws rows of several sources; None: each once.
+    prompt, then its replies. id, prompt_id: i32 [rows]. confidence, margin, label (1: a good reply, 0: a bad one): f32
+    [rows], NaN where unknown. counts: rows in and kept, and what the limits did. key: hash of tokenizer, template,
+    records and limits. mixture: how training draws rows of several sources; None: each once.
     """
 
     tokens: np.ndarray

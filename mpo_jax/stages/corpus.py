@@ -37,11 +37,8 @@ def records(job: Job, share: str, loaded_tokenizer=None, source: str = "", label
     whole = dataclasses.replace(whole, reading=dataclasses.replace(whole.reading, labelled=labelled))
     with reading.of_source(source):
         read, account = shares.read_share(whole, share, loaded_tokenizer)
-        others = (
-            [name for name in sources_of(job.settings) if name != source]
-            if share not in (division.SELECT, division.REPORT)
-            else []
-        )
+        learned = share not in (division.SELECT, division.REPORT)
+        others = [name for name in sources_of(job.settings) if learned and name != source]
         kept = division.without(read, [each for name in others for each in _heldout(data, name, loaded_tokenizer)])
         if not kept:
             raise InputError(f"{account.source}: every prompt is held out by another source of stages.{job.name}.data")

@@ -87,6 +87,17 @@ class Settings(Pairing, Measures):
         """Whether the reward model does."""
         return self.reads_scores and scores.uses_own(self.scorer)
 
+    @property
+    def judge(self) -> str:
+        """Who it is that agrees with a label, or does not."""
+        if self.measures != ("reward",):
+            return f"the gap ({', '.join(self.measures)})"
+        return "the reward model" if own_alone(self.scorer) else "the scorer"
+
+    @property
+    def gap_unit(self) -> str:
+        return "the scorer's units" if self.judge == "the scorer" else super().gap_unit
+
     @pydantic.model_validator(mode="after")
     def _edge(self):
         if self.quantile == 0 and self.threshold == 0 and not self.top_k:
@@ -196,10 +207,12 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     base = jobs.base_weights(job, model)
     compiled = programs(job)
     with contextlib.ExitStack() as stack:
-        keys = ("scorer", "labeller") if settings.samples_pairs else ("scorer",)
-        asked = [stack.enter_context(scores.opened(job, key, tokenizer, compiled, score_rows(job))) for key in keys]
-        score = with_reward(job, model, compiled, base, asked[0]) if settings.reads_scores else None
-        make = functools.partial(_scored_pairs, job, model, tokenizer, compiled, base, score, asked[-1])
+        keys = ["scorer"] * settings.reads_scores + ["labeller"] * settings.samples_pairs
+        asked = {
+            key: stack.enter_context(scores.opened(job, key, tokenizer, compiled, score_rows(job))) for key in keys
+        }
+        score = with_reward(job, model, compiled, base, asked["scorer"]) if "scorer" in asked else None
+        make = functools.partial(_scored_pairs, job, model, tokenizer, compiled, base, score, asked.get("labeller"))
         scored, unscored = make(settings.share)
         heldout = {half: make(half)[0].encoded for half in (division.SELECT, division.REPORT)}
     measured = gaps.scores(job, compiled, base, scored.encoded, scored.scores)
@@ -214,7 +227,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
         bucket=bucket,
     )
     buckets.check_buckets(job.name, table, threshold, settings.flipped)
-    report = split_report.build(table, scored.encoded, threshold, settings.measures, settings.gap_unit)
+    report = split_report.build(table, scored.encoded, threshold, settings.measures, settings.gap_unit, settings.judge)
     for half, encoded in heldout.items():
         corpus.write_rows(encoded, job.folder / artifacts.HELDOUT / half)
     corpus.write_rows(scored.encoded, job.folder / artifacts.PAIR_ROWS)
@@ -228,8 +241,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     counts = ", ".join(f"{count} {name}" for name, count in report["counts"].items())
     jobs.say(
         f"{job.name} at gap {threshold:.4g}: {counts}{f', {unscored} without a score' if unscored else ''}; "
-        f"{_judge(settings)} agrees with "
-        f"{report['agreement']:.3f} of the labels"
+        f"{settings.judge} agrees with {report['agreement']:.3f} of the labels"
     )
     return {
         "threshold": threshold,
@@ -237,12 +249,6 @@ def run(job: Job[Settings]) -> dict[str, Any]:
         "agreement": report["agreement"],
         "unscored": unscored,
     }
-
-
-def _judge(settings: Settings) -> str:
-    if settings.measures != ("reward",):
-        return "the gap"
-    return "the reward model" if own_alone(settings.scorer) else "the scorer"
 
 
 def divided(job: Job[Settings], model: ModelConfig, compiled: Programs, base, encoded: Encoded, gap: np.ndarray):
@@ -298,7 +304,14 @@ def reward_scorer(job: Job[Settings], model: ModelConfig, compiled: Programs, ba
 
 
 def _scored_pairs(
-    job: Job[Settings], model: ModelConfig, tokenizer, compiled: Programs, base, score, label: scores.Score, share: str
+    job: Job[Settings],
+    model: ModelConfig,
+    tokenizer,
+    compiled: Programs,
+    base,
+    score,
+    label: scores.Score | None,
+    share: str,
 ) -> tuple[Scored, int]:
     """The share's pairs by the settings' source, scored, where there is a `score`; and how many pairs or replies have
     none."""
@@ -313,7 +326,7 @@ def _scored_pairs(
         if not known.all():
             encoded, found = encode.take(encoded, np.flatnonzero(known)), found[known]
         made.append(Scored(encoded, found))
-    if job.settings.samples_pairs:
+    if label is not None:
         sampled, missing = sampled_pairs(job, model, tokenizer, compiled, base, score, label, share)
         made.append(sampled)
         unscored += missing

@@ -345,6 +345,9 @@ def test_a_split_without_a_reward_model(job):
     with pytest.raises(InputError, match=r"stages\.split\.reward: empty, but gap=reward needs it"):
         declared.replaced(job.config, changes)
     run = declared.replaced(job.config, {"stages.split.scorer": "vader"} | changes)
+    by_vader, by_reward = run.stages["split"], job.config.stages["split"]
+    assert (by_vader.judge, by_vader.gap_unit) == ("the scorer", "the scorer's units")
+    assert (by_reward.judge, by_reward.gap_unit) == ("the reward model", "reward units")
     assert graph.connections(run)["split"]["reward"] == ()
 
 
