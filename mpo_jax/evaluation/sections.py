@@ -81,7 +81,7 @@ def preference(stage: Finished) -> dict[str, Any]:
 
 def split(stage: Finished) -> dict[str, Any]:
     """Easy, hard and flipped pairs, and the gaps that part them."""
-    earlier = {"judge": "the reward model", "unit": "reward units"}  # what reports of earlier versions leave unsaid
+    earlier = {"scored_by": "the reward model", "unit": "reward units"}  # what reports of earlier versions leave unsaid
     report = earlier | artifacts.read_json(stage.folder / artifacts.REPORT)
     gap = artifacts.read_gaps(stage.folder).gap
     return {

@@ -21,10 +21,10 @@ def build(
     threshold: float,
     measures: Sequence[str] = ("reward",),
     unit: str = "reward units",
-    judge: str = "the reward model",
+    scored_by: str = "the reward model",
 ) -> dict[str, Any]:
     """Counts, agreement with the labels (whole, by decile of the gap's size, by the annotator's confidence where it is
-    known), lengths of each bucket in tokens, and `pairs.pair_report` of the scores. measures, unit: of the gap. judge:
+    known), lengths of each bucket in tokens, and `pairs.pair_report` of the scores. measures, unit: of the gap. scored_by:
     who agrees with a label, or does not."""
     gap, lens, bucket = np.asarray(table.gap), encoded.piece_lens, np.asarray(table.bucket)
     order = np.argsort(np.abs(gap), kind="stable")
@@ -33,7 +33,7 @@ def build(
     whole = pair_tables.pair_report(scores, lens[:, 1:], np.asarray(encoded.confidence))
     return {
         "measures": list(measures),
-        "judge": judge,
+        "scored_by": scored_by,
         "unit": unit,
         "threshold": threshold,
         "pairs": len(gap),

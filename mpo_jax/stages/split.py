@@ -88,7 +88,7 @@ class Settings(Pairing, Measures):
         return self.reads_scores and scores.uses_own(self.scorer)
 
     @property
-    def judge(self) -> str:
+    def scored_by(self) -> str:
         """Who it is that agrees with a label, or does not."""
         if self.measures != ("reward",):
             return f"the gap ({', '.join(self.measures)})"
@@ -96,7 +96,7 @@ class Settings(Pairing, Measures):
 
     @property
     def gap_unit(self) -> str:
-        return "the scorer's units" if self.judge == "the scorer" else super().gap_unit
+        return "the scorer's units" if self.scored_by == "the scorer" else super().gap_unit
 
     @pydantic.model_validator(mode="after")
     def _edge(self):
@@ -227,7 +227,9 @@ def run(job: Job[Settings]) -> dict[str, Any]:
         bucket=bucket,
     )
     buckets.check_buckets(job.name, table, threshold, settings.flipped)
-    report = split_report.build(table, scored.encoded, threshold, settings.measures, settings.gap_unit, settings.judge)
+    report = split_report.build(
+        table, scored.encoded, threshold, settings.measures, settings.gap_unit, settings.scored_by
+    )
     for half, encoded in heldout.items():
         corpus.write_rows(encoded, job.folder / artifacts.HELDOUT / half)
     corpus.write_rows(scored.encoded, job.folder / artifacts.PAIR_ROWS)
@@ -241,7 +243,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     counts = ", ".join(f"{count} {name}" for name, count in report["counts"].items())
     jobs.say(
         f"{job.name} at gap {threshold:.4g}: {counts}{f', {unscored} without a score' if unscored else ''}; "
-        f"{settings.judge} agrees with {report['agreement']:.3f} of the labels"
+        f"{settings.scored_by} agrees with {report['agreement']:.3f} of the labels"
     )
     return {
         "threshold": threshold,

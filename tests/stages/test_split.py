@@ -346,8 +346,8 @@ def test_a_split_without_a_reward_model(job):
         declared.replaced(job.config, changes)
     run = declared.replaced(job.config, {"stages.split.scorer": "vader"} | changes)
     by_vader, by_reward = run.stages["split"], job.config.stages["split"]
-    assert (by_vader.judge, by_vader.gap_unit) == ("the scorer", "the scorer's units")
-    assert (by_reward.judge, by_reward.gap_unit) == ("the reward model", "reward units")
+    assert (by_vader.scored_by, by_vader.gap_unit) == ("the scorer", "the scorer's units")
+    assert (by_reward.scored_by, by_reward.gap_unit) == ("the reward model", "reward units")
     assert graph.connections(run)["split"]["reward"] == ()
 
 
