@@ -24,8 +24,8 @@ def build(
     scored_by: str = "the reward model",
 ) -> dict[str, Any]:
     """Counts, agreement with the labels (whole, by decile of the gap's size, by the annotator's confidence where it is
-    known), lengths of each bucket in tokens, and `pairs.pair_report` of the scores. measures, unit: of the gap. scored_by:
-    who agrees with a label, or does not."""
+    known), lengths of each bucket in tokens, and `pairs.pair_report` of the scores. measures, unit: of the gap.
+    scored_by: who agrees with a label, or does not."""
     gap, lens, bucket = np.asarray(table.gap), encoded.piece_lens, np.asarray(table.bucket)
     order = np.argsort(np.abs(gap), kind="stable")
     scores = np.stack([table.score_chosen, table.score_rejected], axis=1)
