@@ -6,10 +6,11 @@ loses the calls in flight and no other, and a run that is started again goes on 
 
 import hashlib
 import json
-import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from mpo_jax.asking import Kept
 
 _SCHEMA = """
 create table if not exists answers (
@@ -25,21 +26,11 @@ def key(request: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-class Cache:
-    """Answers by key, and what each run has spent. As a context manager, it closes its file."""
+class Cache(Kept):
+    """Answers by key, and what each run has spent."""
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Each statement is its own transaction, on disk when it returns.
-        self._connection = sqlite3.connect(path, isolation_level=None, timeout=60)
-        self._connection.execute("pragma journal_mode = wal")
-        self._connection.executescript(_SCHEMA)
-
-    def __enter__(self) -> "Cache":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._connection.close()
+        super().__init__(path, _SCHEMA)
 
     def get(self, key: str) -> str | None:
         found = self._connection.execute("select answer from answers where key = ?", (key,)).fetchone()

@@ -5,9 +5,10 @@ A batch's scores are on disk when they are kept: whatever ends a run, it goes on
 
 import hashlib
 import json
-import sqlite3
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from mpo_jax.asking import Kept
 
 _SCHEMA = "create table if not exists scores (key blob primary key, score real) without rowid"
 _AT_A_TIME = 500  # what SQLite takes as parameters of one statement, in any version
@@ -18,21 +19,11 @@ def key(identity: str, prompt: str, reply: str) -> bytes:
     return hashlib.blake2b(json.dumps([identity, prompt, reply]).encode(), digest_size=20).digest()
 
 
-class Cache:
-    """Scores by key; None is a score too, which says that there is none. As a context manager, it closes its file."""
+class Cache(Kept):
+    """Scores by key; None is a score too, which says that there is none."""
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Each statement is its own transaction, on disk when it returns.
-        self._connection = sqlite3.connect(path, isolation_level=None, timeout=60)
-        self._connection.execute("pragma journal_mode = wal")
-        self._connection.execute(_SCHEMA)
-
-    def __enter__(self) -> "Cache":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._connection.close()
+        super().__init__(path, _SCHEMA)
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, float | None]:
         """Those of the keys that are known."""
