@@ -5,14 +5,14 @@ its two replies; `faults(question, attempt)` names what goes wrong at an attempt
 """
 
 import hashlib
-import http.server
 import json
 import re
 import select
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+
+from tests.tools import loopback
 
 FAULTS = ("429", "500", "silence", "truncated", "cut", "html")
 REPLIES = re.compile(r"<reply A>\n(.*?)\n</reply A>.*<reply B>\n(.*?)\n</reply B>", re.DOTALL)
@@ -32,9 +32,7 @@ def some_faults(question: str, attempt: int) -> str | None:
     return None
 
 
-class JudgeServer(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
+class JudgeServer(loopback.Server):
     def __init__(
         self,
         verdict: Callable[[str, str], str],
@@ -42,45 +40,20 @@ class JudgeServer(http.server.ThreadingHTTPServer):
         delay: float = 0.0,
         retry_after: str = "0.05",
     ):
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.verdict, self.faults, self.delay, self.retry_after = verdict, faults, delay, retry_after
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        self.lock = threading.Lock()
         self.attempts: Counter[str] = Counter()  # of each question
         self.answered: Counter[str] = Counter()  # of each question, whole answers sent
         self.given: Counter[str] = Counter()  # of each fault
         self.keys: set[str] = set()
         self.times: list[tuple[float, str]] = []
-        self.active = self.most_active = 0
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(loopback.Handler):
     server: JudgeServer
-    protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        server = self.server
-        with server.lock:
-            server.active += 1
-            server.most_active = max(server.most_active, server.active)
-        try:
-            self._serve()
-        finally:
-            with server.lock:
-                server.active -= 1
-
-    def _serve(self):
+    def serve(self):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path != "/v1/chat/completions":
@@ -138,6 +111,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._send(200, whole)
 
     def _send(self, status, body, headers=None, kind="application/json", cut=None):
+        self.over()
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))

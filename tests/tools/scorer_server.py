@@ -4,49 +4,33 @@
 `faults(number)` names what goes wrong at a call, or None. Everything asked is kept.
 """
 
-import http.server
 import json
-import threading
 import time
 from collections.abc import Callable
 
+from tests.tools import loopback
 
-class ScorerServer(http.server.ThreadingHTTPServer):
-    daemon_threads = True
 
+class ScorerServer(loopback.Server):
     def __init__(
         self,
         score: Callable[[str, str], float | None],
         faults: Callable[[int], str | None] = lambda number: None,
         delay: float = 0.0,
     ):
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.score, self.faults, self.delay = score, faults, delay
         self.url = f"http://127.0.0.1:{self.server_port}/score"
-        self.lock = threading.Lock()
         self.calls = 0
         self.asked: list[tuple[str, str]] = []
         self.sizes: list[int] = []
         self.tokens: set[str | None] = set()
-        self.active = self.most_active = 0
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(loopback.Handler):
     server: ScorerServer
-    protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
+    def serve(self):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert set(body) == {"prompts", "replies"} and len(body["prompts"]) == len(body["replies"])
@@ -54,14 +38,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             fault = server.faults(server.calls)
             server.calls += 1
             server.tokens.add(self.headers["Authorization"])
-            server.active += 1
-            server.most_active = max(server.most_active, server.active)
         time.sleep(server.delay)
-        try:
-            self._answer(fault, list(zip(body["prompts"], body["replies"], strict=True)))
-        finally:
-            with server.lock:
-                server.active -= 1
+        self._answer(fault, list(zip(body["prompts"], body["replies"], strict=True)))
 
     def _answer(self, fault: str | None, asked: list[tuple[str, str]]):
         server = self.server
@@ -86,6 +64,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._send(200, whole)
 
     def _send(self, status: int, body: bytes, more=None):
+        self.over()
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | (more or {})).items():
             self.send_header(name, value)

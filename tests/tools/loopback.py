@@ -1,0 +1,53 @@
+"""A handler of POSTs enters; a server on loopback leaves, which counts how many calls it answers at once."""
+
+import http.server
+import threading
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """`with Server(Handler) as server:` serves; `most_active`: how many calls were under way at once, at most."""
+
+    daemon_threads = True
+
+    def __init__(self, handler: type["Handler"]):
+        super().__init__(("127.0.0.1", 0), handler)
+        self.lock = threading.Lock()
+        self.active = self.most_active = 0
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """`serve` answers a POST, and calls `over` before it sends anything."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def serve(self):
+        raise NotImplementedError
+
+    def do_POST(self):
+        server = self.server
+        with server.lock:
+            server.active += 1
+            server.most_active = max(server.most_active, server.active)
+        self._counted = True
+        try:
+            self.serve()
+        finally:
+            self.over()
+
+    def over(self):
+        """The call counts no longer: before its answer is sent, since the caller may ask again as soon as it has it."""
+        if self._counted:
+            self._counted = False
+            with self.server.lock:
+                self.server.active -= 1
