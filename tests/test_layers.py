@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mpo_jax"
 LAYERS = [
-    {"errors", "lines", "types"},
+    {"errors", "lines", "progress", "types"},
     {"integrity"},
     {"artifacts"},
     {"settings"},

@@ -9,7 +9,7 @@ import functools
 import jax
 import numpy as np
 
-from mpo_jax import scoring, sharding
+from mpo_jax import progress, scoring, sharding
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.loader import Loader
 from mpo_jax.data.plan import FILLER
@@ -71,7 +71,7 @@ def collect(step, weights: PyTree, loader: Loader, columns: int) -> np.ndarray:
     """`step(weights, batch)` f32 [B,columns], replicated, over one epoch: f32 [rows,columns] in the rows' own order."""
     numbers = np.full((len(loader.encoded), columns), np.nan, np.float32)
     with loader.batches(0, loader.steps_per_epoch) as stream:
-        for number, batch in enumerate(stream):
+        for number, batch in enumerate(progress.each(stream, "score", loader.steps_per_epoch)):
             _, rows = loader.rows(number)
             real = rows != FILLER
             numbers[rows[real]] = np.asarray(step(weights, batch))[real]
