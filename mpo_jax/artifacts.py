@@ -234,6 +234,16 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any] | None:
     return integrity.unseal(path, read_json(path)) if path.exists() else None
 
 
+def beneath(folder: epath.PathLike) -> frozenset[str]:
+    """The names of all stages that a begun stage rests on, as they wrote it down."""
+    path = epath.Path(folder) / INPUTS
+    found: set[str] = set()
+    for entry in (each for given in read_json(path, default={}).values() for each in given):
+        if entry["name"] != BASE and entry["name"] not in found:
+            found |= {entry["name"], *beneath(path.parent.parent / f"{entry['name']}-{entry['key']}")}
+    return frozenset(found)
+
+
 def verify(folder: epath.PathLike, weights: bool = True) -> None:
     """InputError, naming the file, where a file of a finished stage is not as it was when the stage ended.
 

@@ -12,6 +12,8 @@ from mpo_jax.evaluation import plots
 
 _INK = "#010203"  # drawn with, then replaced by the page's text colour
 _COLOURS = ("#3b82c4", "#d9772b", "#3f9e62", "#b5519c", "#8a7a2e", "#6d6ad1")
+_DASHES = ("-", "--", ":", "-.")
+"""Of lines; a colour that comes again has other dashes."""
 _BOX, _GAP, _LANE = (128, 46), (52, 18), 8
 """Width and height of a stage's box, the space between boxes, and the height of an edge that passes by, pixels."""
 
@@ -21,16 +23,38 @@ _numbers = itertools.count()
 
 def lines(curves: Mapping[str, Points], xlabel: str, ylabel: str, marker: str = "") -> str:
     """A line through each named run of (x, y) points."""
+    from matplotlib import ticker
+
     figure, axes = plots.new(5.2, 3.0)
-    for colour, (name, points) in zip(itertools.cycle(_COLOURS), curves.items(), strict=False):
+    for (dashes, colour), (name, points) in zip(
+        itertools.cycle(itertools.product(_DASHES, _COLOURS)), curves.items(), strict=False
+    ):
+        shape = marker or ("o" if len(points) == 1 else "")
+        hollow = dashes != _DASHES[0]
         axes.plot(
-            *zip(*points, strict=True), label=name, color=colour, marker=marker or ("o" if len(points) == 1 else "")
-        )
+            *zip(*points, strict=True), label=name, color=colour, linestyle=dashes, marker=shape,
+            markerfacecolor="none" if hollow else colour,
+        )  # fmt: skip
+    if xlabel == "step":
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     if len(curves) > 1:
         axes.legend(frameon=False, labelcolor=_INK)
     return _svg(figure, f"{ylabel} against {xlabel}: {', '.join(curves)}")
+
+
+def interval(mean: float, low: float, high: float, span: tuple[float, float], null: float) -> str:
+    """An interval with its mean on a scale from span[0] to span[1], with a line at `null`, as wide as there is room."""
+
+    def x(value: float) -> float:
+        return 100 * (min(max(value, span[0]), span[1]) - span[0]) / (span[1] - span[0])
+
+    return (
+        '<svg class="interval" viewBox="0 0 100 20" preserveAspectRatio="none" aria-hidden="true">'
+        f'<path class="null" d="M{x(null):.2f} 0V20"/><path d="M{x(low):.2f} 10H{x(high):.2f}"/>'
+        f'<path class="mean" d="M{x(mean):.2f} 10h0"/></svg>'
+    )
 
 
 def histogram(gap: np.ndarray, threshold: float, unit: str = "reward units") -> str:

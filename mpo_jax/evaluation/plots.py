@@ -1,7 +1,7 @@
 """Tables enter; PNG files leave. Drawn without a display."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -81,19 +81,4 @@ def bars(
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.set_ylim(0, 1.05)
-    save(path, figure)
-
-
-def curves(
-    path: epath.PathLike, lines: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, marker: str = ""
-) -> None:
-    """Lines of (x, y) points, one for each name."""
-    figure, axes = new()
-    for name, points in lines.items():
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name, marker=marker or None)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    if len(lines) > 1:
-        axes.legend()
     save(path, figure)

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from mpo_jax import artifacts
 from mpo_jax.artifacts import BASE
 from mpo_jax.errors import InputError
-from mpo_jax.evaluation import figures, human, sections, validation
+from mpo_jax.evaluation import figures, human, sections, signatures, validation
 from mpo_jax.evaluation.sections import Finished, Shown
 
 PARTS = ("evaluations", "preferences", "splits", "judge")
@@ -48,6 +48,7 @@ def page(workdir: epath.Path, shown: Mapping[str, Shown]) -> dict[str, Any]:
         "human": lambda: human.section(workdir, {stage.name: stage.folder for stage in stages}),
         "validation": lambda: validation.section(stages),
         "data": lambda: sections.data(stages),
+        "signs": lambda: signatures.of_stages(stages),
     }
     makers |= {part: functools.partial(_part, part, stages, shown) for part in PARTS}
     values: dict[str, Any] = {"title": workdir.name, "provenance": stages, "left_out": damaged}

@@ -2,18 +2,19 @@
 shown by."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 from markupsafe import Markup
 
 from mpo_jax import artifacts, metrics
 from mpo_jax.data.account import Account
-from mpo_jax.evaluation import figures, pairs
+from mpo_jax.evaluation import figures, pairs, statistics, verdict
 
-_SAMPLES = 8
-"""Prompts whose replies are shown side by side."""
+_SAMPLES, _OPEN = 60, 3
+"""Prompts whose replies are shown side by side, and how many of them at once."""
 _COLUMNS = {
     "gold": "gold score",
     "reward": "reward model",
@@ -24,6 +25,10 @@ _COLUMNS = {
     "repetition": "repeated 4-grams",
     "distinct": "distinct 2-grams",
 }
+
+
+_MAIN = ("gold", "reward", "kl", "log_ratio", "tokens")
+"""Those that stand in the table itself; the others are a row's details."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,24 +99,81 @@ def split(stage: Finished) -> dict[str, Any]:
 
 def evaluation(stage: Finished) -> dict[str, Any]:
     """Policies compared, and some of their replies."""
-    report = artifacts.read_json(stage.folder / artifacts.REPORT)
+    report = {"errors": {}, "verdict": None} | artifacts.read_json(stage.folder / artifacts.REPORT)  # earlier versions'
     rows = artifacts.read_lines(stage.folder / artifacts.REPLIES_FILE)
     policies = report["policies"]
     wins = {(c["left"], c["by"]): c for c in report["comparisons"] if c["right"] == report["baseline"]}
     frontier = {
         name: [(point["kl"], point["score"]) for point in points] for name, points in report["frontier"].items()
     }
+    columns = {key: head for key, head in _COLUMNS.items() if all(key in means for means in policies.values())}
     return {
         "name": stage.name,
         "report": report,
-        "columns": {key: head for key, head in _COLUMNS.items() if all(key in means for means in policies.values())},
+        "verdict": _verdict(report["verdict"]),
+        "columns": columns,
+        "main": [key for key in _MAIN if key in columns],
+        "cells": {name: _cells(means, report["errors"].get(name, {}), columns) for name, means in policies.items()},
         "judges": list(dict.fromkeys(by for _, by in wins)),
         "wins": wins,
         "frontier": Markup(figures.lines(frontier, f"KL to {report['baseline']}, nats", "reward model's score", "o"))
         if frontier
         else None,
-        "samples": rows[:_SAMPLES],
+        "samples": _samples(rows, report["verdict"], report["baseline"]),
+        "open": _OPEN,
     }
+
+
+def _samples(rows: Sequence[Mapping[str, Any]], given: Mapping[str, Any] | None, baseline: str) -> list[dict[str, Any]]:
+    """Prompts that begin unlike each other, from all over the order by how much higher the verdict's policy scores than
+    the baseline; the highest first."""
+    unlike: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        unlike.setdefault(row["prompt"][-60:].strip().lower(), row)
+    chosen = [dict(row) | {"apart": None} for row in unlike.values()]
+    if given is not None and baseline and given["name"] != baseline:
+        key = next(key for key, by in statistics.JUDGES if by == given["by"])
+        for row in chosen:
+            own, other = (row["replies"][name][key] for name in (given["name"], baseline))
+            row["apart"] = None if own is None or other is None else own - other
+        chosen.sort(key=lambda row: -np.inf if row["apart"] is None else row["apart"], reverse=True)
+    if len(chosen) <= _SAMPLES:
+        return chosen
+    return [chosen[round(place)] for place in np.linspace(0, len(chosen) - 1, _SAMPLES)]
+
+
+def _cells(means: Mapping[str, float], errors: Mapping[str, float], columns: Mapping[str, str]) -> dict[str, str]:
+    """Figures with the digits that their errors allow."""
+    known = dict(errors) | ({"kl": means["kl_error"]} if "kl_error" in means else {})
+    return {
+        key: verdict.with_error(means[key], known[key]) if known.get(key) else f"{means[key]:.3f}" for key in columns
+    }
+
+
+def _verdict(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A verdict with a picture of each interval, all on one scale."""
+    if given is None:
+        return None
+    scores = [each["difference"] for each in given["against"]]
+    reach = 1.1 * max(1e-9, *(abs(edge) for score in scores for edge in (score["low"], score["high"])))
+    rows = []
+    for each in given["against"]:
+        score, wins = each["difference"], each["wins"]
+        digits = verdict.decimals((score["high"] - score["low"]) / 4)
+        drawn = figures.interval(score["mean"], score["low"], score["high"], (-reach, reach), 0)
+        won = figures.interval(wins["rate"], wins["low"], wins["high"], (0, 1), 0.5)
+        rows.append(
+            {
+                "name": each["name"],
+                "outcome": verdict.outcome(each),
+                "difference": f"{score['mean']:+.{digits}f} [{score['low']:.{digits}f}, {score['high']:.{digits}f}]",
+                "wins": f"{100 * wins['rate']:.0f} % [{100 * wins['low']:.0f}, {100 * wins['high']:.0f}]",
+                "p": [verdict.told_p(part["adjusted_p"]) for part in (score, wins)],
+                "kl": each["kl"],
+                "drawn": [Markup(drawn), Markup(won)],
+            }
+        )
+    return dict(given) | {"rows": rows, "told": given["sentences"][0]}
 
 
 def data(stages: Iterable[Finished]) -> list[dict[str, Any]]:

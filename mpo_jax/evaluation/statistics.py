@@ -6,6 +6,7 @@ several verdicts on the same prompt. Prompts are the unit that is resampled: ver
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import special
@@ -32,6 +33,36 @@ class Comparison:
     p_value: float
     adjusted_p: float | None = None
     length_controlled: float | None = None
+
+
+JUDGES = (("gold", "the gold labeller"), ("reward", "the reward model"))
+"""Scores of a reply that compare policies, and in whose eyes; the first that there is has more weight."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How much higher one policy's replies score than another's on the same prompts: the mean of the paired
+    differences, its 95 % t interval, and the two-sided p-value of the paired t test."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+
+
+def difference(left_scores, right_scores, level: float = 0.95) -> Difference:
+    """Of paired scores, [prompts] each. InputError for less than two finite pairs."""
+    left, right = np.asarray(left_scores, np.float64), np.asarray(right_scores, np.float64)
+    if left.shape != right.shape or left.size < 2 or not np.all(np.isfinite(left) & np.isfinite(right)):
+        raise InputError(
+            f"scores of shapes {left.shape} and {right.shape}; expected a finite one of each, of two prompts"
+        )
+    apart = left - right
+    mean, error = float(apart.mean()), float(apart.std(ddof=1) / math.sqrt(len(apart)))
+    half = float(special.stdtrit(len(apart) - 1, (1 + level) / 2)) * error
+    if error == 0:
+        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    return Difference(mean, mean - half, mean + half, 2 * float(special.stdtr(len(apart) - 1, -abs(mean) / error)))
 
 
 def outcomes(left_scores, right_scores) -> np.ndarray:
@@ -83,14 +114,17 @@ def sign_test(outcomes) -> float:
 
 def holm(comparisons: list[Comparison]) -> list[Comparison]:
     """The same comparisons, in their order, with p-values adjusted for their number (Holm 1979)."""
-    p_values = np.array([comparison.p_value for comparison in comparisons])
-    order = np.argsort(p_values, kind="stable")
-    adjusted = np.empty_like(p_values)
-    adjusted[order] = np.minimum(np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1)), 1)
-    return [
-        dataclasses.replace(comparison, adjusted_p=float(p))
-        for comparison, p in zip(comparisons, adjusted, strict=True)
-    ]
+    adjusted = holm_adjusted([comparison.p_value for comparison in comparisons])
+    return [dataclasses.replace(comparison, adjusted_p=p) for comparison, p in zip(comparisons, adjusted, strict=True)]
+
+
+def holm_adjusted(p_values: Sequence[float]) -> list[float]:
+    """P-values, in their order, adjusted for their number (Holm 1979)."""
+    given = np.asarray(p_values, np.float64)
+    order = np.argsort(given, kind="stable")
+    adjusted = np.empty_like(given)
+    adjusted[order] = np.minimum(np.maximum.accumulate(given[order] * np.arange(len(given), 0, -1)), 1)
+    return adjusted.tolist()
 
 
 def length_controlled(outcomes, length_difference) -> float:

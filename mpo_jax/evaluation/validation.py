@@ -4,18 +4,16 @@ The check that the paper leaves open: are pairs with a large gap the ones that p
 that pleases the reward model please the gold labeller too?
 """
 
-import base64
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
+from markupsafe import Markup
 
 from mpo_jax import artifacts, metrics
+from mpo_jax.evaluation import figures
 from mpo_jax.evaluation import pairs as pair_tables
-from mpo_jax.evaluation import plots
 from mpo_jax.evaluation.sections import Finished
 
 _FEWEST = 20
@@ -88,10 +86,15 @@ def over_optimisation(rows: Sequence[Mapping[str, float]]) -> dict[str, Any] | N
         "best": best,
         "lost": best["gold"] - last["gold"],
         "gained": last["reward"] - best["reward"],
-        "correlation": pair_tables.correlation(
-            np.array([point["reward"] for point in points]), np.array([point["gold"] for point in points])
-        ),
+        "correlation": _correlation(points),
     }
+
+
+def _correlation(points: Sequence[Mapping[str, float]]) -> float | None:
+    """Of the two scores along training; two points always lie on a line, and say nothing."""
+    if len(points) < 3:
+        return None
+    return pair_tables.correlation(*(np.array([point[key] for point in points]) for key in ("reward", "gold")))
 
 
 def section(stages: Iterable[Finished]) -> dict[str, Any] | None:
@@ -102,20 +105,17 @@ def section(stages: Iterable[Finished]) -> dict[str, Any] | None:
         if (stage.folder / artifacts.GAPS).exists() and _labelled(stage.settings):
             splits.append({"name": stage.name} | _split(stage.folder))
         if (found := over_optimisation(metrics.read(stage.folder))) is not None:
-            curves.append({"name": stage.name, "image": _drawn(found["points"])} | found)
+            curves.append({"name": stage.name, "drawn": _drawn(found["points"])} | found)
     return {"splits": splits, "curves": curves} if splits or curves else None
 
 
-def _drawn(points: Sequence[Mapping[str, float]]) -> str:
-    """The curve as an image that stands in the page itself."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "curve.png"
-        lines = {
-            "reward model": [(point["step"], point["reward"]) for point in points],
-            "gold": [(point["step"], point["gold"]) for point in points],
-        }
-        plots.curves(file, lines, "step", "mean score of held-out replies", marker="o")
-        return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+def _drawn(points: Sequence[Mapping[str, float]]) -> Markup:
+    """The curve as a picture that stands in the page itself."""
+    lines = {
+        "reward model": [(point["step"], point["reward"]) for point in points],
+        "gold": [(point["step"], point["gold"]) for point in points],
+    }
+    return Markup(figures.lines(lines, "step", "mean score of held-out replies", marker="o"))
 
 
 def _labelled(settings: Mapping[str, Any]) -> bool:

@@ -5,6 +5,7 @@ it. Another holds the means, the comparisons, and reward against KL of every pol
 """
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from mpo_jax.data import encode
 from mpo_jax.data.division import REPORT
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.plan import sample_rows
-from mpo_jax.evaluation import judge, sections, statistics
+from mpo_jax.evaluation import judge, sections, statistics, verdict
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.scorers.names import OWN, Scorer, Scorers
@@ -154,7 +155,13 @@ def run(job: Job[Settings]) -> dict[str, Any]:
         },
         "comparisons": compared(lines, settings.baseline, settings.bootstrap, job.seed),
     }
+    report["errors"] = {
+        name: {key: standard_error(values[~np.isnan(values)]) for key, values in columns[name].items()}
+        for name in replied
+    }
     report["frontier"] = frontier(job, report["policies"])
+    subject = verdict.subject(list(replied), {each.name: artifacts.beneath(each.folder) for each in policies})
+    report["verdict"] = verdict.given(lines, subject, report["policies"], settings.baseline)
     if jobs.is_first():
         artifacts.write_lines(job.folder / artifacts.REPLIES_FILE, lines)
         artifacts.write_json(job.folder / artifacts.REPORT, report)
@@ -177,7 +184,7 @@ def compared(lines: Sequence[judge.Row], baseline: str, resamples: int, seed: in
     if len(lines[0]["replies"]) < 2:
         return []
     comparisons = []
-    for key, by in (("gold", "the gold labeller"), ("reward", "the reward model")):
+    for key, by in statistics.JUDGES:
         scored = [line for line in lines if all(reply[key] is not None for reply in line["replies"].values())]
         if not scored:
             continue
@@ -237,31 +244,35 @@ def standard_error(values: np.ndarray) -> float:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The policies' means in columns, and the comparisons' sentences."""
-    keys = [key for key in ("gold", "reward", "kl", "log_ratio", "tokens", "finished", "repetition", "distinct")
+    """The policies' main figures in columns, each mean with its standard error, and the verdict in words."""
+    keys = [key for key in ("gold", "reward", "kl", "log_ratio", "tokens")
             if all(key in means for means in report["policies"].values())]  # fmt: skip
     wins = {(c["left"], c["by"]): c for c in report["comparisons"] if c["right"] == report["baseline"]}
-    kinds = list(dict.fromkeys(c["by"] for c in report["comparisons"])) if report["baseline"] else []
+    kinds = list(dict.fromkeys(c["by"] for c in report["comparisons"]))[:1] if report["baseline"] else []
     named = {"kl": f"KL to {report['baseline']}", "log_ratio": f"log-ratio to {report['baseline']}"}
-    heads = [named.get(key, key) for key in keys]
-    heads += [f"wins by {by.removeprefix('the ')}" for by in kinds]
-    rows = []
+    heads = [named.get(key, key) for key in keys] + [f"wins by {by.removeprefix('the ').split()[0]}" for by in kinds]
+    rows = [["policy", *heads]]
     for name, means in report["policies"].items():
-        cells = [f"{means[key]:.3f}" + (f" ± {means['kl_error']:.3f}" if key == "kl" else "") for key in keys]
+        errors = report["errors"][name]
+        cells = [
+            f"{means[key]:.0f}" if key == "tokens" else verdict.with_error(means[key], errors[key]) for key in keys
+        ]
         for by in kinds:
             c = wins.get((name, by))
-            cells.append("" if c is None else f"{c['win_rate']:.3f} [{c['low']:.3f}, {c['high']:.3f}]")
+            cells.append("" if c is None else f"{c['win_rate']:.2f} [{c['low']:.2f}, {c['high']:.2f}]")
         rows.append([name, *cells])
-    rows = [["policy", *heads], *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells)
+        ).rstrip()
         for cells in (list(zip(row, widths, strict=True)) for row in rows)
     ]
     told = []
     if "log_ratio" in keys:
         told = [f"no KL: replies were drawn with {report['truncation']}; the log-ratio's mean over them is none"]
-    return "\n".join([*lines, *told, *(c["sentence"] for c in report["comparisons"])])
+    told += (report["verdict"] or {"sentences": []})["sentences"]
+    return "\n".join([*lines, *(part for line in told for part in textwrap.wrap(line, 80, subsequent_indent="  "))])
 
 
 def repetition(ids: np.ndarray, n: int = _NGRAM) -> float:

@@ -20,7 +20,7 @@ from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import losses
 from mpo_jax.run import ShareName
-from mpo_jax.settings import Whole, role, setting
+from mpo_jax.settings import Share, Whole, role, setting
 from mpo_jax.stages import corpus, loop, rows
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
@@ -40,6 +40,11 @@ class Settings(Training):
     margin: bool = setting(False, "subtract the annotator's margin inside the sigmoid, where the data has one")
     folds: Whole = setting(0, "parts of the share, by prompt, for cross-fitting; 0: learn from all of it")
     fold: Whole = setting(0, "the part that is left out, counted from 0")
+    minimum_accuracy: Share = setting(
+        0.0,
+        "of held-out pairs, below which the run stops here, since gaps of such a model mean nothing; 0: never",
+        operational=True,
+    )
     score_batch: Whole = setting(
         0, "rows scored at a time for the statistics; 0: batch_size", unit="rows", operational=True
     )
@@ -111,6 +116,13 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     if jobs.is_first():
         artifacts.write_json(job.folder / artifacts.STATISTICS, statistics)
     jobs.say(_sentence(report))
+    if report["accuracy"] < settings.minimum_accuracy:
+        raise job.error(
+            "minimum_accuracy",
+            f"{settings.minimum_accuracy:g}, and the reward model is right on {report['accuracy']:.3f} ± "
+            f"{report['accuracy_se']:.3f} of {report['pairs']} held-out pairs; its weights are kept, and with a lower "
+            "minimum the same command goes on",
+        )
     return summary | {"statistics": statistics, "report": report}
 
 

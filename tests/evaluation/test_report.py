@@ -70,6 +70,23 @@ def workdir(tmp_path):
             "baseline": "sft",
             "policies": {"sft": means, "mpo": means | {"kl": 1.5}},
             "comparisons": [vars(won) | {"sentence": statistics.sentence(won)}],
+            "errors": {name: {"tokens": 0.25, "reward": 0.0125} for name in ("sft", "mpo")},
+            "verdict": {
+                "name": "mpo",
+                "by": "the reward model",
+                "prompts": 3,
+                "baseline": "sft",
+                "kl": 1.5,
+                "sentences": ["mpo is better than sft."],
+                "against": [
+                    {
+                        "name": "sft",
+                        "kl": 0.0,
+                        "difference": {"mean": 0.3, "low": 0.1, "high": 0.5, "p_value": 0.01, "adjusted_p": 0.02},
+                        "wins": {"rate": 0.8, "low": 0.5, "high": 1.0, "adjusted_p": 0.06},
+                    }
+                ],
+            },
             "frontier": {"mpo": [{"step": 1, "kl": 0.0, "score": 0.1}, {"step": 2, "kl": 1.5, "score": 0.4}]},
         },
     )
@@ -93,6 +110,14 @@ def test_every_plot_is_shown_and_markup_is_text(workdir, browser, size):
     assert len(plots) == 1 + 1 + 1 + 2 + 2  # frontier, gaps, sft, reward, ppo
     drawn = [*plots, browser.find_element("css selector", "svg.graph")]
     assert all(plot.size["width"] > 50 and plot.size["height"] > 25 for plot in drawn)  # a chain of stages is one row
+    told = browser.find_element("css selector", ".verdict").text
+    assert "mpo is better than sft." in told and "+0.30 [0.10, 0.50]" in told and "80 % [50, 100]" in told
+    lines = browser.find_elements("css selector", ".verdict .interval")
+    assert len(lines) == 2 and all(line.size["width"] > 90 for line in lines)
+    results = browser.find_element("css selector", "#results-1 table")
+    assert "0.250 ± 0.013" in results.text and "finished" not in results.text
+    results.find_element("css selector", "tbody summary").click()
+    assert "finished" in results.text
     texts = browser.find_elements("css selector", "#samples .reply p")
     assert [text.text for text in texts] == [HOSTILE] * 2
     assert browser.find_element("css selector", "#samples .prompt").text == "A <i>prompt</i>"
@@ -103,6 +128,45 @@ def test_every_plot_is_shown_and_markup_is_text(workdir, browser, size):
     assert [name for name in asked if not name.startswith("data:")] == []
     ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map(element => element.id)")
     assert len(ids) == len(set(ids))
+
+
+def test_samples_can_be_searched_and_lie_from_gain_to_loss(workdir, browser):
+    reply = {"text": "a reply", "tokens": 5, "finished": True, "gold": None}
+    lines = [
+        {"prompt_id": n, "prompt": f"prompt {n} of many",
+         "replies": {"sft": reply | {"reward": 0.0}, "mpo": reply | {"reward": float(n)}}} for n in range(100)
+    ]  # fmt: skip
+    (workdir / "evaluate-0123" / "replies.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest = artifacts.read_json(workdir / "evaluate-0123" / "manifest.json")
+    artifacts.write_manifest(
+        workdir / "evaluate-0123", {k: manifest[k] for k in manifest if k not in ("files", "checksum")}
+    )
+    resize(browser, WIDE)
+    browser.get(f"file://{report.write(workdir, kinds.shown())}")
+    shown = [each.text for each in browser.find_elements("css selector", "#samples summary")]
+    assert len(shown) == 60 and shown[0] == "+99.00 prompt 99 of many" and shown[-1] == "+0.00 prompt 0 of many"
+    assert len(browser.find_elements("css selector", "#samples details[open]")) == 3
+    browser.find_element("css selector", "#samples input").send_keys("PROMPT 99")
+    assert [each.text for each in browser.find_elements("css selector", "#samples summary") if each.text] == shown[:1]
+    assert browser.find_element("css selector", "#samples [role=status]").text == "1 of 60"
+
+
+def test_known_failures_stand_above_the_results(workdir):
+    folder = workdir / "reward-0123"
+    baselines = {"tfidf_bradley_terry": None, "shorter_wins": 0.5}
+    weak = {"report": {"accuracy": 0.49, "accuracy_se": 0.05, "pairs": 104, "baselines": baselines}}
+    manifest = {"name": "reward", "kind": "reward", "key": "0123", "inputs": {}, "shared": "abcd", "packages": {}}
+    artifacts.write_manifest(folder, manifest | {"summary": weak})
+    page = report.write(workdir, kinds.shown()).read_text()
+    assert page.index('id="verdict-1"') < page.index('id="signs"') < page.index('id="results-1"')
+    assert "right on 0.490 ± 0.050 of 104 held-out pairs" in page and "Left out" not in page
+
+
+def test_a_policy_more_than_there_are_colours_has_other_dashes():
+    drawn = figures.lines({str(n): [(0, n), (1, n)] for n in range(8)}, "step", "score")
+    assert len(re.findall("stroke-dasharray", drawn)) >= 2
+    labels = re.findall(r">([\d.]+)</text>", figures.lines({"a": [(1, 0.0), (3, 1.0)]}, "step", "score"))
+    assert {"1", "2", "3"} <= set(labels) and "1.5" not in labels and "1.25" not in labels
 
 
 def test_a_damaged_stage_costs_its_section_alone(workdir, capsys):

@@ -22,6 +22,19 @@ def test_outcomes_of_scores():
         statistics.outcomes([1.0, np.nan], [0.5, 2.0])
 
 
+def test_a_difference_is_the_paired_t_test():
+    left, right = np.random.default_rng(0).normal(size=(2, 40)) + np.array([[0.3], [0.0]])
+    found, known = statistics.difference(left, right), stats.ttest_rel(left, right)
+    interval = known.confidence_interval()
+    assert found.mean == pytest.approx(np.mean(left - right)) and found.p_value == pytest.approx(known.pvalue)
+    assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert statistics.difference([1.0, 2.0], [1.0, 2.0]) == statistics.Difference(0.0, 0.0, 0.0, 1.0)
+    assert statistics.difference([1.5, 2.5], [1.0, 2.0]) == statistics.Difference(0.5, 0.5, 0.5, 0.0)
+    for wrong in ([1.0], [np.nan, 1.0]):
+        with pytest.raises(InputError, match="finite"):
+            statistics.difference(wrong, wrong)
+
+
 @pytest.mark.parametrize(
     ("prompts", "chances"),
     [(128, (0.3, 0.2, 0.5))]

@@ -119,7 +119,11 @@ def test_comparisons_follow_the_scores(ran):
         assert comparison["win_rate"] == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs]))
         assert comparison["low"] <= comparison["win_rate"] <= comparison["high"]
     shown = evaluate.table(report)
-    assert "KL to sft" in shown and "wins by reward model" in shown and "dpo preferred to sft in" in shown
+    assert "KL to sft" in shown and "wins by gold" in shown and all(len(line) <= 80 for line in shown.split("\n"))
+    assert report["verdict"]["name"] == "dpo" and " ".join(shown.split()).endswith(report["verdict"]["sentences"][-1])
+    for name, errors in report["errors"].items():
+        scores = [line["replies"][name]["gold"] for line in lines]
+        assert errors["gold"] == pytest.approx(np.std(scores, ddof=1) / len(scores) ** 0.5)
 
 
 def test_frontier_is_of_every_policy_and_along_ppo(ran, tmp_path):

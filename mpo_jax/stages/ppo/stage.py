@@ -286,7 +286,19 @@ STAGE = Stage(
     check=check,
     rows=buckets.rows_of("prompts"),
     shown=Shown(
-        curves=(("score", "score"), ("kl", "KL to the reference, nats")),
+        curves=(
+            ("score", "score"),
+            ("kl", "KL to the reference, nats"),
+            ("response_len", "length of replies, tokens"),
+            ("finished", "share of replies that end"),
+            ("repetition", "repeated 4-grams"),
+            ("entropy", "entropy, nats a token"),
+            ("clip_fraction", "share of clipped ratios"),
+            ("approx_kl", "KL of an update, nats a token"),
+            ("value_loss", "loss of the value"),
+            ("explained_variance", "variance that the value explains"),
+            ("grad_norm", "norm of the gradient"),
+        ),
         figures=("steps", "prompts", "evaluation.score", "evaluation.kl"),
     ),
 )

@@ -1,0 +1,118 @@
+"""Policies' scored replies to the same prompts enter; whether one policy is better than each of the others leaves, in
+numbers and in words."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mpo_jax.evaluation import statistics
+
+LEVEL = 0.05
+"""The corrected p-value below which a difference counts as found."""
+
+Row = Mapping[str, Any]
+"""A line of an evaluation's replies: {"replies": {policy: {"gold", "reward", ...}}}."""
+
+
+def subject(policies: Sequence[str], rests_on: Mapping[str, frozenset[str]]) -> str:
+    """The policy whose verdict is asked for: the one that rests on the most of the others, as a policy of several
+    trainings rests on that of each; of several such, the first. rests_on: policy -> all stages beneath it."""
+    return max(policies, key=lambda name: len(rests_on[name] & set(policies)))
+
+
+def given(rows: Sequence[Row], name: str, policies: Mapping[str, Mapping[str, Any]], baseline: str) -> Any:
+    """The verdict on the policy `name`, as plain data; None where there is nothing to compare it with.
+
+    By the gold labeller's score where there is one, or else the reward model's, on the prompts whose replies all have
+    one. Every p-value is corrected (Holm) over all of the verdict's: a difference of score and a win rate for each
+    other policy. policies: their means, for the KL to `baseline`.
+    """
+    key, by = next(((key, by) for key, by in statistics.JUDGES if _scored(rows, key)), ("", ""))
+    scored = _scored(rows, key) if key else []
+    others = [other for other in policies if other != name]
+    if len(scored) < 2 or not others:
+        return None
+    own = [row["replies"][name][key] for row in scored]
+    found = []
+    for other in others:
+        theirs = [row["replies"][other][key] for row in scored]
+        won = statistics.compare(name, other, by, statistics.outcomes(own, theirs))
+        found.append((statistics.difference(own, theirs), won))
+    adjusted = statistics.holm_adjusted([p for score, won in found for p in (score.p_value, won.p_value)])
+    against = [
+        {
+            "name": other,
+            "difference": dataclasses.asdict(score) | {"adjusted_p": adjusted[2 * place]},
+            "wins": {"rate": won.win_rate, "low": won.low, "high": won.high, "adjusted_p": adjusted[2 * place + 1]},
+            "kl": policies[other].get("kl"),
+        }
+        for place, (other, (score, won)) in enumerate(zip(others, found, strict=True))
+    ]
+    kl = policies[name].get("kl")
+    made = {"name": name, "by": by, "prompts": len(scored), "baseline": baseline, "kl": kl, "against": against}
+    return made | {"sentences": [_whole(made), *(_sentence(made, each) for each in against)]}
+
+
+def outcome(each: Mapping[str, Any]) -> str:
+    """What one comparison of a verdict found: "better", "worse" or "no difference found"."""
+    score = each["difference"]
+    if score["adjusted_p"] >= LEVEL:
+        return "no difference found"
+    return "better" if score["mean"] > 0 else "worse"
+
+
+def _whole(made: Mapping[str, Any]) -> str:
+    names: dict[str, list[str]] = {}
+    for each in made["against"]:
+        names.setdefault(outcome(each), []).append(each["name"])
+    found = [f"{how} than {_listed(names[how])}" for how in ("better", "worse") if how in names]
+    if none := names.get("no difference found"):
+        found.append(f"not shown to differ from {_listed(none)}")
+    text = f"{made['name']} is {', and '.join(found)}, by {made['by']}, on {made['prompts']:,} held-out prompts"
+    others = [each["kl"] for each in made["against"] if each["kl"] is not None]
+    if made["kl"] is not None and others:
+        text += f", at {made['kl']:.1f} nats of KL to {made['baseline']} (the others: {_range(others)})"
+    return f"{text}."
+
+
+def _range(values: Sequence[float]) -> str:
+    least, most = f"{min(values):.1f}", f"{max(values):.1f}"
+    return least if least == most else f"{least} to {most}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _sentence(made: Mapping[str, Any], each: Mapping[str, Any]) -> str:
+    score, wins = each["difference"], each["wins"]
+    digits = decimals((score["high"] - score["low"]) / 4)
+    text = f"{made['name']} − {each['name']}: {score['mean']:+.{digits}f} [{score['low']:.{digits}f}, "
+    text += f"{score['high']:.{digits}f}] of score ({told_p(score['adjusted_p'])}); {made['name']} wins "
+    text += f"{100 * wins['rate']:.0f} % [{100 * wins['low']:.0f}, {100 * wins['high']:.0f}] of the prompts"
+    text += f" ({told_p(wins['adjusted_p'])})"
+    if made["kl"] is not None and each["kl"] is not None:
+        text += f", at {made['kl']:.1f} against {each['kl']:.1f} nats of KL to {made['baseline']}"
+    return f"{text}: {outcome(each)}."
+
+
+def told_p(value: float) -> str:
+    """A p-value as text."""
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+
+
+def decimals(error: float) -> int:
+    """Places behind the point that a number with this standard error deserves: those of the error's two leading
+    digits, from 0 to 4; 3 where no error is known."""
+    return 3 if not math.isfinite(error) or error <= 0 else min(4, max(0, 1 - math.floor(math.log10(error))))
+
+
+def with_error(value: float, error: float) -> str:
+    """A mean and its standard error, with the digits that the error allows."""
+    digits = decimals(error)
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _scored(rows: Sequence[Row], key: str) -> list[Row]:
+    return [row for row in rows if all(reply.get(key) is not None for reply in row["replies"].values())]
