@@ -120,7 +120,7 @@ def test_every_plot_is_shown_and_markup_is_text(workdir, browser, size):
     assert "finished" in results.text
     texts = browser.find_elements("css selector", "#samples .reply p")
     assert [text.text for text in texts] == [HOSTILE] * 2
-    assert browser.find_element("css selector", "#samples .prompt").text == "A <i>prompt</i>"
+    assert browser.find_element("css selector", "#samples .prompt").text == "+0.00 A <i>prompt</i>"
     browser.find_element("css selector", "#split summary").click()
     assert [text.text for text in browser.find_elements("css selector", "#split .reply p")] == [HOSTILE, "two"]
     assert overflow(browser) <= 0
