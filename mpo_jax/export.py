@@ -7,24 +7,22 @@ classification. --verify reads the folder again and holds its logits or scores a
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
-import jinja2
 import numpy as np
 from absl import flags
 from etils import epath
 
-from mpo_jax import command, finished, settings
+from mpo_jax import command, finished
 from mpo_jax.artifacts import REWARD
 from mpo_jax.data import template
 from mpo_jax.data.prompts import prompt_batch
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
+from mpo_jax.evaluation import model_card
 from mpo_jax.models import decoder, hf, hf_adapter, lora
 from mpo_jax.models.config import ModelConfig, from_folder
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages.job import Artifact, Job
 from mpo_jax.types import Batch, PyTree
 
 _PROBES = ["Once upon a time", "The", "How do I"]
@@ -52,26 +50,10 @@ def export(stage: epath.PathLike, output: epath.PathLike, adapter: bool = False,
             hf.export_weights(target, model, merged, base, head=head, stop_ids=jobs.stop_ids(job))
     if (text := template.chosen(job.config.data.template)) is not None:
         (target / "chat_template.jinja").write_text(text)  # which transformers takes before all others
-    (target / "README.md").write_text(card(job, artifact, manifest, adapter))
+    card = model_card.text(job.folder, manifest, base, hf.resolve(base), head=head, adapter=adapter)
+    (target / "README.md").write_text(card)
     if verify:
         _verify(target, model, base, merged, adapter, head)
-
-
-def card(job: Job, artifact: Artifact, manifest: dict[str, Any], adapter: bool = False) -> str:
-    """The model card: what the manifest says, and how to load the folder."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mpo_jax.evaluation", "templates"), trim_blocks=True, lstrip_blocks=True
-    )
-    values = {
-        "name": artifact.name,
-        "kind": manifest["kind"],
-        "head": artifact.produces == REWARD,
-        "adapter": adapter,
-        "base": Path(job.config.model.path).name if Path(job.config.model.path).is_dir() else job.config.model.path,
-        "manifest": manifest,
-        "settings": settings.plain(job.settings),
-    }
-    return environment.get_template("model_card.md").render(values)
 
 
 def _verify(target: Path, model: ModelConfig, base: str, weights: PyTree, adapter: bool, head: bool) -> None:

@@ -66,7 +66,7 @@ def test_transformers_agrees(workdir, stories, tmp_path, capsys, role):
     if role == "init":
         drawn = loaded.generate(torch.tensor(np.asarray(tokens)).long(), max_new_tokens=4, do_sample=False)
         assert drawn.shape[1] > tokens.shape[1]
-    assert "key `0123`" in (tmp_path / "out" / "README.md").read_text()
+    assert "| `0123` |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_template_of_the_data_is_exported(stories, tmp_path):

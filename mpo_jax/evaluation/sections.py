@@ -155,7 +155,7 @@ def _verdict(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if given is None:
         return None
     scores = [each["difference"] for each in given["against"]]
-    reach = 1.1 * max(1e-9, *(abs(edge) for score in scores for edge in (score["low"], score["high"])))
+    reach = 1.1 * max([1e-9, *(abs(edge) for score in scores for edge in (score["low"], score["high"]))])
     rows = []
     for each in given["against"]:
         score, wins = each["difference"], each["wins"]

@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 
 from mpo_jax import artifacts
+from mpo_jax.data.account import Account
 from mpo_jax.types import GapTable
 
 
@@ -47,3 +48,20 @@ def gap_table(gap: np.ndarray) -> GapTable:
     """The scored pairs of a split, of these gaps."""
     ids, zero = np.arange(len(gap), dtype=np.int32), np.zeros(len(gap), np.float32)
     return GapTable(ids, ids, gap.astype(np.float32), zero, gap.astype(np.float32), np.zeros(len(gap), np.int8))
+
+
+def evaluation(folder, policies=("sft", "mpo"), verdict=None, lines=None) -> None:
+    """The files of an evaluate stage whose policies' means are all alike."""
+    means = {"tokens": 5.0, "finished": 1.0, "reward": 0.25, "kl": 0.0, "kl_error": 0.0}
+    report = {
+        "prompts": 3, "baseline": policies[0], "policies": dict.fromkeys(policies, means), "comparisons": [],
+        "errors": {name: {"tokens": 0.25, "reward": 0.0125} for name in policies}, "verdict": verdict, "frontier": {},
+    }  # fmt: skip
+    artifacts.write_json(epath.Path(folder) / artifacts.REPORT, report)
+    artifacts.write_lines(epath.Path(folder) / artifacts.REPLIES_FILE, lines or rows(3, policies))
+
+
+def account(path: str) -> dict:
+    """What became of ten rows of a file, as a manifest holds it."""
+    known = {"source": path, "split": "train", "schema": "preference pairs", "read": 10, "kept": 9}
+    return Account(**known, dropped={"empty reply": 1}).as_json()

@@ -1,0 +1,71 @@
+"""A finished run's stage enters; its card is read by the hub's own library, says what the run knows, and names no
+folder of the machine."""
+
+import huggingface_hub
+import pytest
+from etils import epath
+
+from mpo_jax import artifacts
+from mpo_jax.evaluation import model_card
+from tests.evaluation import made
+
+VERDICT = "mpo is better than sft."
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of sft, mpo and an evaluation of both; gives the folder of mpo."""
+    workdir = epath.Path(tmp_path / "run")
+    source = {"path": "/home/somebody/data/pairs.jsonl"}
+    stages = {"sft": {"kind": "sft"}, "mpo": {"kind": "ppo", "scorer": "hf:/home/somebody/judge", "beta": 0.1}}
+    account = made.account("/home/somebody/data/pairs.jsonl")
+    policies = [{"name": name, "part": "", "key": "0123", "made": f"{name}-1"} for name in stages]
+    inputs = {"sft": {}, "mpo": {"init": policies[:1]}, "evaluate": {"policies": policies}}
+    for name, given in inputs.items():
+        folder = workdir / f"{name}-0123"
+        config = {"stages": stages, "data": source | {"sources": {"own": {"path": "Anthropic/hh-rlhf"}}}}
+        artifacts.write_json(folder / artifacts.CONFIG, config)
+        artifacts.write_json(folder / artifacts.INPUTS, given)
+        if name == "evaluate":
+            judged = {"name": "mpo", "sentences": [VERDICT], "against": [], "by": "the reward model"}
+            made.evaluation(folder, ("sft", "mpo"), judged)
+        kind = stages.get(name, {"kind": "evaluate"})["kind"]
+        manifest = {"name": name, "kind": kind, "key": "0123", "inputs": given, "made": f"{name}-1", "shared": "abcd"}
+        manifest |= {"packages": {"jax": "1"}, "summary": {}, "data": [account] if name == "sft" else []}
+        artifacts.write_manifest(folder, manifest)
+    artifacts.write_json(workdir / artifacts.STAGES_FILE, {name: f"{name}-0123" for name in inputs})
+    return workdir / "mpo-0123"
+
+
+def card(folder, base, base_folder, **options):
+    return model_card.text(folder, artifacts.read_manifest(folder), base, base_folder, **options)
+
+
+def test_the_hub_reads_it(run, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: other\nlicense_name: their own\n---\nA model.\n")
+    found = huggingface_hub.ModelCard(card(run, "org/base-1B", tmp_path / "base"))
+    known = found.data.to_dict()
+    assert known["license"] == "other" and known["license_name"] == "their own"
+    assert known["base_model"] == "org/base-1B" and known["base_model_relation"] == "finetune"
+    assert known["datasets"] == ["Anthropic/hh-rlhf"] and "mpo_jax" in known["tags"]
+    assert VERDICT in found.text and "| **mpo** | 0.250 ± 0.013 |" in found.text and "  sft --> mpo\n" in found.text
+    assert "whose card gives its licence as `their own`" in found.text and "vllm serve FOLDER" in found.text
+
+
+def test_it_names_no_folder_of_the_machine(run, tmp_path):
+    text = card(run, str(tmp_path), tmp_path)
+    assert "somebody" not in text and str(tmp_path) not in text and "pairs.jsonl [train]" in text
+    assert "base_model:" not in text and "`scorer=hf:judge`" in text and "does not know" in text
+
+
+def test_adapters_and_reward_models(run, tmp_path):
+    adapter = card(run, "org/base-1B", tmp_path, adapter=True)
+    assert "library_name: peft" in adapter and "--enable-lora --lora-modules mpo=FOLDER" in adapter
+    head = card(run, "org/base-1B", tmp_path, head=True)
+    assert "AutoModelForSequenceClassification" in head and "vllm" not in head and "reward-model" in head
+
+
+def test_results_of_another_making_are_not_its_own(run, tmp_path):
+    manifest = artifacts.read_manifest(run) | {"made": "another"}
+    assert "## Results" not in model_card.text(run, manifest, "org/base", tmp_path)
