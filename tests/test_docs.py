@@ -1,6 +1,7 @@
 """Every page of the documentation enters: what it links to is there, and the commands that it shows have the flags and
 settings that it gives them."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -55,7 +56,7 @@ def called(words: list[str]) -> str:
         words = words[1:]
     if words[:1] == ["mpo"] and len(words) > 1 and re.fullmatch(r"[a-z]+", words[1]):
         return words[1]
-    module = next((after for word, after in zip(words, words[1:], strict=False) if word == "-m"), "")
+    module = next((after for word, after in itertools.pairwise(words) if word == "-m"), "")
     if module.startswith("mpo_jax.") and words[0].startswith("python"):
         return module.removeprefix("mpo_jax.")
     return ""
