@@ -136,10 +136,15 @@ class Notice:
             return
         with self._lock:
             self._client.key_value_set(f"{_PLACES}/{jax.process_index()}", str(self._boundaries))
-            places = [
-                int(self._client.blocking_key_value_get(f"{_PLACES}/{process}", _AGREE))
-                for process in range(jax.process_count())
-            ]
+            try:
+                places = [
+                    int(self._client.blocking_key_value_get(f"{_PLACES}/{process}", _AGREE))
+                    for process in range(jax.process_count())
+                ]
+            except jax.errors.JaxRuntimeError:  # one has died, and the runtime ends the others
+                _say("told to stop, but a process of the run does not answer")
+                self._client = None
+                return
             self.code, self._last = code, max(places) + 1
         self._told.set()
 
