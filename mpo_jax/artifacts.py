@@ -40,6 +40,7 @@ STAGES_FILE = "stages.json"  # name -> folder of every stage
 REPORT_PAGE = "report.html"
 COMPILED = "compiled"  # programs, for the next start
 CACHE = "cache"  # encoded rows, reference log-probs
+LOCKS = "locks"  # who is at work on which stage
 SET_ASIDE = "set_aside"  # what an earlier making left under the same key
 JUDGE_CACHE = "judge.sqlite"  # answers paid for
 SCORES = "scores.sqlite"  # what functions and servers have scored
@@ -49,6 +50,7 @@ ANNOTATIONS = "annotations.sqlite"  # people's judgements
 CONFIG = "config.json"  # the whole run's settings
 INPUTS = "inputs.json"  # written first: which making of each input the stage works from
 MANIFEST = "manifest.json"  # written last: the stage is finished
+SHARDS = "shards"  # what long loops have computed so far; gone when the stage is finished
 
 # Names: of a training's folder
 METRICS = "metrics.jsonl"
@@ -66,12 +68,16 @@ REPORT, SAMPLE_PAIRS = "report.json", "samples.json"
 GAPS_PLOT, EASY_PLOT, AGREEMENT_PLOT, CONFIDENCE_PLOT = (
     "gaps.png", "easy_share.png", "agreement.png", "confidence.png",
 )  # fmt: skip
-REPLIES_FILE, SAMPLED = "replies.jsonl", "sampled"
+REPLIES_FILE = "replies.jsonl"
 JUDGE_TABLE, VERDICTS_FILE = "judge.json", "verdicts.jsonl"
 
 
-_UNSEALED = (MANIFEST, CHECKPOINTS, EVENTS)
+_UNSEALED = (MANIFEST, CHECKPOINTS, EVENTS, SHARDS)
 """What no finished stage is read for: nothing depends on it."""
+
+
+DAMAGED = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+"""What NumPy raises at a file of arrays that is cut or changed."""
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -214,7 +220,7 @@ def _numpy(path: epath.PathLike, read: Callable[[Any], Any]) -> Any:
         raise InputError(f"{path}: not found")
     try:
         return read(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise InputError(f"{path}: damaged ({error}); {_remedy(path)}") from error
 
 

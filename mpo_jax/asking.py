@@ -12,10 +12,13 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from mpo_jax import stopping
 from mpo_jax.errors import InputError
 
 RETRIED = (408, 409, 425, 429)
 """Statuses that may be others soon, beside those of 500 and more."""
+_LOOK = 0.5
+"""Seconds between two looks, while waiting, at whether the run is to stop."""
 _LONGEST_WAIT = 600.0
 """Seconds. A server that asks for more has run out of quota, not of breath."""
 
@@ -50,22 +53,28 @@ class Asker:
         self._concurrency, self._attempts, self._backoff = concurrency, attempts, backoff
         self._paused_until = 0.0
         self._failure: InputError | None = None
+        self._left = False  # whether something is left that was not asked, as the run is to stop
 
     async def all(self, things: Iterable[Any]) -> None:
-        """Asks everything, `concurrency` at a time. InputError: the first that any of them raised; calls in flight are
-        finished."""
+        """Asks everything, `concurrency` at a time. InputError: the first that any of them raised; Stopped, where the
+        run is told to stop; calls in flight are finished."""
         waiting = iter(things)
         await asyncio.gather(*(self._work(waiting) for _ in range(self._concurrency)))
         if self._failure is not None:
             raise self._failure
+        if self._left:
+            stopping.obey_here()
 
     async def _work(self, waiting: Iterator[Any]) -> None:
         for thing in waiting:
+            if stopping.told():
+                self._left = True
+                return
             try:
                 await self._one(thing)
             except InputError as error:
                 self._failure = self._failure or error
-            if self._failure is not None:
+            if self._failure is not None or self._left:
                 return
             self._done()
 
@@ -73,10 +82,13 @@ class Asker:
         reason = ""
         for attempt in range(self._attempts):
             if attempt:
-                await asyncio.sleep(self._backoff * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
-            while (pause := self._paused_until - time.monotonic()) > 0:
-                await asyncio.sleep(pause)
+                await _wait(self._backoff * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
+            while (pause := self._paused_until - time.monotonic()) > 0 and not stopping.told():
+                await _wait(pause)
             if self._failure is not None:
+                return
+            if stopping.told():
+                self._left = True
                 return
             try:
                 return await self._attempt(thing)
@@ -88,6 +100,13 @@ class Asker:
             f"{self._who}: no answer in {self._attempts} attempts, the last: {reason}; answers so far are kept, run "
             "the same command again"
         )
+
+
+async def _wait(seconds: float) -> None:
+    """Sleeps, until the run is told to stop."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0 and not stopping.told():
+        await asyncio.sleep(min(left, _LOOK))
 
 
 def retry_after(who: str, headers: Mapping[str, str]) -> float | None:

@@ -2,7 +2,7 @@
 
 `python -m mpo_jax.main --config=configs/tldr.py --workdir=runs/tldr`, or `mpo run --config=tldr --workdir=runs/tldr`;
 any setting can be overridden, as in `--config.stages.dpo.beta=0.2`. Exit codes: 0 done, 1 an error in what was given,
-75 told to stop and saved (run the same command again).
+75 (SIGTERM) or 130 (Ctrl-C) told to stop and saved: run the same command again.
 """
 
 import sys
@@ -20,7 +20,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from mpo_jax import command, graph, pipeline, processes, sharding
+from mpo_jax import command, graph, pipeline, processes, sharding, stopping
 from mpo_jax.artifacts import COMPILED
 from mpo_jax.data import parts
 from mpo_jax.data.reading import of_source
@@ -35,6 +35,7 @@ def define() -> None:
     flags.DEFINE_string("workdir", None, "The run's folder.")
     flags.DEFINE_list("stages", [], "Run these stages and what they rest on; empty: all.")
     flags.DEFINE_bool("dry_run", False, "Print the graph with the state of every stage, and run nothing.")
+    flags.DEFINE_bool("wait", False, "Wait for a stage that another run is at work on, rather than end with an error.")
     flags.DEFINE_string("coordinator", None, "host:port of process 0, where the platform does not tell.")
     flags.DEFINE_integer("processes", None, "How many processes, with --coordinator.")
     flags.DEFINE_integer("process", None, "This process's index, with --coordinator.")
@@ -53,7 +54,8 @@ def work() -> int | None:
     # Compiled programs outlive the process: a resumed or repeated run starts with its first step at once.
     jax.config.update("jax_compilation_cache_dir", str(workdir / COMPILED))
     mesh = sharding.make_mesh(**dict(config.mesh))
-    pipeline.run(config, workdir, mesh, given.stages)
+    with stopping.Notice():
+        pipeline.run(config, workdir, mesh, given.stages, given.wait)
     return None
 
 

@@ -18,15 +18,15 @@ import jax
 from etils import epath
 
 import mpo_jax
-from mpo_jax import artifacts, graph, processes, settings
+from mpo_jax import artifacts, graph, locks, processes, settings, stopping
 from mpo_jax.artifacts import BASE
-from mpo_jax.errors import InputError
+from mpo_jax.errors import InputError, Stopped
 from mpo_jax.evaluation import report
 from mpo_jax.graph import Inputs, Node
 from mpo_jax.models import hf
 from mpo_jax.models.presets import Preset
 from mpo_jax.run import Run, as_json, sources_of
-from mpo_jax.stages import corpus, kinds
+from mpo_jax.stages import corpus, kinds, shards
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.nonfinite import NonFinite
@@ -91,33 +91,55 @@ def plan_jobs(
         yield Job(name, stage, config, folders[name], workdir, taken, mesh, preset)
 
 
-def run(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dict[str, Node]:
-    """Runs every stage that is not done (or those of `only`, with what they need), in order."""
+def run(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = (), wait: bool = False) -> dict[str, Node]:
+    """Runs every stage that is not done (or those of `only`, with what they need), in order.
+
+    wait: for a stage that another run is at work on, rather than to raise InputError."""
     wanted = check(config, workdir, mesh, only)
+    locks.check_shared(workdir)
     nodes = graph.resolve(config, workdir)
     waiting = [name for name, status in statuses(config, nodes).items() if name in wanted and status.state != DONE]
     read = dict.fromkeys(source for name in waiting for source in sources_of(config.stages[name]))
     processes.first(functools.partial(corpus.check_data, config.data, read))
-    if jobs.is_first():
-        workdir.mkdir(parents=True, exist_ok=True)
-        artifacts.write_json(workdir / artifacts.STAGES_FILE, {name: node.folder.name for name, node in nodes.items()})
+    with locks.held(workdir / artifacts.LOCKS / artifacts.STAGES_FILE, "the list of stages", wait=True):
+        if jobs.is_first():
+            folders = {name: node.folder.name for name, node in nodes.items()}
+            artifacts.write_json(workdir / artifacts.STAGES_FILE, folders)
     for name, node in nodes.items():
         if name not in wanted:
             continue
-        status = statuses(config, nodes)[name]
-        processes.barrier(f"{name} looked at")
-        if status.state == DONE:
-            jobs.say(f"{name}: done before ({node.folder.name})")
-            continue
-        jobs.say(f"{name}: {'resumed' if status.state == UNFINISHED else 'begun'} ({node.folder.name})")
-        began = time.perf_counter()
-        if status.state == STALE:
-            _set_aside(node, workdir)
-        run_stage(config, workdir, mesh, nodes, node)
-        jobs.say(f"{name}: finished in {time.perf_counter() - began:.1f} s")
+        try:
+            stopping.obey()
+            _bring_up(config, workdir, mesh, nodes, node, wait)
+        except Stopped as stopped:
+            place = f", at {stopped.where}" if stopped.where else ""
+            jobs.say(f"told to stop in stage {name}{place}; the same command goes on from there")
+            raise
     if jobs.is_first():
         _report(workdir)
     return nodes
+
+
+def _bring_up(config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node], node: Node, wait: bool) -> None:
+    """Runs a stage, unless it is done; no other run works on it meanwhile."""
+
+    def state() -> str:  # process 0's view of the file system is everybody's
+        return processes.told_by_first(lambda: statuses(config, nodes)[node.name].state.encode()).decode()
+
+    if state() == DONE:
+        jobs.say(f"{node.name}: done before ({node.folder.name})")
+        shards.remove(node.folder)
+        return
+    with locks.held(workdir / artifacts.LOCKS / f"{node.folder.name}.json", f"stage {node.name}", wait):
+        if (found := state()) == DONE:
+            jobs.say(f"{node.name}: done by another run meanwhile ({node.folder.name})")
+            return
+        jobs.say(f"{node.name}: {'resumed' if found == UNFINISHED else 'begun'} ({node.folder.name})")
+        began = time.perf_counter()
+        if found == STALE:
+            _set_aside(node, workdir)
+        run_stage(config, workdir, mesh, nodes, node)
+        jobs.say(f"{node.name}: finished in {time.perf_counter() - began:.1f} s")
 
 
 def _report(workdir: epath.Path) -> None:
@@ -164,6 +186,7 @@ def run_stage(config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node],
             "summary": summary,
         }
         artifacts.write_manifest(node.folder, manifest)
+    shards.remove(node.folder)
     processes.barrier(f"{node.name} written")
 
 
@@ -200,7 +223,7 @@ def statuses(config: Run, nodes: Mapping[str, Node]) -> dict[str, Status]:
         elif finished:
             states[name] = Status(DONE)
         else:
-            states[name] = Status(UNFINISHED, "resumes from its last checkpoint")
+            states[name] = Status(UNFINISHED, "resumes from what it has kept")
     return states
 
 

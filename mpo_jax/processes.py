@@ -5,8 +5,6 @@ Waiting has an end: where a process has died or hangs, the others stop with an e
 
 import itertools
 import os
-import signal
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +13,7 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from mpo_jax.errors import InputError
+from mpo_jax.errors import InputError, Stopped
 from mpo_jax.types import PyTree
 
 BARRIER_SECONDS = 1800
@@ -29,6 +27,7 @@ def start(coordinator: str | None, processes: int | None, process: int | None, d
     by what the platform tells (Cloud TPU, GKE, SLURM, MPI). Alone, where neither is given."""
     if coordinator is None and not detect:
         return
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `stopping`
     if coordinator is not None and (processes is None or process is None):
         raise InputError("--coordinator: give --processes and --process with it")
     if os.environ.get("JAX_PLATFORMS") == "cpu":
@@ -40,20 +39,27 @@ def start(coordinator: str | None, processes: int | None, process: int | None, d
 
 
 def together(work: Callable[[], Any], what: str = "") -> None:
-    """Does some work on every process; all raise InputError where one does, and none waits for one that has ended.
-    what: of long work, for which the others wait at a barrier of that name."""
-    told = ""
+    """Does some work on every process; all raise InputError, or Stopped, where one does, and none waits for one that
+    has ended. what: of long work, for which the others wait at a barrier of that name."""
+    told, stopped = "", None
     try:
         work()
     except InputError as error:
         told = str(error)
+    except Stopped as error:
+        stopped = error
     if jax.process_count() > 1:
         if what:  # a collective operation waits for less long
             barrier(what)
-        failed = np.flatnonzero(multihost_utils.process_allgather(np.array(bool(told))))
+        code = -1 if told else int(stopped.code or 0) if stopped else 0
+        codes = multihost_utils.process_allgather(np.array(code, np.int32))
+        failed = np.flatnonzero(codes < 0)
         told = told or (f"process {failed[0]} found what is wrong; see its log" if len(failed) else "")
+        stopped = stopped or (Stopped(int(codes.max())) if codes.max() > 0 else None)
     if told:
         raise InputError(told)
+    if stopped is not None:
+        raise stopped
 
 
 def first(work: Callable[[], Any], what: str = "") -> None:
@@ -71,30 +77,16 @@ def from_first(work: Callable[[], np.ndarray], shape: tuple[int, ...], what: str
     return np.asarray(multihost_utils.broadcast_one_to_all(found[0] if found else np.zeros(shape, np.float32)))
 
 
-_asked = itertools.count()
-"""Steps at which the processes of a run agreed on; it never falls, as a stage's own step does at the next stage."""
-
-
-class StopNotice:
-    """Whether SIGTERM (a preemption notice) has come; on several hosts, all learn of it at the same step."""
-
-    def __init__(self):
-        self._told = threading.Event()
-        self._before: Any = None
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            self._before = signal.signal(signal.SIGTERM, lambda *_: self._told.set())
-        return self
-
-    def __exit__(self, *exception):
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def at_this_step(self) -> bool:
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(next(_asked))
-        return self._told.is_set()
+def told_by_first(work: Callable[[], bytes]) -> bytes:
+    """What some work gives on process 0, which does it alone, on every process. As in `first`, all raise InputError
+    where it does."""
+    found: list[bytes] = []
+    first(lambda: found.append(work()))
+    if jax.process_count() == 1:
+        return found[0]
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(found[0]) if found else 0)))
+    content = np.frombuffer(found[0], np.uint8) if found else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(content)).tobytes()
 
 
 def on_host(tree: PyTree) -> PyTree:

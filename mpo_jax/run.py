@@ -17,7 +17,7 @@ from mpo_jax.data.templates import BUILT_IN
 from mpo_jax.errors import InputError
 from mpo_jax.models.config import ATTENTION_SETTINGS, PROJECTIONS, REMAT_POLICIES
 from mpo_jax.scorers.limits import Limits
-from mpo_jax.settings import Count, Names, Positive, Section, Seed, Share, Whole, setting
+from mpo_jax.settings import Amount, Count, Names, Positive, Section, Seed, Share, Whole, setting
 
 Remat = Literal[REMAT_POLICIES]  # type: ignore[valid-type]
 Attention = Literal[ATTENTION_SETTINGS]  # type: ignore[valid-type]
@@ -224,6 +224,10 @@ class Run(Section):
 
     name: str = setting("mpo", "of the run, shown in its reports", min_length=1)
     seed: Seed = setting(0, "of data order, sampling and fresh weights")
+    shard_seconds: Amount = setting(
+        60.0, "how often stages write down what long loops have computed, which a kill then can't take; 0: every batch",
+        unit="seconds", operational=True,
+    )  # fmt: skip
     plugins: Names = setting((), "modules that register kinds, objectives, estimators or scorers of their own")
     model: Model = Model()
     mesh: Mesh = Mesh()

@@ -17,8 +17,8 @@ import pytest
 from etils import epath
 
 from mpo_jax import artifacts, metrics
+from mpo_jax.errors import PREEMPTED
 from mpo_jax.stages import corpus
-from mpo_jax.stages.loop import PREEMPTED
 from tests.tools import processes
 from tests.tools.small_graph import write_rows
 
@@ -141,9 +141,13 @@ def test_a_notice_to_one_process_stops_all_and_another_count_goes_on(alone, comm
         time.sleep(0.05)
     started[1].send_signal(signal.SIGTERM)
     assert processes.finish(started) == [PREEMPTED, PREEMPTED]
-    stopped = [step for step in range(50) if f"stopped at step {step} of 50" in (tmp_path / "log.0").read_text()]
+    stopped = [
+        step
+        for step in range(50)
+        if f"told to stop in stage sft, at step {step} of 50;" in (tmp_path / "log.0").read_text()
+    ]
     assert len(stopped) == 1
-    assert "stopped at" not in (tmp_path / "log.1").read_text(), "process 0 alone speaks"
+    assert "told to stop in" not in (tmp_path / "log.1").read_text(), "process 0 alone speaks"
     processes.run(1, arguments, tmp_path / "resumed")
     assert "resumed" in (tmp_path / "resumed.0").read_text()
     np.testing.assert_allclose(curves(folder(workdir, "sft"))["loss"], curves(folder(alone, "sft"))["loss"], rtol=1e-4)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 from etils import epath
 
-from mpo_jax import graph, pipeline, recipes, sharding
-from mpo_jax.errors import InputError
+from mpo_jax import artifacts, graph, locks, pipeline, recipes, sharding, stopping
+from mpo_jax.errors import INTERRUPTED, PREEMPTED, InputError, Stopped
 from mpo_jax.stages import kinds
 
 
@@ -62,7 +63,10 @@ def run(tmp_path, stories, monkeypatch):
         ran.append(job.name)
         if getattr(job.settings, "beta", 0) == 13:
             raise KeyboardInterrupt
+        if getattr(job.settings, "beta", 0) == 14:
+            raise Stopped(PREEMPTED, "batch 3 of 9")
         (job.folder / "result.txt").write_text(job.name)
+        artifacts.write_text(job.folder / artifacts.SHARDS / "sample-0" / "0-3.npz", "kept")
         return {"loss": 0.5}
 
     for name, kind in kinds.KINDS.items():
@@ -123,6 +127,42 @@ def test_a_stage_that_was_cut_off_runs_again_in_the_same_folder(run):
     with pytest.raises(KeyboardInterrupt):
         run()
     assert run.ran == ["dpo"] and (run.folder("dpo") / "checkpoint").exists()
+
+
+def test_a_stage_that_is_told_to_stop_says_how_to_go_on(run, capsys):
+    run.config.stages.dpo.beta = 14.0
+    with pytest.raises(SystemExit) as ended:
+        run()
+    assert ended.value.code == PREEMPTED
+    told = "told to stop in stage dpo, at batch 3 of 9; the same command goes on from there"
+    assert capsys.readouterr().out.splitlines()[-1] == told
+    assert run.states()["dpo"] == "unfinished"
+    with stopping.Notice() as notice:
+        notice.tell(INTERRUPTED)
+        with pytest.raises(SystemExit):  # between two stages too
+            run()
+    assert capsys.readouterr().out.splitlines()[-1] == "told to stop in stage sft; the same command goes on from there"
+
+
+def test_what_a_finished_stage_kept_midway_is_gone_and_in_no_manifest(run):
+    run()
+    folder = run.folder("split")
+    assert not (folder / artifacts.SHARDS).exists()
+    assert set(artifacts.read_manifest(folder)["files"]) == {"config.json", "inputs.json", "result.txt"}
+    artifacts.write_text(folder / artifacts.SHARDS / "left", "by a kill behind the manifest")
+    run()
+    assert not (folder / artifacts.SHARDS).exists()
+
+
+def test_a_stage_that_another_run_works_on_is_refused_and_others_are_not(run):
+    (run.workdir / artifacts.LOCKS).mkdir(parents=True)
+    lock = run.workdir / artifacts.LOCKS / f"{run.folder('split').name}.json"
+    with locks.held(lock, "another run's"):
+        with pytest.raises(InputError, match=f"stage split is being worked on by process {os.getpid()} on"):
+            run()
+        assert run.ran == ["sft", "reward"]
+    assert run() == ["split", "dpo"]
+    assert not list((run.workdir / artifacts.LOCKS).iterdir())
 
 
 def test_the_tree_shows_every_stage_beneath_its_last_input(run):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpo_jax import artifacts, integrity
+from mpo_jax import artifacts, integrity, stopping
 from mpo_jax.artifacts import MANIFEST
 from mpo_jax.data.division import prompt_ids
 from mpo_jax.data.pieces import encode_prompts, encode_replies, shorten
@@ -153,6 +153,7 @@ def _encode(records: Sequence[TextRecord], tokenizer, replies: int, limits: Limi
     kept: list[int] = []
     for start in range(0, len(records), _CHUNK):
         chunk = range(start, min(start + _CHUNK, len(records)))
+        stopping.obey_alone()  # of several processes, one may find in its cache what another encodes
         for templated in (False, True):
             rows = [i for i in chunk if records[i].templated == templated]
             marks = [_marks(records[i]) for i in rows]

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from mpo_jax import processes
+from mpo_jax import processes, stopping
 from mpo_jax.errors import InputError
 from mpo_jax.scorers import cache, names
 from mpo_jax.scorers.cache import Cache
@@ -71,6 +71,7 @@ def _asked(name: str, limits: Limits, kept: Path | None, stack: contextlib.ExitS
 
         def all_of(batches, keep) -> None:
             for number, batch in enumerate(batches):
+                stopping.obey_here()
                 keep(number, worker.score(*batch))
     else:
         server = Server(name, limits)

@@ -6,13 +6,14 @@ The jitted sampler with the settings of a stage; what pairs, the split, PPO and 
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import annotated_types
 import jax
 import numpy as np
 
-from mpo_jax import progress, sampling, sharding
+from mpo_jax import sampling, sharding
 from mpo_jax.data import encode
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.plan import FILLER
@@ -25,10 +26,11 @@ from mpo_jax.scorers.names import Scorer, Scorers
 from mpo_jax.settings import Amount, setting
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
+from mpo_jax.stages import shards
 from mpo_jax.stages.base import Sampling
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Program
-from mpo_jax.types import PyTree
+from mpo_jax.types import Batch, PyTree
 
 
 class Pairing(Sampling):
@@ -155,25 +157,44 @@ class Replies:
 
 
 def sample_all(
-    job: Job, program: Program, weights, encoded: Encoded, settings: SamplingConfig, batch_size: int
+    job: Job,
+    program: Program,
+    weights: PyTree | Callable[[], PyTree],
+    encoded: Encoded,
+    settings: SamplingConfig,
+    batch_size: int,
+    of: Sequence[str] | None = None,
 ) -> Replies:
-    """N replies to each row's prompt, in the rows' own order; equal on every process. program: see `program`."""
+    """N replies to each row's prompt, in the rows' own order; equal on every process.
+
+    program: see `program`. weights: or what loads them, called when the first batch needs them. of: whose weights they
+    are, under which a stage that was killed finds what it has sampled, see `shards.over`."""
     if not len(encoded):
         raise InputError(f"stages.{job.name}: no prompt to sample replies to")
     loader = prompt_loader(job, encoded, batch_size, shuffle=False)
+    loaded = shards.loaded(weights)
     tokens: list[list[np.ndarray]] = [[] for _ in range(len(encoded))]
     logps = np.zeros((len(encoded), settings.n), np.float32)
     finished = np.zeros((len(encoded), settings.n), bool)
-    with loader.batches(0, loader.steps_per_epoch) as stream:
-        for number, batch in enumerate(progress.each(stream, "sample", loader.steps_per_epoch)):
-            _, rows = loader.rows(number)
-            rollout = jax.device_get(program.function(weights, batch, job.seed, 0))
-            replies = reply_tokens(rollout, settings)
-            for place, row in enumerate(rows):
-                if row != FILLER:
-                    tokens[row] = replies[place]
-                    logps[row] = rollout.logps[place].sum(axis=-1)
-                    finished[row] = rollout.finished[place]
+
+    def step(batch: Batch) -> shards.Arrays:
+        rollout = jax.device_get(program.function(loaded(), batch, job.seed, 0))
+        replies = [ids for row in reply_tokens(rollout, settings) for ids in row]
+        return {
+            "tokens": np.concatenate(replies),
+            "lens": np.array([len(ids) for ids in replies], np.int32),
+            "logps": np.stack([row.sum(axis=-1) for row in rollout.logps]),
+            "finished": np.asarray(rollout.finished),
+        }
+
+    drawn = None if of is None else [*of, repr(settings)]
+    for rows, found in shards.over(job, loader, "sample", drawn, step):
+        replies = np.split(found["tokens"], np.cumsum(found["lens"])[:-1])
+        for place, row in enumerate(rows):
+            if row != FILLER:
+                tokens[row] = replies[place * settings.n : (place + 1) * settings.n]
+                logps[row] = found["logps"][place]
+                finished[row] = found["finished"][place]
     return Replies(np.arange(len(encoded)), tokens, logps, finished)
 
 

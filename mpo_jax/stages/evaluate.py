@@ -6,7 +6,7 @@ it. Another holds the means, the comparisons, and reward against KL of every pol
 
 import dataclasses
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -24,12 +24,13 @@ from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.scorers.names import OWN, Scorer, Scorers
 from mpo_jax.settings import Count, Names, Whole, role, setting
-from mpo_jax.stages import buckets, candidates, corpus, rows, scores
+from mpo_jax.stages import buckets, candidates, corpus, rows, scores, shards
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Sampling, Stage
 from mpo_jax.stages.job import Artifact, Job
 from mpo_jax.stages.programs import Program, Programs
+from mpo_jax.types import PyTree
 
 _NGRAM, _DISTINCT = 4, 2
 """Lengths of the n-grams that repetition counts within a reply, and diversity over all of a policy's replies."""
@@ -120,24 +121,21 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     truncation = candidates.of_settings(job, 1).truncation
     replied, baseline = {}, None
     for artifact in policies:
-        kept = _kept(job, artifact.name, prompts, tokenizer)
-        if kept is None:
-            weights = base | jobs.load_weights(job, artifact, model, jobs.frozen_dtype(job))
-            kept = _reply(job, compiled, tokenizer, weights, prompts)
-            _keep(job, artifact.name, kept)
-        replied[artifact.name] = kept
+        replied[artifact.name] = _reply(job, compiled, tokenizer, model, base, artifact, prompts)
         if artifact.name == settings.baseline:
             baseline = artifact
     columns: dict[str, dict[str, np.ndarray]] = {name: _measured(each) for name, each in replied.items()}
     if baseline is not None:
-        weights = base | jobs.load_weights(job, baseline, model, jobs.frozen_dtype(job))
+        weights = _loaded(job, model, base, baseline)
         key = "log_ratio" if truncation else "kl"
         for name, each in replied.items():
-            columns[name][key] = each.logps - _rowwise(job, compiled["logps"], weights, each.rows)
+            under = _rowwise(job, compiled["logps"], weights, each.rows, baseline)
+            columns[name][key] = each.logps - under
     if "score" in compiled:
-        weights = base | jobs.load_weights(job, job.inputs["reward"], model, jobs.frozen_dtype(job))
+        reward = job.inputs["reward"]
+        weights = _loaded(job, model, base, reward)
         for name, each in replied.items():
-            columns[name]["reward"] = _rowwise(job, compiled["score"], weights, each.rows)
+            columns[name]["reward"] = _rowwise(job, compiled["score"], weights, each.rows, reward)
     if settings.labeller:
         with scores.opened(job, "labeller", tokenizer, compiled, settings.scored_rows) as score:
             for name, each in replied.items():
@@ -292,44 +290,33 @@ def _ngrams(ids: np.ndarray, n: int) -> list[tuple[int, ...]]:
     return list(zip(*(tokens[k:] for k in range(n)), strict=False))
 
 
-def _reply(job: Job[Settings], compiled: Programs, tokenizer, weights, prompts: Encoded) -> Replied:
+def _loaded(job: Job, model: ModelConfig, base: PyTree, artifact: Artifact) -> Callable[[], PyTree]:
+    """Gives a policy's weights, loaded when they are first asked for: a stage that was killed has done without."""
+    return shards.loaded(lambda: base | jobs.load_weights(job, artifact, model, jobs.frozen_dtype(job)))
+
+
+def _reply(
+    job: Job[Settings], compiled: Programs, tokenizer, model: ModelConfig, base: PyTree, artifact: Artifact,
+    prompts: Encoded,
+) -> Replied:  # fmt: skip
     how = candidates.of_settings(job, 1)
-    drawn = candidates.sample_all(job, compiled["sample"], weights, prompts, how, job.settings.batch_size)
+    weights, of = _loaded(job, model, base, artifact), jobs.making(artifact)
+    drawn = candidates.sample_all(job, compiled["sample"], weights, prompts, how, job.settings.batch_size, of)
     replied = candidates.with_replies(prompts, drawn.tokens)
     return Replied(
         replied,
         [each[0] for each in drawn.tokens],
         [each[0] for each in drawn.texts(tokenizer)],
         drawn.finished[:, 0],
-        _rowwise(job, compiled["logps"], weights, replied),
+        _rowwise(job, compiled["logps"], weights, replied, artifact),
     )
 
 
-def _keep(job: Job, name: str, replied: Replied) -> None:
-    """Writes a policy's replies: a stage that was killed samples the rest."""
-    if not jobs.is_first():
-        return
-    lens = np.array([len(ids) for ids in replied.tokens], np.int64)
-    tokens = np.concatenate(replied.tokens)
-    arrays = {"tokens": tokens, "lens": lens, "finished": replied.finished, "logps": replied.logps}
-    artifacts.write_arrays(job.folder / artifacts.SAMPLED / f"{name}.npz", arrays)
-
-
-def _kept(job: Job, name: str, prompts: Encoded, tokenizer) -> Replied | None:
-    """The replies that an earlier run of this very stage kept; a folder belongs to one set of inputs and settings."""
-    file = job.folder / artifacts.SAMPLED / f"{name}.npz"
-    if not file.exists():
-        return None
-    arrays = artifacts.read_arrays(file)
-    tokens = np.split(arrays["tokens"], np.cumsum(arrays["lens"])[:-1])
-    texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in tokens]
-    replied = candidates.with_replies(prompts, [[ids] for ids in tokens])
-    return Replied(replied, tokens, texts, arrays["finished"], arrays["logps"])
-
-
-def _rowwise(job: Job[Settings], program: Program, weights, encoded: Encoded) -> np.ndarray:
-    """The program's number of every row, f32 [rows]."""
-    return rows.compute(job, program, weights, encoded, job.settings.scored_rows)[:, 0]
+def _rowwise(
+    job: Job[Settings], program: Program, weights: Callable[[], PyTree], encoded: Encoded, artifact: Artifact
+) -> np.ndarray:
+    """The program's number of every row, f32 [rows]. weights: of the artifact."""
+    return rows.compute(job, program, weights, encoded, job.settings.scored_rows, jobs.making(artifact))[:, 0]
 
 
 def _measured(replied: Replied) -> dict[str, np.ndarray]:

@@ -121,8 +121,10 @@ def scores(job: Job[Any], compiled: Programs, base: PyTree, encoded: Encoded, re
             found.append(margins(encoded.margin))
         elif name == "implicit":
             model = jobs.model(job)
-            weights = base | jobs.load_weights(job, job.inputs["implicit"], model, jobs.frozen_dtype(job))
-            policy = rows.compute(job, compiled["logps"], weights, encoded, settings.batch_size)
+            implicit = job.inputs["implicit"]
+            weights = base | jobs.load_weights(job, implicit, model, jobs.frozen_dtype(job))
+            of = jobs.making(implicit)
+            policy = rows.compute(job, compiled["logps"], weights, encoded, settings.batch_size, of)
             found.append(implicit_rewards(policy, frozen, settings.beta))
         else:
             found.append(mean_logps(frozen, encoded.piece_lens[:, 1:]))

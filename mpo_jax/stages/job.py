@@ -79,6 +79,15 @@ def base_artifact(job: Job) -> Artifact:
     return Artifact(BASE, POLICY, epath.Path(job.config.model.path))
 
 
+def making(artifact: Artifact) -> list[str]:
+    """What an input's weights are, within a stage's folder, which belongs to one base model: the artifact's folder, and
+    which making of it lies there."""
+    if artifact.name == BASE:
+        return [BASE]
+    manifest = artifacts.read_manifest(artifact.folder) or {}
+    return [artifact.folder.name, manifest.get("made", "")]
+
+
 def key(job: Job) -> jax.Array:
     """The stage's PRNG key: from the run's seed and the stage's name, so that no two stages share one."""
     return jax.random.fold_in(jax.random.key(job.seed), zlib.crc32(job.name.encode()))

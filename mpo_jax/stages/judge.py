@@ -134,7 +134,8 @@ def _ask_policy(job: Job[Settings], questions: list[Question]) -> tuple[str, lis
         weights = jobs.base_weights(job, model) | jobs.load_weights(
             job, job.inputs["local"], model, jobs.frozen_dtype(job)
         )
-        logps = rows.compute(job, programs(job)["logps"], weights, encoded, job.settings.batch_size)
+        of = jobs.making(job.inputs["local"])
+        logps = rows.compute(job, programs(job)["logps"], weights, encoded, job.settings.batch_size, of)
         for index, (first, second) in zip(encoded.id.tolist(), logps, strict=True):
             answers[index] = f"Verdict: {'A' if first > second else 'B' if second > first else 'tie'}"
     return job.inputs["local"].name, answers, {"too_long": int(np.sum([answer is None for answer in answers]))}

@@ -6,7 +6,6 @@ continues from the last checkpoint and ends with the same numbers.
 
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from mpo_jax import artifacts, optim, processes, sharding
+from mpo_jax import artifacts, optim, sharding, stopping
 from mpo_jax import metrics as metrics_log
 from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.data.account import epochs
@@ -30,9 +29,6 @@ from mpo_jax.stages.base import Training
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Program, Programs, named
 from mpo_jax.types import Batch, PyTree, TrainState
-
-PREEMPTED = 75
-"""Exit code of a run that was told to stop and saved: run the same command again to go on (EX_TEMPFAIL)."""
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """name -> (sum, weight): sums add over microbatches and batches, so that their quotient is the exact mean."""
@@ -311,7 +307,8 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
     """Trains for `steps` steps in all, from the last checkpoint in `folder` if there is one.
 
     Returns the parameters and a summary: steps, those skipped, final and best evaluation, padding efficiency, compiles
-    after warm-up. Exits with PREEMPTED after a SIGTERM, having saved. Raises NonFinite; such a step is never saved.
+    after warm-up. Raises Stopped, having saved, after the step in which the run was told to stop. Raises NonFinite;
+    such a step is never saved.
     """
     settings, loader = training.settings, training.loader
     checkpoints = Checkpoints(folder / artifacts.CHECKPOINTS, keep=settings.keep)
@@ -327,14 +324,13 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
     jobs.say(epochs(steps, loader.batch_size, len(loader.encoded)))
     eval_every = settings.eval_every or max(1, steps // 10)
     save_every = settings.save_every or max(1, steps // 10)
-    stop = processes.StopNotice()
     compiles = {"first": 0, "late": 0}
     watch = nonfinite.Watch(loader, settings.on_nonfinite == "skip", progress.get("skipped", 0))
     # Whatever ends the loop, saves that have begun are waited for.
     with (
         checkpoints,
         metrics_log.MetricsWriter(folder, start, steps, wandb=settings.wandb) as log,
-        stop,
+        stopping.held(),
     ):
         seen: set[Any] = set()
         last_time, last_done = time.perf_counter(), start
@@ -369,15 +365,14 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
                 if _better(evaluation, progress["best"], training.best):
                     progress |= {"best": evaluation, "best_step": done}
                     checkpoints.save_best(done, state.params)
-            stopping = stop.at_this_step()
-            if done % save_every == 0 or done == steps or stopping:
+            told = stopping.reached()
+            if done % save_every == 0 or done == steps or told:
                 log.flush()
                 watch.check(checkpoints.latest_step())
                 progress["skipped"] = watch.skipped
                 checkpoints.save(done, state, progress)
-            if stopping and done < steps:
-                jobs.say(f"stopped at step {done} of {steps}; run the same command again to continue")
-                sys.exit(PREEMPTED)
+            if told and done < steps:
+                stopping.stop(f"step {done} of {steps}")
     params = state.params
     if settings.select == "best" and progress["best_step"] is not None:
         params = _best_params(folder, progress["best_step"], params)

@@ -55,9 +55,9 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     settings = job.settings
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
-    weights = jobs.base_weights(job, model) | jobs.load_weights(
-        job, job.inputs["policy"], model, jobs.frozen_dtype(job)
-    )
+    policy = job.inputs["policy"]
+    weights = jobs.base_weights(job, model) | jobs.load_weights(job, policy, model, jobs.frozen_dtype(job))
+    of = jobs.making(policy)
     how = candidates.of_settings(job, settings.samples)
     compiled = programs(job)
     counts: dict[str, int] = {}
@@ -65,7 +65,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     with scores.opened(job, "labeller", tokenizer, compiled, settings.batch_size) as score:
         for share in shares.names(jobs.data_division(job.config.data, settings.data)):
             prompts = corpus.share_prompts(job, model, tokenizer, share)
-            replies = candidates.sample_all(job, compiled["sample"], weights, prompts, how, settings.batch_size)
+            replies = candidates.sample_all(job, compiled["sample"], weights, prompts, how, settings.batch_size, of)
             rows = candidates.with_replies(prompts, replies.tokens)
             gold = score(rows)
             pairs = candidates.pair_up(rows, gold, gold, settings.pairing, settings.label_temperature, job.seed)

@@ -18,7 +18,7 @@ from mpo_jax.data.encode import Encoded
 from mpo_jax.errors import InputError
 from mpo_jax.models import hf
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import rows
+from mpo_jax.stages import rows, shards
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Program
 from mpo_jax.types import PyTree
@@ -32,11 +32,11 @@ def logps(job: Job, program: Program, base: PyTree, encoded: Sequence[Encoded]) 
     """
     how = [_identity(job), jobs.model(job).dtype, jobs.frozen_dtype(job), "kept as read"]
     paths = [_cached(job, [*how, encode.rows_fingerprint(part)]) for part in encoded]
-    if not all(_whole(path) for path in paths):
-        model = jobs.model(job)
-        weights = base | jobs.load_weights(job, job.inputs["reference"], model, jobs.frozen_dtype(job))
+    if not processes.told_by_first(lambda: b"yes" if all(_whole(path) for path in paths) else b""):
+        model, reference = jobs.model(job), job.inputs["reference"]
+        weights = shards.loaded(lambda: base | jobs.load_weights(job, reference, model, jobs.frozen_dtype(job)))
         for part, path in zip(encoded, paths, strict=True):
-            found = rows.compute(job, program, weights, part, job.settings.batch_size)
+            found = rows.compute(job, program, weights, part, job.settings.batch_size, jobs.making(reference))
             if jobs.is_first():
                 artifacts.write_arrays(path, {"logps": found})
         processes.barrier(f"{job.name} reference log-probs")
@@ -57,8 +57,7 @@ def _identity(job: Job) -> list[str]:
     artifact = job.inputs["reference"]
     if artifact.name == BASE:
         return [checkpoint.fingerprint_weights_folder(hf.resolve(job.config.model.path))]
-    manifest = artifacts.read_manifest(artifact.folder) or {}
-    return [artifact.folder.name, manifest.get("made", "")]
+    return jobs.making(artifact)
 
 
 def _cached(job: Job, parts: list[Any]) -> epath.Path:

@@ -102,7 +102,8 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     jobs.save_weights(job, params)
     size = settings.score_batch or settings.batch_size
     trained, held = (
-        rows.compute(job, compiled["score"], base | params, encoded[share], size) for share in (settings.share, REPORT)
+        rows.compute(job, compiled["score"], base | params, encoded[share], size, of=["itself"])
+        for share in (settings.share, REPORT)
     )
     statistics = {"mean": float(trained.mean()), "std": float(trained.std())}
     report = pair_tables.pair_report(held, encoded[REPORT].piece_lens[:, 1:], encoded[REPORT].confidence)

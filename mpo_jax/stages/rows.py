@@ -5,17 +5,18 @@ What the reward stage, the split, DPO's reference, the evaluation and the judge 
 """
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from mpo_jax import progress, scoring, sharding
+from mpo_jax import scoring, sharding
 from mpo_jax.data.encode import Encoded
-from mpo_jax.data.loader import Loader
 from mpo_jax.data.plan import FILLER
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
+from mpo_jax.stages import shards
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Program
 from mpo_jax.types import Batch, PyTree
@@ -59,20 +60,29 @@ def logps_program(
     return Program(step, (weights, rows), shapes.forward(model, rows), per="batch")
 
 
-def compute(job: Job, program: Program, weights: PyTree, encoded: Encoded, batch_size: int, **options) -> np.ndarray:
-    """The program's numbers of all rows, f32 [rows,N], in the rows' own order; equal on every process. options: of the
-    loader."""
+def compute(
+    job: Job,
+    program: Program,
+    weights: PyTree | Callable[[], PyTree],
+    encoded: Encoded,
+    batch_size: int,
+    of: Sequence[str] | None = None,
+    **options,
+) -> np.ndarray:
+    """The program's numbers of all rows, f32 [rows,N], in the rows' own order; equal on every process.
+
+    weights: or what loads them, called when the first batch needs them. of: what the program and the weights are, under
+    which a stage that was killed finds what it has computed, see `shards.over`. options: of the loader."""
     # Rows of many samples may be longer than those of the data; no position in them is.
     loader = jobs.loader(job, encoded, batch_size, shuffle=False, max_length=None, **options)
-    return collect(program.function, weights, loader, encoded.replies)
+    loaded = shards.loaded(weights)
+    numbers = np.full((len(encoded), encoded.replies), np.nan, np.float32)
 
+    def step(batch: Batch) -> shards.Arrays:
+        return {"numbers": np.asarray(program.function(loaded(), batch))}
 
-def collect(step, weights: PyTree, loader: Loader, columns: int) -> np.ndarray:
-    """`step(weights, batch)` f32 [B,columns], replicated, over one epoch: f32 [rows,columns] in the rows' own order."""
-    numbers = np.full((len(loader.encoded), columns), np.nan, np.float32)
-    with loader.batches(0, loader.steps_per_epoch) as stream:
-        for number, batch in enumerate(progress.each(stream, "score", loader.steps_per_epoch)):
-            _, rows = loader.rows(number)
-            real = rows != FILLER
-            numbers[rows[real]] = np.asarray(step(weights, batch))[real]
+    program_of = None if of is None else [program.function.__name__, *of]
+    for rows, found in shards.over(job, loader, "score", program_of, step):
+        real = rows != FILLER
+        numbers[rows[real]] = found["numbers"][real]
     return numbers

@@ -173,6 +173,7 @@ def _model(
     loaded = hf_folders.import_weights(found.folder, model, job.mesh, jobs.frozen_dtype(job))
     weights = jobs.without_output(loaded)
     longest = [job.config.data.multiple]
+    identity = names.identity(name)
 
     def score(encoded: Encoded) -> np.ndarray:
         encoded = reader.rows(encoded)
@@ -182,7 +183,8 @@ def _model(
                 longest[0] *= 2
             options = {"max_buckets": 1, "multiple": longest[0]}
         program: Program = compiled[f"{label}_of_{encoded.replies}"]
-        return rows.compute(job, program, weights, encoded, batch_size, **options)
+        # A batch at a time is a step's, which has a checkpoint to go on from.
+        return rows.compute(job, program, weights, encoded, batch_size, None if steady else [identity], **options)
 
     return score
 

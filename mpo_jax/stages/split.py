@@ -26,7 +26,7 @@ from mpo_jax.models.config import ModelConfig
 from mpo_jax.run import ShareName
 from mpo_jax.scorers.names import OWN, Scorer, Scorers, own_alone
 from mpo_jax.settings import Amount, Count, OneOrMany, Whole, changed, role, setting
-from mpo_jax.stages import buckets, candidates, corpus, gaps, rows, scores
+from mpo_jax.stages import buckets, candidates, corpus, gaps, rows, scores, shards
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage, rows_of_share
@@ -265,7 +265,8 @@ def divided(job: Job[Settings], model: ModelConfig, compiled: Programs, base, en
         bucket = buckets.only_top(bucket, gap, settings.top_k)
     if "second" in compiled:
         weights = base | jobs.load_weights(job, job.inputs["second"], model, jobs.frozen_dtype(job))
-        second = rows.compute(job, compiled["second"], weights, encoded, score_rows(job))
+        of = ["second", *jobs.making(job.inputs["second"])]
+        second = rows.compute(job, compiled["second"], weights, encoded, score_rows(job), of)
         bucket = buckets.agreed(bucket, second[:, 0] - second[:, 1])
     return threshold, bucket
 
@@ -286,8 +287,8 @@ def reward_scorer(job: Job[Settings], model: ModelConfig, compiled: Programs, ba
     size = score_rows(job)
 
     def scorer(artifact: Artifact):
-        weights = base | jobs.load_weights(job, artifact, model, jobs.frozen_dtype(job))
-        return lambda name, encoded: rows.compute(job, compiled[name], weights, encoded, size)
+        weights = shards.loaded(lambda: base | jobs.load_weights(job, artifact, model, jobs.frozen_dtype(job)))
+        return lambda name, encoded: rows.compute(job, compiled[name], weights, encoded, size, jobs.making(artifact))
 
     if len(models) == 1:
         only = scorer(models[0])
@@ -345,9 +346,17 @@ def sampled_pairs(
     replies have no score."""
     settings = job.settings
     prompts = corpus.share_prompts(job, model, tokenizer, share)
-    weights = base | jobs.load_weights(job, job.inputs["policy"], model, jobs.frozen_dtype(job))
+    policy = job.inputs["policy"]
     how = candidates.of_settings(job, settings.samples)
-    replies = candidates.sample_all(job, compiled["sample"], weights, prompts, how, settings.batch_size)
+    replies = candidates.sample_all(
+        job,
+        compiled["sample"],
+        lambda: base | jobs.load_weights(job, policy, model, jobs.frozen_dtype(job)),
+        prompts,
+        how,
+        settings.batch_size,
+        jobs.making(policy),
+    )
     drawn = candidates.with_replies(prompts, replies.tokens)
     found = score("score_samples", drawn, share)
     # The scorer agrees with itself; noise is a labeller's.

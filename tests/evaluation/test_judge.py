@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mpo_jax import settings as declared
-from mpo_jax.errors import InputError
+from mpo_jax.errors import INTERRUPTED, InputError
 from mpo_jax.evaluation import judge, judge_client, judge_prompts
 from mpo_jax.evaluation.judge_cache import Cache
 from mpo_jax.evaluation.judge_client import Endpoint
@@ -150,6 +150,36 @@ def test_killed_in_the_middle_it_repeats_no_finished_call(tmp_path):
         assert server.most_active <= 3
     with JudgeServer(by_quality) as calm:
         assert judged(calm, tmp_path / "calm.sqlite")[0] == table
+
+
+STOPPED = """
+import sys
+from mpo_jax import stopping
+from tests.evaluation.test_judge import *
+from types import SimpleNamespace
+with stopping.Notice():
+    judged(SimpleNamespace(url=sys.argv[1]), Path(sys.argv[2]), concurrency=3)
+"""
+
+
+def test_an_interrupt_ends_the_asking_behind_the_calls_in_flight(tmp_path):
+    path = tmp_path / "c.sqlite"
+    with JudgeServer(by_quality, delay=0.03) as server:
+        child = subprocess.Popen(
+            [sys.executable, "-c", STOPPED, server.url, str(path)],
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while sum(server.answered.values()) < 20 and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=60)
+        assert child.returncode == INTERRUPTED and "Traceback" not in said, said
+        questions = judge_prompts.questions(made_rows(), PAIRS, judge_prompts.load("helpful"))
+        with Cache(path) as cache:
+            kept = [q for q in questions if cache.get(endpoint(server).cache_key(q.text)) is not None]
+        assert 20 <= sum(server.attempts.values()) < 78
+        assert len({q.text for q in kept}) == sum(server.attempts.values()), "what was in flight is kept"
 
 
 @pytest.mark.parametrize("bound", [1, 5])

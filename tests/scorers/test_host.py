@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from mpo_jax import settings as declared
-from mpo_jax.errors import InputError
+from mpo_jax import stopping
+from mpo_jax.errors import INTERRUPTED, InputError, Stopped
 from mpo_jax.scorers import host
 from mpo_jax.scorers.limits import Limits
 from tests.tools import processes
@@ -51,6 +52,13 @@ def third(prompts, replies, records):
     if any("reply 5" in reply for reply in replies):
         raise RuntimeError("the third batch")
     open(os.environ["ASKED"], "a").write("".join(reply + "\\n" for reply in replies))
+    return [float(len(reply)) for reply in replies]
+
+def interrupts(prompts, replies, records):
+    open(os.environ["ASKED"], "a").write("".join(reply + "\\n" for reply in replies))
+    if any("reply 2" in reply for reply in replies):
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(0.5)
     return [float(len(reply)) for reply in replies]
 
 not_a_function = 3
@@ -140,6 +148,18 @@ def test_what_was_scored_before_an_error_is_kept_and_never_asked_again(module, t
     source = tmp_path / "some_scorers.py"
     source.write_text(FUNCTIONS.replace("[float(len(reply)) for reply", "[7.0 for reply"))
     np.testing.assert_array_equal(asked(name, kept, replies=patient), [7.0] * 7)
+
+
+def test_a_signal_ends_the_asking_behind_a_batch_that_is_kept(module, tmp_path, monkeypatch):
+    monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
+    kept, name = tmp_path / "scores.sqlite", f"{module}:interrupts"
+    with stopping.Notice(), pytest.raises(Stopped) as stopped:
+        asked(name, kept)
+    assert stopped.value.code == INTERRUPTED and not workers()
+    first = (tmp_path / "asked").read_text().splitlines()
+    assert first == REPLIES[:4]
+    np.testing.assert_array_equal(asked(name, kept), [len(reply) for reply in REPLIES])
+    assert (tmp_path / "asked").read_text().splitlines() == REPLIES, "each once"
 
 
 def test_the_worker_ends_with_whoever_asks(module):

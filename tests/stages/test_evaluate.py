@@ -149,22 +149,24 @@ def test_repetition_and_diversity_by_hand():
     assert evaluate.distinct([np.array([1])], 2) == 0
 
 
-def test_killed_after_one_policy_samples_the_rest_alone(ran, tmp_path, monkeypatch):
-    """As after kill -9: the replies of one policy lie there, nothing else does."""
+def test_killed_after_one_policy_loads_and_samples_the_other_alone(ran, tmp_path, monkeypatch):
+    """As after kill -9: the shards of one policy lie there, nothing else does."""
     job = ran[0]
     target = tmp_path / "evaluate"
-    (target / artifacts.SAMPLED).mkdir(parents=True)
-    shutil.copy(job.folder / artifacts.SAMPLED / "dpo.npz", target / artifacts.SAMPLED)
-    sampled, whole = [], candidates.sample_all
+    first = min((job.folder / artifacts.SHARDS).glob("sample-*/*.npz"), key=lambda path: path.stat().mtime).parent
+    shutil.copytree(first, target / artifacts.SHARDS / first.name)
+    loaded, whole = [], jobs.load_weights
 
-    def counted(*args):
-        sampled.append(1)
-        return whole(*args)
+    def counted(job, artifact, *args):
+        loaded.append(artifact.name)
+        return whole(job, artifact, *args)
 
-    monkeypatch.setattr(candidates, "sample_all", counted)
+    monkeypatch.setattr(jobs, "load_weights", counted)
     with jax.set_mesh(job.mesh):
         evaluate.run(dataclasses.replace(job, folder=epath.Path(target)))
-    assert len(sampled) == 1
+    assert loaded == ["dpo", "sft", "sft", "reward"]  # dpo for its replies' log-probs alone, sft as the baseline too
+    drawn = {path.parent.name for path in (target / artifacts.SHARDS).glob("sample-*/*.npz")}
+    assert len(drawn) == 2 and first.name in drawn
     for name in (artifacts.REPLIES_FILE, artifacts.REPORT):
         assert (target / name).read_text() == (job.folder / name).read_text()
 

@@ -47,7 +47,8 @@ def log_probs(job, artifact, encoded):
     with jax.set_mesh(job.mesh):
         weights = jobs.load_weights(job, artifact, model)
         loader = jobs.loader(job, encoded, 8, shuffle=False, max_length=None)
-        return rows.collect(rows.logps_step(model, 2, job.mesh), weights, loader, 2)
+        program = rows.logps_program(job, model, weights, loader.batch(0), 2)
+        return rows.compute(job, program, weights, encoded, 8)
 
 
 def test_the_default_is_the_reward_model_s_gap(job, tmp_path, shared):

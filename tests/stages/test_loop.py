@@ -20,7 +20,7 @@ from mpo_jax import settings as declared
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.loader import Loader
 from mpo_jax.data.tokenizer import Conventions
-from mpo_jax.errors import InputError
+from mpo_jax.errors import PREEMPTED, InputError
 from mpo_jax.models import decoder
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.run import Run
@@ -343,8 +343,9 @@ def run_script(folder) -> subprocess.Popen:
     code = (
         "import sys; sys.path[:0] = ['.', 'tests/stages']\n"
         "import jax; jax.config.update('jax_num_cpu_devices', 8)\n"
-        f"import test_loop; test_loop.train({str(folder)!r} and __import__('etils.epath').epath.Path({str(folder)!r}), "
-        "steps=400, save_every=5, eval_every=50)\n"
+        "import test_loop; from mpo_jax import stopping\n"
+        f"folder = __import__('etils.epath').epath.Path({str(folder)!r})\n"
+        "with stopping.Notice(): test_loop.train(folder, steps=400, save_every=5, eval_every=50)\n"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE
@@ -366,6 +367,6 @@ def test_sigterm_saves_and_says_so(tmp_path):
     wait_for_step(tmp_path, 12)
     process.send_signal(signal.SIGTERM)
     process.wait(60)
-    assert process.returncode == loop.PREEMPTED, process.stderr.read().decode()[-2000:]
+    assert process.returncode == PREEMPTED, process.stderr.read().decode()[-2000:]
     saved = loop.Checkpoints(tmp_path / "checkpoints").latest_step()
     assert saved == max(int(line["step"]) for line in metrics.read(tmp_path))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpo_jax import artifacts, processes, sharding
+from mpo_jax import artifacts, processes, sharding, stopping
 from mpo_jax.artifacts import POLICY
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation.sections import Shown
@@ -261,6 +261,7 @@ def estimated_statistics(job: Job[Settings], replied, params: PyTree, frozen: Py
     if not file.exists():
         found = []
         for rollout, given, _ in replied(params, frozen):
+            stopping.obey("statistics of scores")
             rows, weight = (np.asarray(processes.on_host(each)) for each in (given, rollout.batch.weight))
             found.append(rows[weight > 0].ravel())
         values = np.concatenate(found)

@@ -1,0 +1,248 @@
+"""Stages enter; each is ended by every kind of signal at several moments and run again; a table leaves, a line each:
+how it ended, how much work was lost, and whether what it left is bit for bit that of a run that nothing disturbed.
+
+    python -m tests.tools.matrix --model=FOLDER --out=FOLDER [--stages=sft,pairs] [--signals=SIGKILL] [--moments=middle]
+
+The package is imported once and every run is a fork of that process. --processes=2 runs each as on two hosts, of which
+the second is sent the signals.
+"""
+
+import argparse
+import atexit
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
+
+import jax
+import numpy as np
+
+from mpo_jax import allocator, main, metrics, mpo, pipeline  # noqa: F401 - loaded before the forks
+from mpo_jax.artifacts import CHECKPOINTS, INPUTS, SHARDS, read_manifest
+from tests.tools import kills, processes, small_graph
+
+KINDS = {
+    "SIGKILL": ((signal.SIGKILL,), (-signal.SIGKILL,)),
+    "SIGTERM": ((signal.SIGTERM,), (75,)),
+    "2 x SIGTERM": ((signal.SIGTERM,) * 2, (75,)),
+    "SIGINT": ((signal.SIGINT,), (130,)),
+}
+"""Name -> signals, sent a moment apart; exit codes."""
+MOMENTS = {"middle": 4, "loading": 0, "first": 1}
+"""Name -> batches or steps that are kept or logged before the signal; none of it: while it loads, encodes, compiles."""
+LIMIT = 600
+"""Seconds after which a run that has not come to where it should is given up."""
+
+
+def begin(arguments: list[str], log: Path) -> int:
+    """A process that runs `mpo run`; its number."""
+    child = os.fork()
+    if child:
+        return child
+    output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = ["mpo", "run", *arguments]
+    allocator.restart = lambda: None  # it would begin another process, that imports everything again
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    become(mpo.main)
+
+
+def become(work: Callable[[], object]) -> NoReturn:
+    """Does some work in a forked process, and ends it as an interpreter ends."""
+    code: int | str | None = 1
+    try:
+        work()
+        code = 0
+    except SystemExit as told:
+        code = told.code
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def apart(work: Callable[[], object]) -> object:
+    """What some work gives in a fork of its own, as JSON holds it: this process stays without JAX's threads."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reading)
+        become(lambda: os.write(writing, json.dumps(work()).encode()))
+    os.close(writing)
+    with os.fdopen(reading) as stream:
+        found = stream.read()
+    ended([child])
+    return json.loads(found)
+
+
+def start(count: int, arguments: list[str], log: Path) -> list[int]:
+    """`count` processes of a run; each writes to LOG.index."""
+    port = processes.free_port()
+    joined = [f"--coordinator=localhost:{port}", f"--processes={count}"] if count > 1 else []
+    return [
+        begin([*arguments, *joined, *([f"--process={index}"] if count > 1 else [])], log.with_suffix(f".{index}"))
+        for index in range(count)
+    ]
+
+
+def ended(children: list[int]) -> list[int]:
+    """Exit codes, once all have ended."""
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def over(child: int) -> bool:
+    """Whether a process has ended; it can be waited for still."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def kept(folder: Path | None) -> list[Path]:
+    """What a stage has kept so far: shards, and whole checkpoints."""
+    if folder is None:
+        return []
+    return [*folder.glob(f"{SHARDS}/*/[0-9]*.npz"), *folder.glob(f"{CHECKPOINTS}/last/[0-9]*")]
+
+
+def come(folder: Path | None) -> int:
+    """How far a stage has come: batches that it has kept, and steps that it has logged."""
+    if folder is None or not folder.exists():
+        return 0
+    lines = metrics.read(folder)
+    return len([*folder.glob(f"{SHARDS}/*/[0-9]*.npz")]) + (int(lines[-1]["step"]) if lines else 0)
+
+
+def one(base: Path, work: Path, arguments: list[str], stage: str, kind: str, moment: str, count: int) -> dict:
+    """Runs a stage with the artifacts before it, ends it, runs it again; what came of it."""
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.copytree(base, work, ignore=shutil.ignore_patterns(f"{stage}-*", CHECKPOINTS, "events", "cache"))
+    arguments, log = [*arguments, f"--workdir={work}", f"--stages={stage}"], work.with_suffix(".log")
+    for old in log.parent.glob(f"{log.stem}.[0-9]"):
+        old.unlink()
+    signals, expected = KINDS[kind]
+    children = start(count, arguments, log)
+    until = time.monotonic() + LIMIT
+    while time.monotonic() < until and not over(children[0]):
+        folder = kills.folder(work, stage)
+        if folder is not None and (folder / INPUTS).exists() and come(folder) >= MOMENTS[moment]:
+            break
+        time.sleep(0.002)
+    if moment == "loading":
+        time.sleep(0.3)
+    early = over(children[0])
+    sent = time.time()
+    for number in signals:
+        if not over(children[-1]):
+            os.kill(children[-1], number)
+        time.sleep(0.1)
+    if kind == "SIGKILL":  # the others of a run would wait for the dead one
+        for child in children[:-1]:
+            os.kill(child, number)
+    codes = ended(children)
+    took = time.time() - sent
+    folder = kills.folder(work, stage)
+    last = max((path.stat().st_mtime for path in kept(folder)), default=None)
+    lost = 0.0 if last is not None and last >= sent else sent - (last or (folder / INPUTS).stat().st_mtime)
+    again = ended(start(count, arguments, log))
+    said = log.with_suffix(".0").read_text()
+    return {
+        "stage": stage, "signal": kind, "moment": moment, "codes": codes, "early": early, "ended in": took,
+        "lost": lost, "kept": len(kept(folder)), "again": again, "traceback": "Traceback" in said,
+        "told": f"told to stop in stage {stage}" in said,
+        "differs": apart(lambda: differences(kills.folder(base, stage), kills.folder(work, stage))),
+        "right": early or set(codes) == set(expected),
+    }  # fmt: skip
+
+
+def differences(one: Path | None, two: Path | None) -> list[str]:
+    """The files of a finished stage that are not those of another: by their checksums; of logged steps all but times,
+    of weights the numbers."""
+    if one is None or two is None or read_manifest(two) is None:
+        return ["unfinished"]
+    sums = [dict((read_manifest(each) or {})["files"]) for each in (one, two)]
+    names = [
+        name for name in sorted(sums[0].keys() | sums[1].keys())
+        if sums[0].get(name) != sums[1].get(name)
+        and not name.startswith(("weights/", "value/")) and name not in ("metrics.jsonl", "config.json", "wandb_id")
+    ]  # fmt: skip
+    if (one / "metrics.jsonl").exists() and logged(one) != logged(two):
+        names.append("metrics.jsonl")
+    for name in ("weights", "value"):
+        if (one / name).exists() and not same(one / name, two / name):
+            names.append(name)
+    return names
+
+
+def logged(folder: Path) -> dict[tuple[int, str], float]:
+    return {
+        (line["step"], name): value
+        for line in metrics.read(folder)
+        for name, value in line.items()
+        if name not in ("step", "seconds", "tokens_per_second") and "seconds" not in name
+    }
+
+
+def same(one: Path, two: Path) -> bool:
+    import orbax.checkpoint as ocp
+
+    read = [jax.tree.leaves(ocp.PyTreeCheckpointer().restore(path)) for path in (one, two)]
+    return len(read[0]) == len(read[1]) and all(np.array_equal(a, b) for a, b in zip(*read, strict=True))
+
+
+def main_() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--config", default="tests/tools/kill_graph.py")
+    parser.add_argument("--stages", default="")
+    parser.add_argument("--signals", default=",".join(KINDS))
+    parser.add_argument("--moments", default=",".join(MOMENTS))
+    parser.add_argument("--processes", default=1, type=int)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    rows, base = given.out / "rows.jsonl", given.out / "base"
+    if not rows.exists():
+        small_graph.write_rows(rows)
+    arguments = [f"--config={given.config}", f"--config.model.path={given.model}", f"--config.data.path={rows}"]
+    only = [f"--stages={given.stages}"] if given.stages else []
+    codes = ended(start(given.processes, [*arguments, f"--workdir={base}", *only], given.out / "base.log"))
+    assert set(codes) == {0}, (given.out / "base.0").read_text()[-3000:]
+    stages = given.stages.split(",") if given.stages else list(json.loads((base / "stages.json").read_text()))
+    wrong = 0
+    print(f"{'stage':9} {'signal':12} {'moment':8} {'exit':10} {'ended in s':>10} {'lost s':>7}  bit-equal", flush=True)
+    for moment in given.moments.split(","):
+        for stage in stages:
+            for kind in given.signals.split(","):
+                row = one(base, given.out / "work", arguments, stage, kind, moment, given.processes)
+                with (given.out / "matrix.jsonl").open("a") as file:
+                    file.write(json.dumps(row | {"processes": given.processes}) + "\n")
+                equal = "yes" if not row["differs"] else ", ".join(row["differs"])
+                notes = "".join(
+                    f"  {note}"
+                    for note, true in (
+                        ("ended before", row["early"]), ("wrong exit", not row["right"]),
+                        ("traceback", row["traceback"]), ("not told", row["codes"][0] > 0 and not row["told"]),
+                        (f"again {row['again']}", any(row["again"])),
+                    )
+                    if true
+                )  # fmt: skip
+                wrong += bool(row["differs"] or row["traceback"] or not row["right"] or any(row["again"]))
+                told, took = ",".join(map(str, row["codes"])), row["ended in"]
+                print(
+                    f"{stage:9} {kind:12} {moment:8} {told:10} {took:10.1f} {row['lost']:7.2f}  {equal}{notes}",
+                    flush=True,
+                )
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main_()
