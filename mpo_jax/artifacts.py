@@ -53,6 +53,7 @@ MANIFEST = "manifest.json"  # written last: the stage is finished
 # Names: of a training's folder
 METRICS = "metrics.jsonl"
 EVENTS = "events"  # TensorBoard's
+PROFILE = "profile"  # a device trace, and a table of it
 WANDB_ID = "wandb_id"  # of the stage's own run there
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"  # final weights
@@ -70,7 +71,7 @@ REPLIES_FILE, SAMPLED = "replies.jsonl", "sampled"
 JUDGE_TABLE, VERDICTS_FILE = "judge.json", "verdicts.jsonl"
 
 
-_UNSEALED = (MANIFEST, CHECKPOINTS, EVENTS)
+_UNSEALED = (MANIFEST, CHECKPOINTS, EVENTS, PROFILE)
 """What no finished stage is read for: nothing depends on it."""
 
 

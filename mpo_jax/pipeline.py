@@ -18,7 +18,7 @@ import jax
 from etils import epath
 
 import mpo_jax
-from mpo_jax import artifacts, graph, processes, settings
+from mpo_jax import artifacts, eta, graph, heading, metrics, processes, profiling, progress, settings
 from mpo_jax.artifacts import BASE
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import report
@@ -28,6 +28,7 @@ from mpo_jax.models.presets import Preset
 from mpo_jax.run import Run, as_json, sources_of
 from mpo_jax.stages import corpus, kinds
 from mpo_jax.stages import job as jobs
+from mpo_jax.stages.base import Training
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.nonfinite import NonFinite
 
@@ -91,45 +92,77 @@ def plan_jobs(
         yield Job(name, stage, config, folders[name], workdir, taken, mesh, preset)
 
 
-def run(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dict[str, Node]:
-    """Runs every stage that is not done (or those of `only`, with what they need), in order."""
+def run(
+    config: Run, workdir: epath.Path, mesh, only: Iterable[str] = (), profile: profiling.Wanted | None = None
+) -> dict[str, Node]:
+    """Runs every stage that is not done (or those of `only`, with what they need), in order. profile: steps of a stage
+    of which a device trace is written."""
+    metrics.compiles()  # from here on progress is told of them
+    with progress.shown(jobs.is_first()):
+        return _run(config, workdir, mesh, only, profile)
+
+
+def _run(config: Run, workdir: epath.Path, mesh, only: Iterable[str], profile: profiling.Wanted | None):
     wanted = check(config, workdir, mesh, only)
     nodes = graph.resolve(config, workdir)
-    waiting = [name for name, status in statuses(config, nodes).items() if name in wanted and status.state != DONE]
+    order = [name for name in nodes if name in wanted]
+    states = statuses(config, nodes)
+    waiting = [name for name in order if states[name].state != DONE]
+    if profile is not None and profile.stage not in waiting:
+        expected = f"expected one of {', '.join(waiting)}" if waiting else "nothing is left to run"
+        raise InputError(f"--profile: stage {profile.stage!r} will not run; {expected}")
     read = dict.fromkeys(source for name in waiting for source in sources_of(config.stages[name]))
     processes.first(functools.partial(corpus.check_data, config.data, read))
     if jobs.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         artifacts.write_json(workdir / artifacts.STAGES_FILE, {name: node.folder.name for name, node in nodes.items()})
-    for name, node in nodes.items():
-        if name not in wanted:
-            continue
-        status = statuses(config, nodes)[name]
+        done = [name for name in order if name not in waiting]
+        jobs.say(heading.of_run(config, workdir, mesh, done, waiting, _left(config, workdir, mesh, waiting)))
+    for number, name in enumerate(order, 1):
+        node, status = nodes[name], statuses(config, nodes)[name]
         processes.barrier(f"{name} looked at")
+        place = f"stage {number} of {len(order)}: {name}"
         if status.state == DONE:
-            jobs.say(f"{name}: done before ({node.folder.name})")
+            jobs.say(f"{place}: done before ({node.folder.name})")
             continue
-        jobs.say(f"{name}: {'resumed' if status.state == UNFINISHED else 'begun'} ({node.folder.name})")
+        resumed = status.state == UNFINISHED
+        if jobs.is_first():
+            left = _left(config, workdir, mesh, [each for each in order[number - 1 :] if each in waiting])
+            jobs.say(f"{place}{' resumed' if resumed else ''} (ETA of the run {left})")
         began = time.perf_counter()
         if status.state == STALE:
             _set_aside(node, workdir)
-        run_stage(config, workdir, mesh, nodes, node)
-        jobs.say(f"{name}: finished in {time.perf_counter() - began:.1f} s")
+        with profiling.of_stage(profile, name, node.folder, isinstance(node.settings, Training)):
+            run_stage(config, workdir, mesh, nodes, node, resumed)
+        jobs.say(f"{name}: finished in {time.perf_counter() - began:.1f} s ({node.folder.name})")
     if jobs.is_first():
         _report(workdir)
     return nodes
 
 
+def _left(config: Run, workdir: epath.Path, mesh, names: Iterable[str]) -> eta.Eta:
+    """How long stages will take."""
+    return eta.of_stages(names, config, eta.measured(workdir), eta.devices(mesh))
+
+
 def _report(workdir: epath.Path) -> None:
     """All stages are done: a page that can't be written must not make the run a failed one."""
     try:
-        print(f"report: {report.write(workdir, kinds.shown())}", flush=True)
+        progress.say(f"report: {report.write(workdir, kinds.shown())}")
     except Exception as error:
-        print(f"report: not written: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        progress.say(f"report: not written: {type(error).__name__}: {error}", sys.stderr)
 
 
-def run_stage(config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node], node: Node) -> None:
-    """Runs one stage and, as the last thing, writes its manifest."""
+def run_stage(
+    config: Run,
+    workdir: epath.Path,
+    mesh,
+    nodes: Mapping[str, Node],
+    node: Node,
+    resumed: bool,
+) -> None:
+    """Runs one stage and, as the last thing, writes its manifest. resumed: whether a part of it was done before."""
+    began = time.perf_counter()
     folders = {name: each.folder for name, each in nodes.items()}
     taken = graph.artifacts(config, node.inputs, node.settings, folders)
     job = Job(node.name, node.settings, config, node.folder, workdir, taken, mesh)
@@ -160,6 +193,8 @@ def run_stage(config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node],
             "inputs": inputs,
             "vocabulary": jobs.model(job).vocab_size,
             "packages": packages,
+            "seconds": None if resumed else time.perf_counter() - began,
+            "devices": eta.devices(mesh),
             "data": [account.as_json() for account in job.accounts],
             "summary": summary,
         }

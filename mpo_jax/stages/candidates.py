@@ -12,7 +12,7 @@ import annotated_types
 import jax
 import numpy as np
 
-from mpo_jax import progress, sampling, sharding
+from mpo_jax import profiling, progress, sampling, sharding
 from mpo_jax.data import encode
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.plan import FILLER
@@ -167,7 +167,8 @@ def sample_all(
     with loader.batches(0, loader.steps_per_epoch) as stream:
         for number, batch in enumerate(progress.each(stream, "sample", loader.steps_per_epoch)):
             _, rows = loader.rows(number)
-            rollout = jax.device_get(program.function(weights, batch, job.seed, 0))
+            with profiling.batch():
+                rollout = jax.device_get(program.function(weights, batch, job.seed, 0))
             replies = reply_tokens(rollout, settings)
             for place, row in enumerate(rows):
                 if row != FILLER:

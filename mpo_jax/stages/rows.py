@@ -9,7 +9,7 @@ import functools
 import jax
 import numpy as np
 
-from mpo_jax import progress, scoring, sharding
+from mpo_jax import profiling, progress, scoring, sharding
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.loader import Loader
 from mpo_jax.data.plan import FILLER
@@ -74,5 +74,7 @@ def collect(step, weights: PyTree, loader: Loader, columns: int) -> np.ndarray:
         for number, batch in enumerate(progress.each(stream, "score", loader.steps_per_epoch)):
             _, rows = loader.rows(number)
             real = rows != FILLER
-            numbers[rows[real]] = np.asarray(step(weights, batch))[real]
+            with profiling.batch():
+                found = np.asarray(step(weights, batch))
+            numbers[rows[real]] = found[real]
     return numbers
