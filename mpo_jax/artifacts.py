@@ -55,6 +55,7 @@ SHARDS = "shards"  # what long loops have computed so far; gone when the stage i
 # Names: of a training's folder
 METRICS = "metrics.jsonl"
 EVENTS = "events"  # TensorBoard's
+PROFILE = "profile"  # a device trace, and a table of it
 WANDB_ID = "wandb_id"  # of the stage's own run there
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"  # final weights
@@ -72,7 +73,7 @@ REPLIES_FILE = "replies.jsonl"
 JUDGE_TABLE, VERDICTS_FILE = "judge.json", "verdicts.jsonl"
 
 
-_UNSEALED = (MANIFEST, CHECKPOINTS, EVENTS, SHARDS)
+_UNSEALED = (MANIFEST, CHECKPOINTS, EVENTS, PROFILE, SHARDS)
 """What no finished stage is read for: nothing depends on it."""
 
 

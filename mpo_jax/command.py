@@ -17,7 +17,7 @@ from typing import Any
 import ml_collections
 from absl import flags, logging
 
-from mpo_jax import settings
+from mpo_jax import progress, settings
 from mpo_jax.errors import INTERRUPTED, InputError
 from mpo_jax.run import Run
 from mpo_jax.settings import Line, Section
@@ -63,7 +63,8 @@ def start(
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except KeyboardInterrupt:
-        print(f"stopped{'; the same command goes on from what was saved' if resumable else ''}", file=sys.stderr)
+        told = "; the same command goes on from what was saved" if resumable else ""
+        progress.say(f"stopped{told}", sys.stderr)
         sys.exit(INTERRUPTED)
 
 
@@ -200,7 +201,7 @@ def _reworded(error: Exception) -> str:
 
 def _fail(told: str) -> None:
     for line in told.split("\n"):
-        print(f"error: {line}", file=sys.stderr)
+        progress.say(f"error: {line}", sys.stderr)
     sys.exit(1)
 
 

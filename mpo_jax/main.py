@@ -20,7 +20,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from mpo_jax import command, graph, pipeline, processes, sharding, stopping
+from mpo_jax import command, graph, pipeline, processes, profiling, sharding, stopping
 from mpo_jax.artifacts import COMPILED
 from mpo_jax.data import parts
 from mpo_jax.data.reading import of_source
@@ -36,6 +36,7 @@ def define() -> None:
     flags.DEFINE_list("stages", [], "Run these stages and what they rest on; empty: all.")
     flags.DEFINE_bool("dry_run", False, "Print the graph with the state of every stage, and run nothing.")
     flags.DEFINE_bool("wait", False, "Wait for a stage that another run is at work on, rather than end with an error.")
+    flags.DEFINE_string("profile", None, "STAGE:STEP+N: a device trace of so many steps of a stage, in its folder.")
     flags.DEFINE_string("coordinator", None, "host:port of process 0, where the platform does not tell.")
     flags.DEFINE_integer("processes", None, "How many processes, with --coordinator.")
     flags.DEFINE_integer("process", None, "This process's index, with --coordinator.")
@@ -46,6 +47,7 @@ def work() -> int | None:
     given = flags.FLAGS
     config = read(given.config)
     workdir = epath.Path(command.required(given.workdir, "workdir", "the run's folder"))
+    profile = None if given.profile is None else profiling.parse(given.profile, list(config.stages))
     if given.dry_run:
         print(dry_run(config, workdir, given.stages))
         return None
@@ -55,7 +57,7 @@ def work() -> int | None:
     jax.config.update("jax_compilation_cache_dir", str(workdir / COMPILED))
     mesh = sharding.make_mesh(**dict(config.mesh))
     with stopping.Notice():
-        pipeline.run(config, workdir, mesh, given.stages, given.wait)
+        pipeline.run(config, workdir, mesh, given.stages, profile, given.wait)
     return None
 
 

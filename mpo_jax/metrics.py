@@ -1,4 +1,4 @@
-"""Device scalars enter, a step at a time; `metrics.jsonl`, TensorBoard events and a progress bar leave.
+"""Device scalars enter, a step at a time; `metrics.jsonl`, TensorBoard events and what progress shows leave.
 
 A step's scalars are read when the next step's are handed over, so that the loop never waits for the device. Only
 process 0 writes.
@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import os
-import sys
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ from typing import Any
 
 import jax
 from etils import epath
-from tqdm import tqdm
 
-from mpo_jax import artifacts
+from mpo_jax import artifacts, progress
 from mpo_jax.artifacts import METRICS, is_remote
 from mpo_jax.errors import InputError
 from mpo_jax.lines import split_lines
 
+_LOWERED_EVENT = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # what comes next is its compile
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _REMOTE_SECONDS = 60  # an object store can't append: there the whole file is written again, this often
 _NOT_FINITE = {text: float(text) for text in ("nan", "inf", "-inf")}
@@ -33,8 +33,8 @@ class MetricsWriter:
     """Writes the metrics of one stage into its folder.
 
     start: the step that the run resumes from: lines and events of later steps, left by a killed run, are cut away.
-    total: steps of the whole run, for the progress bar (None: no bar). wandb: log to Weights & Biases too; InputError
-    where it is not installed. As a context manager, it closes also when the loop fails.
+    total: steps of the whole run, whose progress is shown (None: it is not). wandb: log to Weights & Biases too;
+    InputError where it is not installed. As a context manager, it closes also when the loop fails.
     """
 
     def __init__(self, folder: epath.PathLike, start: int = 0, total: int | None = None, wandb: bool = False):
@@ -44,6 +44,8 @@ class MetricsWriter:
         self._lines: _Lines | None = None
         self._events = self._wandb = None
         self._clock: tuple[int, float] | None = None
+        self._work: progress.Work | None = None
+        self._stack = contextlib.ExitStack()
         if jax.process_index() != 0:
             return
         self._wandb = _start_wandb(self._folder) if wandb else None
@@ -58,15 +60,8 @@ class MetricsWriter:
             self._events = SummaryWriter(
                 str(self._folder / artifacts.EVENTS), purge_step=start + 1, filename_suffix=f".{uuid.uuid4().hex[:8]}"
             )
-        # Off where no one looks (disable=None: no terminal), so that logs hold no bars.
-        self._bar = tqdm(
-            total=total,
-            initial=start,
-            unit="step",
-            dynamic_ncols=True,
-            disable=None if total else True,
-            file=sys.stderr,
-        )
+        if total:
+            self._work = self._stack.enter_context(progress.work("train", total, start))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Hands over a step's scalars; those handed over before are read and written now."""
@@ -109,8 +104,8 @@ class MetricsWriter:
         lines, self._lines = self._lines, None
         if lines is None:
             return
+        self._stack.close()
         lines.close()
-        self._bar.close()
         if self._events is not None:
             self._events.close()
         if self._wandb is not None:
@@ -145,8 +140,8 @@ class MetricsWriter:
         elif before is not None and "tokens" in found:
             steps, seconds = step - before[0], max(self._clock[1] - before[1], 1e-9)
             shown["tokens/s"] = f"{found['tokens'] * steps / seconds:,.0f}"
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(step - self._bar.n)
+        if self._work is not None:
+            self._work.n, self._work.notes = step, shown
 
 
 class _Lines:
@@ -222,8 +217,12 @@ def compiles() -> int:
     return _compiled[0]
 
 
-def _count(event: str, duration_secs: float, **_) -> None:
-    _compiled[0] += event == _COMPILE_EVENT
+def _count(event: str, duration_secs: float, **about) -> None:
+    if event == _LOWERED_EVENT:
+        progress.compiling(re.sub(r"^jit\((.*)\)$", r"\1", str(about.get("fun_name", "a program"))))
+    elif event == _COMPILE_EVENT:
+        _compiled[0] += 1
+        progress.compiled()
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ import jax
 from etils import epath
 
 import mpo_jax
-from mpo_jax import artifacts, graph, locks, processes, settings, stopping
+from mpo_jax import artifacts, eta, graph, heading, locks, metrics, processes, profiling, progress, settings, stopping
 from mpo_jax.artifacts import BASE
 from mpo_jax.errors import InputError, Stopped
 from mpo_jax.evaluation import report
@@ -28,6 +28,7 @@ from mpo_jax.models.presets import Preset
 from mpo_jax.run import Run, as_json, sources_of
 from mpo_jax.stages import corpus, kinds, shards
 from mpo_jax.stages import job as jobs
+from mpo_jax.stages.base import Training
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.nonfinite import NonFinite
 
@@ -91,67 +92,119 @@ def plan_jobs(
         yield Job(name, stage, config, folders[name], workdir, taken, mesh, preset)
 
 
-def run(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = (), wait: bool = False) -> dict[str, Node]:
+def run(
+    config: Run,
+    workdir: epath.Path,
+    mesh,
+    only: Iterable[str] = (),
+    profile: profiling.Wanted | None = None,
+    wait: bool = False,
+) -> dict[str, Node]:
     """Runs every stage that is not done (or those of `only`, with what they need), in order.
 
-    wait: for a stage that another run is at work on, rather than to raise InputError."""
+    profile: steps of a stage of which a device trace is written. wait: for a stage that another run is at work on,
+    rather than to raise InputError."""
+    metrics.compiles()  # from here on progress is told of them
+    with progress.shown(jobs.is_first()):
+        return _run(config, workdir, mesh, only, profile, wait)
+
+
+def _run(
+    config: Run, workdir: epath.Path, mesh, only: Iterable[str], profile: profiling.Wanted | None, wait: bool
+) -> dict[str, Node]:
     wanted = check(config, workdir, mesh, only)
     locks.check_shared(workdir)
     nodes = graph.resolve(config, workdir)
-    waiting = [name for name, status in statuses(config, nodes).items() if name in wanted and status.state != DONE]
+    order = [name for name in nodes if name in wanted]
+    states = statuses(config, nodes)
+    waiting = [name for name in order if states[name].state != DONE]
+    if profile is not None and profile.stage not in waiting:
+        expected = f"expected one of {', '.join(waiting)}" if waiting else "nothing is left to run"
+        raise InputError(f"--profile: stage {profile.stage!r} will not run; {expected}")
     read = dict.fromkeys(source for name in waiting for source in sources_of(config.stages[name]))
     processes.first(functools.partial(corpus.check_data, config.data, read))
     with locks.held(workdir / artifacts.LOCKS / artifacts.STAGES_FILE, "the list of stages", wait=True):
         if jobs.is_first():
             folders = {name: node.folder.name for name, node in nodes.items()}
             artifacts.write_json(workdir / artifacts.STAGES_FILE, folders)
-    for name, node in nodes.items():
-        if name not in wanted:
-            continue
+    if jobs.is_first():
+        done = [name for name in order if name not in waiting]
+        jobs.say(heading.of_run(config, workdir, mesh, done, waiting, _left(config, workdir, mesh, waiting)))
+    for number, name in enumerate(order, 1):
+        left = [each for each in order[number - 1 :] if each in waiting]
         try:
             stopping.obey()
-            _bring_up(config, workdir, mesh, nodes, node, wait)
+            place = f"stage {number} of {len(order)}: {name}"
+            _bring_up(config, workdir, mesh, nodes, nodes[name], place, left, profile, wait)
         except Stopped as stopped:
-            place = f", at {stopped.where}" if stopped.where else ""
-            jobs.say(f"told to stop in stage {name}{place}; the same command goes on from there")
+            where = f", at {stopped.where}" if stopped.where else ""
+            jobs.say(f"told to stop in stage {name}{where}; the same command goes on from there")
             raise
     if jobs.is_first():
         _report(workdir)
     return nodes
 
 
-def _bring_up(config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node], node: Node, wait: bool) -> None:
-    """Runs a stage, unless it is done; no other run works on it meanwhile."""
+def _bring_up(
+    config: Run,
+    workdir: epath.Path,
+    mesh,
+    nodes: Mapping[str, Node],
+    node: Node,
+    place: str,
+    left: Iterable[str],
+    profile: profiling.Wanted | None,
+    wait: bool,
+) -> None:
+    """Runs a stage, unless it is done; no other run works on it meanwhile. place: which of the run's it is, in words.
+    left: the stages that are to be made, this one among them."""
 
     def state() -> str:  # process 0's view of the file system is everybody's
         return processes.told_by_first(lambda: statuses(config, nodes)[node.name].state.encode()).decode()
 
     if state() == DONE:
-        jobs.say(f"{node.name}: done before ({node.folder.name})")
+        jobs.say(f"{place}: done before ({node.folder.name})")
         shards.remove(node.folder)
         return
     with locks.held(workdir / artifacts.LOCKS / f"{node.folder.name}.json", f"stage {node.name}", wait):
         if (found := state()) == DONE:
-            jobs.say(f"{node.name}: done by another run meanwhile ({node.folder.name})")
+            jobs.say(f"{place}: done by another run meanwhile ({node.folder.name})")
             return
-        jobs.say(f"{node.name}: {'resumed' if found == UNFINISHED else 'begun'} ({node.folder.name})")
+        resumed = found == UNFINISHED
+        if jobs.is_first():
+            eta_of_run = _left(config, workdir, mesh, left)
+            jobs.say(f"{place}{' resumed' if resumed else ''} (ETA of the run {eta_of_run})")
         began = time.perf_counter()
         if found == STALE:
             _set_aside(node, workdir)
-        run_stage(config, workdir, mesh, nodes, node)
-        jobs.say(f"{node.name}: finished in {time.perf_counter() - began:.1f} s")
+        with profiling.of_stage(profile, node.name, node.folder, isinstance(node.settings, Training)):
+            run_stage(config, workdir, mesh, nodes, node, resumed)
+        jobs.say(f"{node.name}: finished in {time.perf_counter() - began:.1f} s ({node.folder.name})")
+
+
+def _left(config: Run, workdir: epath.Path, mesh, names: Iterable[str]) -> eta.Eta:
+    """How long stages will take."""
+    return eta.of_stages(names, config, eta.measured(workdir), eta.devices(mesh))
 
 
 def _report(workdir: epath.Path) -> None:
     """All stages are done: a page that can't be written must not make the run a failed one."""
     try:
-        print(f"report: {report.write(workdir, kinds.shown())}", flush=True)
+        progress.say(f"report: {report.write(workdir, kinds.shown())}")
     except Exception as error:
-        print(f"report: not written: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        progress.say(f"report: not written: {type(error).__name__}: {error}", sys.stderr)
 
 
-def run_stage(config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node], node: Node) -> None:
-    """Runs one stage and, as the last thing, writes its manifest."""
+def run_stage(
+    config: Run,
+    workdir: epath.Path,
+    mesh,
+    nodes: Mapping[str, Node],
+    node: Node,
+    resumed: bool,
+) -> None:
+    """Runs one stage and, as the last thing, writes its manifest. resumed: whether a part of it was done before."""
+    began = time.perf_counter()
     folders = {name: each.folder for name, each in nodes.items()}
     taken = graph.artifacts(config, node.inputs, node.settings, folders)
     job = Job(node.name, node.settings, config, node.folder, workdir, taken, mesh)
@@ -182,6 +235,8 @@ def run_stage(config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node],
             "inputs": inputs,
             "vocabulary": jobs.model(job).vocab_size,
             "packages": packages,
+            "seconds": None if resumed else time.perf_counter() - began,
+            "devices": eta.devices(mesh),
             "data": [account.as_json() for account in job.accounts],
             "summary": summary,
         }

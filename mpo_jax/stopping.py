@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Self
 import jax
 from jax._src import distributed
 
+from mpo_jax import progress
 from mpo_jax.errors import INTERRUPTED, PREEMPTED, Stopped
 
 CODES = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
@@ -207,4 +208,4 @@ def stop(where: str = "") -> NoReturn:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    progress.say(line, sys.stderr)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from mpo_jax import artifacts, metrics
+from mpo_jax import artifacts, metrics, progress
 from mpo_jax.errors import InputError
 from mpo_jax.metrics import MetricsWriter
 
@@ -174,18 +174,21 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_bar_shows_loss_speed_and_time_left(tmp_path, monkeypatch):
+def test_progress_shows_loss_speed_and_time_left(tmp_path, monkeypatch):
     times = iter([0.0, 2.0, 4.0, 100.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(times))
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    screen = progress.Screen(clock=lambda: 50.0)
+    monkeypatch.setattr(progress, "SCREEN", screen)
     with MetricsWriter(tmp_path, start=10, total=20) as log:
         for step in (12, 14):
             log.write(step, {"loss": 0.25, "tokens": 500, "padding_efficiency": 0.9})
         log.flush()
-        shown = str(log._bar)
-        assert "14/20" in shown and "<" in shown  # elapsed<left
-        assert "loss=0.2500" in shown and "padding_efficiency=0.9000" in shown
-        assert "tokens/s=500" in shown  # 500 tokens a step, 2 steps in 2 s
+        shown = progress.line(log._work, None, 58.0, 120)
+        # 4 steps in 8 s, so that 6 take 12; 500 tokens a step, 2 steps in 2 s.
+        assert shown.startswith("train  70% [") and " 14/20 00:08<00:12 2.0 s each " in shown
+        assert shown.endswith(" loss 0.2500 padding_efficiency 0.9000 tokens/s 500")
+        assert screen._works == [log._work]
+    assert screen._works == []
 
 
 def test_wandb_only_when_asked_and_installed(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpo_jax import artifacts, integrity, stopping
+from mpo_jax import artifacts, integrity, progress, stopping
 from mpo_jax.artifacts import MANIFEST
 from mpo_jax.data.division import prompt_ids
 from mpo_jax.data.pieces import encode_prompts, encode_replies, shorten
@@ -110,7 +110,7 @@ def encode(
         try:
             return read(folder)
         except InputError as error:  # a cache can be made again, and is
-            print(f"cache: {error}", file=sys.stderr, flush=True)
+            progress.say(f"cache: {error}", sys.stderr)
             shutil.rmtree(folder)
     encoded = _encode(records, tokenizer, replies, limits, key)
     if folder is None:
@@ -151,7 +151,8 @@ def _encode(records: Sequence[TextRecord], tokenizer, replies: int, limits: Limi
     numbers = prompt_ids([record.prompt_key for record in records])
     pieces: list[np.ndarray] = []
     kept: list[int] = []
-    for start in range(0, len(records), _CHUNK):
+    starts = range(0, len(records), _CHUNK)
+    for start in progress.each(starts, "encode", len(records), size=_CHUNK):
         chunk = range(start, min(start + _CHUNK, len(records)))
         stopping.obey_alone()  # of several processes, one may find in its cache what another encodes
         for templated in (False, True):

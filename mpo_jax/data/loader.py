@@ -158,6 +158,10 @@ class Loader:
 
         return Prefetch(produce, ahead)
 
+    def sampled(self, batches: int) -> int:
+        """How many batches such a sample has."""
+        return min(batches, -(-len(self.encoded) // self.batch_size))
+
     def shapes(self) -> list[Batch]:
         """An abstract batch for every bucket, with its sharding: what a step is compiled for."""
         abstract: list[dict[str, Any]] = [

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from mpo_jax import progress
 from mpo_jax.checkpoint import fingerprint_files
 from mpo_jax.data import suggest, template
 from mpo_jax.data.account import Account
@@ -78,7 +79,7 @@ def _files(tally: "_Tally", limit: int | None, reading: Reading) -> Iterator[tup
     seen, count = set(named), 0
     for part in found:
         rows: list[tuple[str, Row]] = []
-        for row in part.rows():
+        for row in progress.each(part.rows(), "read", None):
             own = split_of(part, row, reading)
             seen.add(own)
             if split not in (ALL, part.split, own):
@@ -125,7 +126,7 @@ class _Tally:
             self.records.append(TextRecord(id=number, split=own, label=label, form=columns, **fields))
 
         labelled = []
-        for (own, _), row in zip(rows, renamed, strict=True):
+        for (own, _), row in progress.each(zip(rows, renamed, strict=True), "understand", len(rows)):
             try:
                 said = plan.read(row)
             except Drop as rule:

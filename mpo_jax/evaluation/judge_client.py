@@ -7,14 +7,13 @@ attempt counts towards the ceiling.
 import asyncio
 import json
 import os
-import sys
 import urllib.parse
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import annotated_types
-from tqdm import tqdm
 
+from mpo_jax import progress
 from mpo_jax.asking import RETRIED, Again, Asker, retry_after
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import judge_cache
@@ -96,17 +95,16 @@ class _Asker:
 
     async def all(self, texts: list[str]) -> None:
         endpoint = self._endpoint
-        bar = tqdm(total=len(texts), unit="answer", desc="judge", dynamic_ncols=True, disable=None, file=sys.stderr)
-        asker = Asker(
-            f"judge at {endpoint.base_url}",
-            self._one,
-            concurrency=endpoint.concurrency,
-            attempts=endpoint.attempts,
-            backoff=endpoint.backoff,
-            done=bar.update,
-        )
-        async with self._client:
-            with bar:
+        with progress.work("judge", len(texts)) as here:
+            asker = Asker(
+                f"judge at {endpoint.base_url}",
+                self._one,
+                concurrency=endpoint.concurrency,
+                attempts=endpoint.attempts,
+                backoff=endpoint.backoff,
+                done=here.add,
+            )
+            async with self._client:
                 await asker.all(texts)
 
     async def _one(self, text: str) -> None:

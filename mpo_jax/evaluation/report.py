@@ -13,7 +13,7 @@ import jinja2
 from etils import epath
 from markupsafe import Markup
 
-from mpo_jax import artifacts
+from mpo_jax import artifacts, progress
 from mpo_jax.artifacts import BASE
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import figures, human, sections, signatures, validation
@@ -32,7 +32,7 @@ def write(workdir: epath.Path, shown: Mapping[str, Shown]) -> epath.Path:
     )
     shown_page = page(workdir, shown)
     for line in shown_page["left_out"]:
-        print(f"report: left out {line}", file=sys.stderr)
+        progress.say(f"report: left out {line}", sys.stderr)
     target = workdir / artifacts.REPORT_PAGE
     artifacts.write_text(target, environment.get_template("report.html").render(shown_page))
     return target

@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from mpo_jax import sharding
+from mpo_jax import progress, sharding
 from mpo_jax.errors import InputError
 from mpo_jax.models import hf_names, parameters
 from mpo_jax.models.config import ModelConfig
@@ -134,7 +134,8 @@ def import_weights(
     entries = _match(reader, config, head=str(architecture).endswith("ForSequenceClassification"))
     weights: dict = {}
     # The largest first: what is held beside the shards so far is then smallest where the total is largest.
-    for entry in sorted(entries, key=lambda entry: -math.prod(_own_shape(entry, config))):
+    entries = sorted(entries, key=lambda entry: -math.prod(_own_shape(entry, config)))
+    for entry in progress.each(entries, "import weights", len(entries)):
         shape = _own_shape(entry, config)
         placed = (
             SingleDeviceSharding(jax.local_devices()[0])

@@ -4,16 +4,15 @@ Process 0 asks. What a function or a server has scored is kept in the workdir, a
 """
 
 import contextlib
-import sys
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from mpo_jax import processes, stopping
+from mpo_jax import processes, progress, stopping
 from mpo_jax.errors import InputError
 from mpo_jax.scorers import cache, names
 from mpo_jax.scorers.cache import Cache
@@ -93,21 +92,17 @@ def _remembered(name: str, identity: str, size: int, memory: Cache | None, all_o
     places = sorted(first.values())
     parts = [places[start : start + size] for start in range(0, len(places), size)]
     batches = [tuple([column[place] for place in part] for column in (prompts, replies, records)) for part in parts]
-    bar = tqdm(
-        total=len(places), unit="reply", desc=name, dynamic_ncols=True, file=sys.stderr,
-        disable=None if len(batches) > 1 else True,
-    )  # fmt: skip
 
-    def keep(number: int, scores: list[float | None]) -> None:
+    def keep(here: progress.Work, number: int, scores: list[float | None]) -> None:
         found = [(keys[place], score) for place, score in
                  zip(parts[number], checked(name, scores, batches[number][1]), strict=True)]  # fmt: skip
         known.update(found)
         if memory is not None:
             memory.put(found)
-        bar.update(len(found))
+        here.add(len(found))
 
-    with bar:
-        all_of(batches, keep)
+    with progress.work(f"scores of {name}", len(places)) as here:
+        all_of(batches, functools.partial(keep, here))
     return [known[key] for key in keys]
 
 

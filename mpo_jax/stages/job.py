@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import jax
 from etils import epath
 
-from mpo_jax import artifacts, checkpoint, sharding
+from mpo_jax import artifacts, checkpoint, progress, sharding
 from mpo_jax.artifacts import BASE, POLICY, REWARD
 from mpo_jax.data import encode, reading, shares, template, tokenizer
 from mpo_jax.data.account import Account
@@ -284,7 +284,7 @@ def is_first() -> bool:
 def say(line: str) -> None:
     """Prints a line, once for all processes."""
     if is_first():
-        print(line, flush=True)
+        progress.say(line)
 
 
 def check_batch(job: Job, rows: int, setting: str = "batch_size") -> None:

@@ -6,7 +6,6 @@ continues from the last checkpoint and ends with the same numbers.
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from mpo_jax import artifacts, optim, sharding, stopping
+from mpo_jax import artifacts, optim, profiling, progress, sharding, stopping
 from mpo_jax import metrics as metrics_log
 from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.data.account import epochs
@@ -28,6 +27,7 @@ from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Training
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Program, Programs, named
+from mpo_jax.stages.stopwatch import Reading, Stopwatch
 from mpo_jax.types import Batch, PyTree, TrainState
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -241,7 +241,7 @@ def evaluate(step: Callable, params: PyTree, frozen: PyTree, loader: Loader, bat
     """
     sums: Metrics = {}
     with loader.sample(batches) as stream:
-        for batch in stream:
+        for batch in progress.each(stream, "evaluate", loader.sampled(batches)):
             new = step(params, frozen, batch)
             sums = new if not sums else jax.tree.map(jnp.add, sums, new)
     return {name: float(total) / max(float(weight), 1e-8) for name, (total, weight) in sums.items()}
@@ -321,6 +321,7 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
     arrays = [leaf for leaf in jax.tree.leaves(training.extra) if isinstance(leaf, jax.Array)]
     _release((training.params, arrays), training.frozen)
     start = int(state.step)
+    profiling.check(start, steps)
     jobs.say(epochs(steps, loader.batch_size, len(loader.encoded)))
     eval_every = settings.eval_every or max(1, steps // 10)
     save_every = settings.save_every or max(1, steps // 10)
@@ -333,30 +334,35 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
         stopping.held(),
     ):
         seen: set[Any] = set()
-        last_time, last_done = time.perf_counter(), start
+        clock, laps = Stopwatch(), list[Reading]()
         for step, batch in _numbered(loader, start, steps):
             bucket = jax.tree.structure(batch), batch.tokens.shape
-            before = metrics_log.compiles()
+            before, done = metrics_log.compiles(), step + 1
+            profiling.begin(done, state)
+            clock.begin()
             state, out = training.step(state, training.frozen, batch)
-            compiles["late" if bucket in seen else "first"] += metrics_log.compiles() - before
+            lap = clock.lap(out["loss"])
+            profiling.end(done, out)
+            if new := metrics_log.compiles() - before:
+                compiles["late" if bucket in seen else "first"] += new
+            else:
+                laps.append(lap)
             seen.add(bucket)
-            done = step + 1
             watch.look(done, out)
             checkpoints.check()
             if done % settings.log_every == 0 or done == steps:
-                now = time.perf_counter()
                 out |= {
                     "learning_rate": float(training.rate(step)),
                     "rows": loader.real_rows(step),
                     "tokens": loader.real_tokens(step),
                     "padding_efficiency": loader.real_tokens(step) / batch.tokens.size,
-                    "seconds": (now - last_time) / (done - last_done),
                 }
+                if laps:  # a step that compiles has no time of its own
+                    out["seconds"], laps = clock.mean(laps), []
                 log.write(done, out)
                 watch.check(checkpoints.latest_step(), behind=True)
                 if training.watch is not None and log.last is not None:
                     training.watch(*log.last)
-                last_time, last_done = now, done
             if training.evaluate is not None and (done % eval_every == 0 or done == steps):
                 watch.check(checkpoints.latest_step())
                 evaluation = training.evaluate(state.params, training.frozen, done)

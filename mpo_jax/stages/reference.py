@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mpo_jax import artifacts, checkpoint, processes
+from mpo_jax import artifacts, checkpoint, processes, progress
 from mpo_jax.artifacts import BASE
 from mpo_jax.data import encode
 from mpo_jax.data.encode import Encoded
@@ -48,7 +48,7 @@ def _whole(path: epath.Path) -> bool:
     try:
         return path.exists() and "logps" in artifacts.read_arrays(path)
     except InputError as error:
-        print(f"cache: {error}", file=sys.stderr, flush=True)
+        progress.say(f"cache: {error}", sys.stderr)
         return False
 
 

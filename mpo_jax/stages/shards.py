@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mpo_jax import artifacts, checkpoint, processes, progress, stopping
+from mpo_jax import artifacts, checkpoint, processes, profiling, progress, stopping
 from mpo_jax.data import encode
 from mpo_jax.data.loader import Loader
 from mpo_jax.errors import InputError
@@ -50,7 +50,8 @@ def over(
     for start, stop in _gaps(done, total):
         with _Writer(folder, job.config.shard_seconds) as shard, loader.batches(start, stop) as stream:
             for number, batch in enumerate(progress.each(stream, what, total, done=len(done)), start):
-                arrays = step(batch)
+                with profiling.batch():
+                    arrays = step(batch)
                 shard.add(number, arrays)
                 done.add(number)
                 yield loader.rows(number)[1], arrays

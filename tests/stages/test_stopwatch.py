@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpo_jax.stages.ppo import stopwatch
-from mpo_jax.stages.ppo.stopwatch import Stopwatch
+from mpo_jax.stages import stopwatch
+from mpo_jax.stages.stopwatch import Stopwatch
 
 
 class Clock:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpo_jax import artifacts, processes, sharding
+from mpo_jax import artifacts, processes, progress, sharding
 from mpo_jax import metrics as metrics_log
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.tokenizer import conventions
@@ -80,7 +80,7 @@ def reply(
 
     def replied(params: PyTree, frozen: PyTree) -> Iterator[Replied]:
         with loader.sample(job.settings.eval_batches) as stream:
-            for batch in stream:
+            for batch in progress.each(stream, "evaluate", loader.sampled(job.settings.eval_batches)):
                 rollout = draw(frozen["base"] | params["policy"], batch, job.seed, 0)
                 sums, scores = measure(params, frozen, rollout, None if ask is None else ask(frozen, rollout))
                 yield Replied(rollout, scores, sums)

@@ -20,8 +20,8 @@ from mpo_jax.stages.ppo import experience as experiences
 from mpo_jax.stages.ppo.evaluation import Ask
 from mpo_jax.stages.ppo.replay import second_loss
 from mpo_jax.stages.ppo.settings import Rules, Settings
-from mpo_jax.stages.ppo.stopwatch import Stopwatch
 from mpo_jax.stages.programs import Programs
+from mpo_jax.stages.stopwatch import Stopwatch
 from mpo_jax.types import Batch, Experience, PyTree, Rollout, TrainState
 
 
@@ -150,12 +150,10 @@ def make_watch(name: str):
         if warned or values["kl"] >= -3 * values["kl_error"] - 1e-3:
             return
         warned = True
-        if jobs.is_first():
-            print(
-                f"warning: stages.{name}: at step {step} the mean KL to the reference is {values['kl']:.4f} nats, "
-                f"below 0 by over 3 standard errors of {values['kl_error']:.4f}; compare sampler_scorer_difference",
-                flush=True,
-            )
+        jobs.say(
+            f"warning: stages.{name}: at step {step} the mean KL to the reference is {values['kl']:.4f} nats, "
+            f"below 0 by over 3 standard errors of {values['kl_error']:.4f}; compare sampler_scorer_difference"
+        )
 
     return watch
 

@@ -5,7 +5,7 @@ thread waits for those ends; whoever reads a number later, as the metrics do one
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -43,6 +43,10 @@ class Stopwatch:
     def rate(self, count: jax.Array) -> Reading:
         """`count` over the seconds from the step's beginning to its last lap."""
         return self._read(self._rate, count)
+
+    def mean(self, laps: Sequence[Reading]) -> Reading:
+        """Of laps that were asked for before."""
+        return self._read(lambda laps: float(np.mean([float(np.asarray(lap)) for lap in laps])), laps)
 
     def _read(self, function: Callable[[PyTree], float], argument: PyTree) -> Reading:
         return Reading(self._worker.submit(function, argument))

@@ -1,0 +1,40 @@
+"""A run that is about to begin enters; what it will do, on what, and where its report will lie leaves."""
+
+import textwrap
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+
+from mpo_jax import artifacts, eta
+from mpo_jax.eta import Eta
+from mpo_jax.run import Run
+
+_WIDTH = 80
+
+
+def of_run(config: Run, workdir: epath.Path, mesh: jax.sharding.Mesh, done: Sequence[str], to_do: Sequence[str],
+           left: Eta) -> str:  # fmt: skip
+    """Lines of 80 columns, where names allow. done, to_do: stages, in order. left: of the latter."""
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    where = f"{eta.devices(mesh)}{_memory(mesh)}, mesh {axes}"
+    if jax.process_count() > 1:
+        where += f", {jax.process_count()} processes"
+    lines = [f"run {config.name} in {workdir}", *_wrapped("devices", where)]
+    lines += _wrapped("to do", ", ".join(to_do) or "nothing")
+    lines += _wrapped("done", ", ".join(done)) if done else []
+    lines += _wrapped("ETA", str(left)) if to_do else []
+    return "\n".join([*lines, f"  report   {workdir / artifacts.REPORT_PAGE}"])
+
+
+def _wrapped(name: str, text: str) -> list[str]:
+    lines = textwrap.wrap(text, _WIDTH - 11, break_long_words=False, break_on_hyphens=False)
+    return [f"  {name if place == 0 else '':9}{line}" for place, line in enumerate(lines)]
+
+
+def _memory(mesh: jax.sharding.Mesh) -> str:
+    """Of a device, where it is known: a CPU does not say."""
+    local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    stats = local[0].memory_stats() if local else None
+    limit = (stats or {}).get("bytes_limit")
+    return f" of {limit / 1e9:.1f} GB each" if limit else ""
