@@ -37,7 +37,7 @@ KINDS = {
     "SIGINT": ((signal.SIGINT,), (130,)),
 }
 """Name -> signals, sent a moment apart; exit codes."""
-MOMENTS = {"middle": 4, "loading": 0, "first": 1}
+MOMENTS = {"middle": 6, "loading": 0, "first": 1}
 """Name -> batches or steps that are kept or logged before the signal; none of it: while it loads, encodes, compiles."""
 LIMIT = 600
 """Seconds after which a run that has not come to where it should is given up."""
@@ -129,11 +129,13 @@ def one(base: Path, work: Path, arguments: list[str], stage: str, kind: str, mom
     for old in log.parent.glob(f"{log.stem}.[0-9]"):
         old.unlink()
     signals, expected = KINDS[kind]
+    steps = ((read_manifest(kills.folder(base, stage)) or {}).get("summary") or {}).get("steps", LIMIT)
+    wanted = min(MOMENTS[moment], steps - 2)
     children = start(count, arguments, log)
     until = time.monotonic() + LIMIT
     while time.monotonic() < until and not over(children[0]):
         folder = kills.folder(work, stage)
-        if folder is not None and (folder / INPUTS).exists() and come(folder) >= MOMENTS[moment]:
+        if folder is not None and (folder / INPUTS).exists() and come(folder) >= wanted:
             break
         time.sleep(0.002)
     if moment == "loading":
@@ -150,8 +152,9 @@ def one(base: Path, work: Path, arguments: list[str], stage: str, kind: str, mom
     codes = ended(children)
     took = time.time() - sent
     folder = kills.folder(work, stage)
-    last = max((path.stat().st_mtime for path in kept(folder)), default=None)
-    lost = 0.0 if last is not None and last >= sent else sent - (last or (folder / INPUTS).stat().st_mtime)
+    assert folder is not None, f"{codes}: {log.with_suffix('.0').read_text()[-3000:]}"
+    last = max((path.stat().st_mtime for path in kept(folder)), default=(folder / INPUTS).stat().st_mtime)
+    lost = max(0.0, sent - last)
     again = ended(start(count, arguments, log))
     said = log.with_suffix(".0").read_text()
     return {
