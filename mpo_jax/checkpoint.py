@@ -1,13 +1,12 @@
 """Training states and weights enter; folders leave that are whole or not there, and restore onto any mesh.
 
 Arrays go through Orbax, written in the background and marked as complete at the end. All paths go through epath, so
-that gs:// works. The hashes by which artifacts and models are known are made here too.
+that gs:// works. The hash by which settings are known is made here too.
 """
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,11 +18,7 @@ from mpo_jax.artifacts import is_remote
 from mpo_jax.errors import InputError
 from mpo_jax.types import PyTree, TrainState
 
-MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", "merges.txt", "vocab.txt")
-"""What a Hugging Face model folder is made of: weights, settings, tokenizer. Not its README, not other frameworks'."""
-
 _VOCAB_LEAVES = (("embed", "embedding"), ("lm_head", "kernel"))
-_BLOCK = 1 << 22
 
 
 class Checkpoints:
@@ -254,47 +249,9 @@ def _with_keys(found: PyTree, like: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-# Hashes -------------------------------------------------------------------------------------------------------------
+# Hash ---------------------------------------------------------------------------------------------------------------
 
 
 def hash_settings(value: Any) -> str:
     """A stable hash of a JSON-able value: 32 hex digits. The order of keys does not matter; tuples are lists."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def fingerprint_files(path: epath.PathLike) -> str:
-    """A hash of a file's content, or of the names and contents of all files beneath a folder."""
-    return _fingerprint(_files(epath.Path(path)))
-
-
-def fingerprint_weights_folder(path: epath.PathLike) -> str:
-    """A hash of what a Hugging Face model folder says and computes: its `MODEL_FILES`, by name and content.
-
-    A README, a download's cache or another framework's weights in the folder don't count. InputError where there is
-    nothing to hash.
-    """
-    files = [(name, file) for name, file in _files(epath.Path(path)) if name.endswith(MODEL_FILES) and "/." not in name]
-    if not files:
-        raise InputError(f"{path}: no model files ({', '.join(MODEL_FILES)}); expected a Hugging Face model folder")
-    return _fingerprint(files)
-
-
-def _fingerprint(files) -> str:
-    state = hashlib.blake2b(digest_size=16)
-    for name, file in sorted(files, key=lambda entry: entry[0]):
-        # Name and digest, each ended: no two folders give the same stream of bytes.
-        content = hashlib.blake2b(digest_size=32)
-        with file.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                content.update(block)
-        state.update(name.encode() + b"\0" + content.digest())
-    return state.hexdigest()
-
-
-def _files(path: epath.Path, prefix: str = "") -> Iterator[tuple[str, epath.Path]]:
-    """(name, file) of a file ("" its name: renaming changes nothing), or of all beneath a folder ("/a/b")."""
-    if not path.is_dir():
-        yield prefix, path
-        return
-    for child in path.iterdir():
-        yield from _files(child, f"{prefix}/{child.name}")

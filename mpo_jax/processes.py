@@ -4,6 +4,7 @@ Waiting has an end: where a process has died or hangs, the others stop with an e
 """
 
 import itertools
+import json
 import os
 import signal
 import threading
@@ -69,6 +70,18 @@ def from_first(work: Callable[[], np.ndarray], shape: tuple[int, ...], what: str
     if jax.process_count() == 1:
         return found[0]
     return np.asarray(multihost_utils.broadcast_one_to_all(found[0] if found else np.zeros(shape, np.float32)))
+
+
+def told(work: Callable[[], Any], what: str) -> Any:
+    """The JSON value that some work gives on process 0, which does it alone, on every process; see `from_first`."""
+    found: list[Any] = []
+    first(lambda: found.append(work()), what)
+    if jax.process_count() == 1:
+        return found[0]
+    text = np.frombuffer(json.dumps(found[0]).encode() if found else b"", np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    sent = multihost_utils.broadcast_one_to_all(text if found else np.zeros(size, np.uint8))
+    return json.loads(np.asarray(sent).tobytes())
 
 
 _asked = itertools.count()

@@ -19,7 +19,7 @@ LAYERS = [
     {"models"},
     {"scoring"},
     {"sampling"},
-    {"checkpoint", "sealed"},
+    {"checkpoint", "sealed", "fingerprints"},
     {"data"},
     {"scorers"},
     {"run"},
