@@ -40,6 +40,7 @@ STAGES_FILE = "stages.json"  # name -> folder of every stage
 REPORT_PAGE = "report.html"
 COMPILED = "compiled"  # programs, for the next start
 CACHE = "cache"  # encoded rows, reference log-probs
+CHECKED = "checked.json"  # there: which data has been checked
 SET_ASIDE = "set_aside"  # what an earlier making left under the same key
 JUDGE_CACHE = "judge.sqlite"  # answers paid for
 SCORES = "scores.sqlite"  # what functions and servers have scored
@@ -222,10 +223,13 @@ def _numpy(path: epath.PathLike, read: Callable[[Any], Any]) -> Any:
 
 
 def write_manifest(folder: epath.PathLike, manifest: Mapping[str, Any]) -> None:
-    """Marks a stage's folder as finished; written last. It holds the checksum of every file that is read again, and its
-    own."""
-    files = integrity.of_folder(folder, leave_out=_UNSEALED) if epath.Path(folder).exists() else {}
-    write_json(epath.Path(folder) / MANIFEST, integrity.seal(plain(dict(manifest) | {"files": files})))
+    """Marks a stage's folder as finished; written last, when all else is on disk. It holds the checksum of every file
+    that is read again, and its own."""
+    folder = epath.Path(folder)
+    files = integrity.of_folder(folder, leave_out=_UNSEALED) if folder.exists() else {}
+    for name in [] if is_remote(folder) else files:  # what arrays' library writes may still be on its way
+        sync(folder / name)
+    write_json(folder / MANIFEST, integrity.seal(plain(dict(manifest) | {"files": files})))
 
 
 def read_manifest(folder: epath.PathLike) -> dict[str, Any] | None:

@@ -95,12 +95,15 @@ def run(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dic
     """Runs every stage that is not done (or those of `only`, with what they need), in order."""
     wanted = check(config, workdir, mesh, only)
     nodes = graph.resolve(config, workdir)
-    waiting = [name for name, status in statuses(config, nodes).items() if name in wanted and status.state != DONE]
-    read = dict.fromkeys(source for name in waiting for source in sources_of(config.stages[name]))
-    processes.first(functools.partial(corpus.check_data, config.data, read))
+    waiting = [
+        nodes[name] for name, status in statuses(config, nodes).items() if name in wanted and status.state != DONE
+    ]
+    checked = processes.told(functools.partial(_check_data, config, workdir, waiting), "data checked")
     if jobs.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         artifacts.write_json(workdir / artifacts.STAGES_FILE, {name: node.folder.name for name, node in nodes.items()})
+        if checked != _checked(workdir):
+            artifacts.write_json(workdir / artifacts.CACHE / artifacts.CHECKED, checked)
     for name, node in nodes.items():
         if name not in wanted:
             continue
@@ -108,6 +111,7 @@ def run(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dic
         processes.barrier(f"{name} looked at")
         if status.state == DONE:
             jobs.say(f"{name}: done before ({node.folder.name})")
+            _drop_states(node.folder)  # what a kill may have left
             continue
         jobs.say(f"{name}: {'resumed' if status.state == UNFINISHED else 'begun'} ({node.folder.name})")
         began = time.perf_counter()
@@ -120,6 +124,20 @@ def run(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dic
     return nodes
 
 
+def _check_data(config: Run, workdir: epath.Path, waiting: Iterable[Node]) -> list[str]:
+    """InputError for what is wrong with the data that stages will read, as far as `corpus.check_data` tells; what was
+    found right under the same settings and contents is not opened. The hashes (`Node.shared`) of all that is right."""
+    before = _checked(workdir)
+    new = [node for node in waiting if sources_of(node.settings) and node.shared not in before]
+    read = dict.fromkeys(source for node in new for source in sources_of(node.settings))
+    corpus.check_data(config.data, read)
+    return list(dict.fromkeys([*before, *(node.shared for node in new)]))
+
+
+def _checked(workdir: epath.Path) -> list[str]:
+    return artifacts.read_json(workdir / artifacts.CACHE / artifacts.CHECKED, default=[])
+
+
 def _report(workdir: epath.Path) -> None:
     """All stages are done: a page that can't be written must not make the run a failed one."""
     try:
@@ -129,7 +147,7 @@ def _report(workdir: epath.Path) -> None:
 
 
 def run_stage(config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node], node: Node) -> None:
-    """Runs one stage and, as the last thing, writes its manifest."""
+    """Runs one stage, writes its manifest and, as the last thing, drops the states that it could have resumed from."""
     folders = {name: each.folder for name, each in nodes.items()}
     taken = graph.artifacts(config, node.inputs, node.settings, folders)
     job = Job(node.name, node.settings, config, node.folder, workdir, taken, mesh)
@@ -164,7 +182,16 @@ def run_stage(config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node],
             "summary": summary,
         }
         artifacts.write_manifest(node.folder, manifest)
+    _drop_states(node.folder)
     processes.barrier(f"{node.name} written")
+
+
+def _drop_states(folder: epath.Path) -> None:
+    """Deletes the states that a training could have resumed from: a stage that is done is read for its weights alone.
+    Its manifest is on disk by now, so that a kill in the midst of this leaves it done."""
+    states = folder / artifacts.CHECKPOINTS
+    if jobs.is_first() and states.exists():
+        states.rmtree()
 
 
 def _version(package: str) -> str:
