@@ -18,7 +18,7 @@ import jax
 from etils import epath
 
 import mpo_jax
-from mpo_jax import artifacts, graph, processes, settings
+from mpo_jax import artifacts, disk, graph, processes, settings
 from mpo_jax.artifacts import BASE
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import report
@@ -94,6 +94,11 @@ def plan_jobs(
 def run(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dict[str, Node]:
     """Runs every stage that is not done (or those of `only`, with what they need), in order."""
     wanted = check(config, workdir, mesh, only)
+    with disk.full_disk_told(workdir):
+        return _run(config, workdir, mesh, wanted)
+
+
+def _run(config: Run, workdir: epath.Path, mesh, wanted: set[str]) -> dict[str, Node]:
     nodes = graph.resolve(config, workdir)
     waiting = [
         nodes[name] for name, status in statuses(config, nodes).items() if name in wanted and status.state != DONE

@@ -19,7 +19,7 @@ LAYERS = [
     {"models"},
     {"scoring"},
     {"sampling"},
-    {"checkpoint", "sealed", "fingerprints"},
+    {"checkpoint", "sealed", "fingerprints", "disk"},
     {"data"},
     {"scorers"},
     {"run"},
