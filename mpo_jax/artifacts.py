@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import uuid
 import zipfile
 import zlib
@@ -41,6 +42,7 @@ REPORT_PAGE = "report.html"
 COMPILED = "compiled"  # programs, for the next start
 CACHE = "cache"  # encoded rows, reference log-probs
 LOCKS = "locks"  # who is at work on which stage
+CHECKED = "checked.json"  # there: which data has been checked
 SET_ASIDE = "set_aside"  # what an earlier making left under the same key
 JUDGE_CACHE = "judge.sqlite"  # answers paid for
 SCORES = "scores.sqlite"  # what functions and servers have scored
@@ -79,6 +81,7 @@ _UNSEALED = (MANIFEST, CHECKPOINTS, EVENTS, PROFILE, SHARDS)
 
 DAMAGED = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 """What NumPy raises at a file of arrays that is cut or changed."""
+_TEMPORARY = re.compile(r"\..+[.-][0-9a-f]{32}|.+\.orbax-checkpoint-tmp.*")
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -93,12 +96,22 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
         return
-    with open(temporary, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a part of it would fill a full disk further
+        raise
     temporary.replace(path)
     sync(path.parent)  # the new name itself
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder has such another name, as encoded rows and Orbax's arrays have too while they are
+    written."""
+    return bool(_TEMPORARY.fullmatch(name))
 
 
 def sync(path: epath.PathLike) -> None:
@@ -229,10 +242,14 @@ def _numpy(path: epath.PathLike, read: Callable[[Any], Any]) -> Any:
 
 
 def write_manifest(folder: epath.PathLike, manifest: Mapping[str, Any]) -> None:
-    """Marks a stage's folder as finished; written last. It holds the checksum of every file that is read again, and its
-    own."""
-    files = integrity.of_folder(folder, leave_out=_UNSEALED) if epath.Path(folder).exists() else {}
-    write_json(epath.Path(folder) / MANIFEST, integrity.seal(plain(dict(manifest) | {"files": files})))
+    """Marks a stage's folder as finished; written last, when all else is on disk. It holds the checksum of every file
+    that is read again, and its own."""
+    folder = epath.Path(folder)
+    left = [path.name for path in folder.iterdir() if is_temporary(path.name)] if folder.exists() else []
+    files = integrity.of_folder(folder, leave_out=(*_UNSEALED, *left)) if folder.exists() else {}
+    for name in [] if is_remote(folder) else files:  # what arrays' library writes may still be on its way
+        sync(folder / name)
+    write_json(folder / MANIFEST, integrity.seal(plain(dict(manifest) | {"files": files})))
 
 
 def read_manifest(folder: epath.PathLike) -> dict[str, Any] | None:

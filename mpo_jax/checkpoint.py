@@ -1,29 +1,27 @@
 """Training states and weights enter; folders leave that are whole or not there, and restore onto any mesh.
 
 Arrays go through Orbax, written in the background and marked as complete at the end. All paths go through epath, so
-that gs:// works. The hashes by which artifacts and models are known are made here too.
+that gs:// works. The hash by which settings are known is made here too.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mpo_jax import integrity, sealed
+from mpo_jax import disk, integrity, processes, sealed
 from mpo_jax.artifacts import is_remote
 from mpo_jax.errors import InputError
 from mpo_jax.types import PyTree, TrainState
 
-MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", "merges.txt", "vocab.txt")
-"""What a Hugging Face model folder is made of: weights, settings, tokenizer. Not its README, not other frameworks'."""
-
+_BESIDE = 1 << 20
+"""Bytes that lie beside the arrays of a checkpoint: names, shapes, checksums, and a stage's metrics meanwhile."""
 _VOCAB_LEAVES = (("embed", "embedding"), ("lm_head", "kernel"))
-_BLOCK = 1 << 22
 
 
 class Checkpoints:
@@ -62,10 +60,12 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, extra: dict[str, Any]) -> None:
         """Begins to save; returns as soon as the arrays are copied, so that the next step may donate them.
 
-        extra: a JSON value: the best so far, the data's position. Raises ValueError for a step not after the latest.
+        extra: a JSON value: the best so far, the data's position. Raises ValueError for a step not after the latest;
+        InputError where the file system has no room for the state. Those before are kept until it is complete.
         """
         self.wait()  # a state may name a best: that best must be on disk before it
         self._prune_best()
+        _check_room(self._name, state, f"the checkpoint of step {step}")
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(_without_keys(state)), extra=ocp.args.JsonSave(integrity.seal(extra))
         )
@@ -93,6 +93,7 @@ class Checkpoints:
         # A step taken again after a resume replaces its best.
         if step in self._best.all_steps():
             self._best.delete(step)
+        _check_room(self._name, params, f"the best weights, of step {step},")
         self._best.save(step, args=ocp.args.Composite(params=ocp.args.PyTreeSave(params)), force=True)
 
     def restore_best(self, step: int, like: PyTree) -> PyTree:
@@ -101,6 +102,10 @@ class Checkpoints:
         again = f"delete the folder {epath.Path(self._name).name}, and the same command trains again"
         self._check(self._best, step, like, "params", again)
         return self._best.restore(step, args=ocp.args.Composite(params=_restore_args(like))).params
+
+    def check_room(self, state: PyTree) -> None:
+        """InputError where the file system has no room for a state (arrays or their shapes) beside those there are."""
+        _check_room(self._name, state, "a checkpoint")
 
     def check(self) -> None:
         """Raises what a save in the background met, without waiting: cheap enough for every step."""
@@ -167,7 +172,9 @@ def _manager(folder: epath.Path, keep: int | None, arrays: str) -> ocp.Checkpoin
 
 
 def save_weights(folder: epath.PathLike, weights: PyTree) -> None:
-    """Writes weights to a folder of their own, complete on return; weights that were there are replaced."""
+    """Writes weights to a folder of their own, complete on return; weights that were there are replaced. InputError
+    where they have no room."""
+    _check_room(folder, weights, "its weights")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(_absolute(folder), args=ocp.args.PyTreeSave(weights), force=True)
 
@@ -183,6 +190,12 @@ def restore_weights(folder: epath.PathLike, like: PyTree) -> PyTree:
     _check_shapes(place, like)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(place, args=_restore_args(like))
+
+
+def _check_room(folder: epath.PathLike, tree: PyTree, what: str) -> None:
+    """As process 0 sees it: all processes write to one file system, the arrays' parts together."""
+    size = _BESIDE + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_without_keys(tree)))
+    processes.first(functools.partial(disk.check_room, folder, size, what))
 
 
 def _absolute(folder: epath.PathLike) -> epath.Path:
@@ -254,47 +267,9 @@ def _with_keys(found: PyTree, like: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-# Hashes -------------------------------------------------------------------------------------------------------------
+# Hash ---------------------------------------------------------------------------------------------------------------
 
 
 def hash_settings(value: Any) -> str:
     """A stable hash of a JSON-able value: 32 hex digits. The order of keys does not matter; tuples are lists."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def fingerprint_files(path: epath.PathLike) -> str:
-    """A hash of a file's content, or of the names and contents of all files beneath a folder."""
-    return _fingerprint(_files(epath.Path(path)))
-
-
-def fingerprint_weights_folder(path: epath.PathLike) -> str:
-    """A hash of what a Hugging Face model folder says and computes: its `MODEL_FILES`, by name and content.
-
-    A README, a download's cache or another framework's weights in the folder don't count. InputError where there is
-    nothing to hash.
-    """
-    files = [(name, file) for name, file in _files(epath.Path(path)) if name.endswith(MODEL_FILES) and "/." not in name]
-    if not files:
-        raise InputError(f"{path}: no model files ({', '.join(MODEL_FILES)}); expected a Hugging Face model folder")
-    return _fingerprint(files)
-
-
-def _fingerprint(files) -> str:
-    state = hashlib.blake2b(digest_size=16)
-    for name, file in sorted(files, key=lambda entry: entry[0]):
-        # Name and digest, each ended: no two folders give the same stream of bytes.
-        content = hashlib.blake2b(digest_size=32)
-        with file.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                content.update(block)
-        state.update(name.encode() + b"\0" + content.digest())
-    return state.hexdigest()
-
-
-def _files(path: epath.Path, prefix: str = "") -> Iterator[tuple[str, epath.Path]]:
-    """(name, file) of a file ("" its name: renaming changes nothing), or of all beneath a folder ("/a/b")."""
-    if not path.is_dir():
-        yield prefix, path
-        return
-    for child in path.iterdir():
-        yield from _files(child, f"{prefix}/{child.name}")

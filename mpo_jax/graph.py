@@ -6,12 +6,12 @@ WORKDIR/NAME-KEY, so that a changed stage never meets the artifact of the old on
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from mpo_jax import checkpoint, settings
+from mpo_jax import checkpoint, fingerprints, processes, settings
 from mpo_jax.artifacts import BASE, DATA, PARTS, POLICY
 from mpo_jax.data import sources as data_sources
 from mpo_jax.data import template
@@ -61,40 +61,48 @@ def resolve(run: Run, workdir: epath.Path, shared: str | None = None) -> dict[st
 
     InputError for a cycle, an unknown input, a wrong type."""
     inputs = connections(run)
+    keys = dict.fromkeys(inputs, (UNKNOWN, UNKNOWN))
+    if shared != UNKNOWN:
+        keys = processes.told(lambda: _keys(run, inputs), "model and data hashed")
+    return {
+        name: Node(name, run.stages[name], inputs[name], key, workdir / f"{name}-{key}", common)
+        for name, (key, common) in keys.items()
+    }
+
+
+def _keys(run: Run, inputs: Mapping[str, Inputs]) -> dict[str, tuple[str, str]]:
+    """The key of every stage, and the hash of what it reads beside its inputs."""
+    base = fingerprints.of_model(hf.resolve(run.model.path))
     hashes: dict[tuple[str, ...], str] = {}
-    nodes: dict[str, Node] = {}
+    found: dict[str, tuple[str, str]] = {}
     for name, above in inputs.items():
         stage = run.stages[name]
-        key, read = UNKNOWN, tuple(sources_of(stage)) or ("",)
-        if shared is None and read not in hashes:
-            hashes[read] = shared_hash(run, read)
-        common = shared or hashes[read]
-        if common != UNKNOWN:
-            content = {key: _content(name, key, value) for key, value in settings.content(stage).items()}
-            content |= _scorers(name, stage)
-            keys = {
-                role: [[nodes[source].key if source != BASE else BASE, part] for source, part in sources]
-                for role, sources in above.items()
-            }
-            parts = {"format": FORMAT, "settings": content, "inputs": keys, "shared": common}
-            if plugged := kinds.plugged(stage):
-                parts["plugins"] = plugged
-            key = checkpoint.hash_settings(parts)[:12]
-        nodes[name] = Node(name, stage, above, key, workdir / f"{name}-{key}", common)
-    return nodes
+        read = tuple(sources_of(stage)) or ("",)
+        if read not in hashes:
+            hashes[read] = _shared(run, base, read)
+        content = {key: _content(name, key, value) for key, value in settings.content(stage).items()}
+        content |= _scorers(name, stage)
+        keys = {
+            role: [[found[source][0] if source != BASE else BASE, part] for source, part in sources]
+            for role, sources in above.items()
+        }
+        parts = {"format": FORMAT, "settings": content, "inputs": keys, "shared": hashes[read]}
+        if plugged := kinds.plugged(stage):
+            parts["plugins"] = plugged
+        found[name] = checkpoint.hash_settings(parts)[:12], hashes[read]
+    return found
 
 
-def shared_hash(run: Run, read: Iterable[str] = ("",)) -> str:
-    """Of what a stage reads beside its inputs: seed, model and data settings, and the contents of the model and of the
-    sources that it names ("" is the run's own data). Other sources don't enter it."""
-    read = list(read)
+def _shared(run: Run, base: str, read: Sequence[str]) -> str:
+    """The hash of what a stage reads beside its inputs: seed, model and data settings, and the contents of the model,
+    whose hash is `base`, and of the sources that it names ("" is the run's own data). Other sources don't enter it."""
     lengths = {name: value for name, value in _reading(run.data).items() if name != "sources"}
     own = lengths if "" in read else {name: lengths[name] for name in lengths if name not in Source.model_fields}
     kept = {
         "seed": run.seed,
         "model": settings.content(run.model),
         "data": own,
-        "base": checkpoint.fingerprint_weights_folder(hf.resolve(run.model.path)),
+        "base": base,
     }
     if "" in read:
         kept["content"] = _fingerprint("", run.data) if run.data.path else ""

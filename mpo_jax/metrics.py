@@ -42,7 +42,8 @@ class MetricsWriter:
         self._waiting: tuple[int, Mapping[str, Any]] | None = None
         self.last: tuple[int, dict[str, float]] | None = None
         self._lines: _Lines | None = None
-        self._events = self._wandb = None
+        self._events: _Events | None = None
+        self._wandb = None
         self._clock: tuple[int, float] | None = None
         self._work: progress.Work | None = None
         self._stack = contextlib.ExitStack()
@@ -53,13 +54,7 @@ class MetricsWriter:
         cut_to(self._folder, start)
         self._lines = _Lines(self._folder / METRICS)
         if not is_remote(self._folder):
-            from tensorboardX import SummaryWriter
-
-            # Readers drop the events at and after purge_step that stand in older files. A file is named by its second:
-            # without a suffix, a quick restart would write over the file before.
-            self._events = SummaryWriter(
-                str(self._folder / artifacts.EVENTS), purge_step=start + 1, filename_suffix=f".{uuid.uuid4().hex[:8]}"
-            )
+            self._events = _Events(self._folder / artifacts.EVENTS, start)
         if total:
             self._work = self._stack.enter_context(progress.work("train", total, start))
 
@@ -81,6 +76,8 @@ class MetricsWriter:
             self._put(*before)
         if self._lines is not None:
             self._lines.sync()
+        if self._events is not None:
+            self._events.flush()
 
     def close(self) -> None:
         """Writes the last step and closes; a second call does nothing."""
@@ -104,12 +101,13 @@ class MetricsWriter:
         lines, self._lines = self._lines, None
         if lines is None:
             return
-        self._stack.close()
-        lines.close()
-        if self._events is not None:
-            self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        events, self._events = self._events, None
+        with self._stack as stack:  # each is closed, whatever another meets
+            if self._wandb is not None:
+                stack.callback(self._wandb.finish)
+            if events is not None:
+                stack.callback(events.close)
+            stack.callback(lines.close)
 
     def _put(self, step: int, values: Mapping[str, Any], is_step: bool = True) -> None:
         read = jax.device_get(dict(values))  # all at once; it sorts the names
@@ -122,8 +120,7 @@ class MetricsWriter:
         shown = {name: value if math.isfinite(value) else str(value) for name, value in found.items()}
         self._lines.append(json.dumps({"step": step} | shown))
         if self._events is not None:
-            for name, value in found.items():
-                self._events.add_scalar(name, value, step)
+            self._events.append(step, found)
         if self._wandb is not None:
             self._wandb.log(found, step=step)
         if is_step:
@@ -172,6 +169,38 @@ class _Lines:
         self.sync()
         if self._file is not None:
             self._file.close()
+
+
+class _Events:
+    """TensorBoard's events, written where they are handed over: the library's own writer does that in a thread, which a
+    full disk ends, and then waits for it for ever."""
+
+    def __init__(self, folder: epath.Path, start: int):
+        # Here, since importing it takes a second, which a start that trains nothing need not wait for.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        # A file is named by its second: without a suffix, a quick restart would write over the file before.
+        self._writer = EventsWriter(str(folder / "events"), f".{uuid.uuid4().hex[:8]}")
+        # Readers drop the events at and after this step that stand in older files.
+        self._write(step=start + 1, file_version="brain.Event:2")
+        self._write(step=start + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def append(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            scalar = self._summary.Value(tag=name, simple_value=value)
+            self._write(step=step, summary=self._summary(value=[scalar]))
+
+    def _write(self, **fields: Any) -> None:
+        self._writer.write_event(self._event(wall_time=time.time(), **fields))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def cut_to(folder: epath.PathLike, step: int) -> None:

@@ -18,7 +18,20 @@ import jax
 from etils import epath
 
 import mpo_jax
-from mpo_jax import artifacts, eta, graph, heading, locks, metrics, processes, profiling, progress, settings, stopping
+from mpo_jax import (
+    artifacts,
+    disk,
+    eta,
+    graph,
+    heading,
+    locks,
+    metrics,
+    processes,
+    profiling,
+    progress,
+    settings,
+    stopping,
+)  # fmt: skip
 from mpo_jax.artifacts import BASE
 from mpo_jax.errors import InputError, Stopped
 from mpo_jax.evaluation import report
@@ -26,7 +39,7 @@ from mpo_jax.graph import Inputs, Node
 from mpo_jax.models import hf
 from mpo_jax.models.presets import Preset
 from mpo_jax.run import Run, as_json, sources_of
-from mpo_jax.stages import corpus, kinds, shards
+from mpo_jax.stages import corpus, kinds
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.base import Training
 from mpo_jax.stages.job import Job
@@ -105,7 +118,7 @@ def run(
     profile: steps of a stage of which a device trace is written. wait: for a stage that another run is at work on,
     rather than to raise InputError."""
     metrics.compiles()  # from here on progress is told of them
-    with progress.shown(jobs.is_first()):
+    with progress.shown(jobs.is_first()), disk.full_disk_told(workdir):
         return _run(config, workdir, mesh, only, profile, wait)
 
 
@@ -121,12 +134,15 @@ def _run(
     if profile is not None and profile.stage not in waiting:
         expected = f"expected one of {', '.join(waiting)}" if waiting else "nothing is left to run"
         raise InputError(f"--profile: stage {profile.stage!r} will not run; {expected}")
-    read = dict.fromkeys(source for name in waiting for source in sources_of(config.stages[name]))
-    processes.first(functools.partial(corpus.check_data, config.data, read))
+    checked = processes.told(
+        functools.partial(_check_data, config, workdir, [nodes[name] for name in waiting]), "data checked"
+    )
     with locks.held(workdir / artifacts.LOCKS / artifacts.STAGES_FILE, "the list of stages", wait=True):
         if jobs.is_first():
             folders = {name: node.folder.name for name, node in nodes.items()}
             artifacts.write_json(workdir / artifacts.STAGES_FILE, folders)
+            if checked != _checked(workdir):
+                artifacts.write_json(workdir / artifacts.CACHE / artifacts.CHECKED, checked)
     if jobs.is_first():
         done = [name for name in order if name not in waiting]
         jobs.say(heading.of_run(config, workdir, mesh, done, waiting, _left(config, workdir, mesh, waiting)))
@@ -164,7 +180,7 @@ def _bring_up(
 
     if state() == DONE:
         jobs.say(f"{place}: done before ({node.folder.name})")
-        shards.remove(node.folder)
+        _drop_states(node.folder)  # what a kill may have left
         return
     with locks.held(workdir / artifacts.LOCKS / f"{node.folder.name}.json", f"stage {node.name}", wait):
         if (found := state()) == DONE:
@@ -187,6 +203,20 @@ def _left(config: Run, workdir: epath.Path, mesh, names: Iterable[str]) -> eta.E
     return eta.of_stages(names, config, eta.measured(workdir), eta.devices(mesh))
 
 
+def _check_data(config: Run, workdir: epath.Path, waiting: Iterable[Node]) -> list[str]:
+    """InputError for what is wrong with the data that stages will read, as far as `corpus.check_data` tells; what was
+    found right under the same settings and contents is not opened. The hashes (`Node.shared`) of all that is right."""
+    before = _checked(workdir)
+    new = [node for node in waiting if sources_of(node.settings) and node.shared not in before]
+    read = dict.fromkeys(source for node in new for source in sources_of(node.settings))
+    corpus.check_data(config.data, read)
+    return list(dict.fromkeys([*before, *(node.shared for node in new)]))
+
+
+def _checked(workdir: epath.Path) -> list[str]:
+    return artifacts.read_json(workdir / artifacts.CACHE / artifacts.CHECKED, default=[])
+
+
 def _report(workdir: epath.Path) -> None:
     """All stages are done: a page that can't be written must not make the run a failed one."""
     try:
@@ -196,14 +226,10 @@ def _report(workdir: epath.Path) -> None:
 
 
 def run_stage(
-    config: Run,
-    workdir: epath.Path,
-    mesh,
-    nodes: Mapping[str, Node],
-    node: Node,
-    resumed: bool,
+    config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node], node: Node, resumed: bool = False
 ) -> None:
-    """Runs one stage and, as the last thing, writes its manifest. resumed: whether a part of it was done before."""
+    """Runs one stage, writes its manifest and, as the last thing, drops what it could have resumed from. resumed:
+    whether a part of it was done before."""
     began = time.perf_counter()
     folders = {name: each.folder for name, each in nodes.items()}
     taken = graph.artifacts(config, node.inputs, node.settings, folders)
@@ -241,8 +267,17 @@ def run_stage(
             "summary": summary,
         }
         artifacts.write_manifest(node.folder, manifest)
-    shards.remove(node.folder)
+    _drop_states(node.folder)
     processes.barrier(f"{node.name} written")
+
+
+def _drop_states(folder: epath.Path) -> None:
+    """Deletes what a stage could have resumed from, the states of a training and the shards of other work: one that is
+    done is read for its weights and tables alone. Its manifest is on disk by now, so that a kill in the midst of this
+    leaves it done."""
+    for name in (artifacts.CHECKPOINTS, artifacts.SHARDS):
+        if jobs.is_first() and (folder / name).exists():
+            (folder / name).rmtree()
 
 
 def _version(package: str) -> str:

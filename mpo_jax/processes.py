@@ -4,6 +4,7 @@ Waiting has an end: where a process has died or hangs, the others stop with an e
 """
 
 import itertools
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -77,11 +78,15 @@ def from_first(work: Callable[[], np.ndarray], shape: tuple[int, ...], what: str
     return np.asarray(multihost_utils.broadcast_one_to_all(found[0] if found else np.zeros(shape, np.float32)))
 
 
-def told_by_first(work: Callable[[], bytes]) -> bytes:
-    """What some work gives on process 0, which does it alone, on every process. As in `first`, all raise InputError
-    where it does."""
+def told(work: Callable[[], Any], what: str) -> Any:
+    """The JSON value that some work gives on process 0, which does it alone, on every process; see `from_first`."""
+    return json.loads(told_by_first(lambda: json.dumps(work()).encode(), what))
+
+
+def told_by_first(work: Callable[[], bytes], what: str = "") -> bytes:
+    """What some work gives on process 0, which does it alone, on every process; see `first`."""
     found: list[bytes] = []
-    first(lambda: found.append(work()))
+    first(lambda: found.append(work()), what)
     if jax.process_count() == 1:
         return found[0]
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(found[0]) if found else 0)))

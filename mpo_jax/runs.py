@@ -1,6 +1,7 @@
 """Folders of runs enter; their stages leave, with their state and main figures, and what differs between two runs.
 
-`mpo runs WORKDIR [WORKDIR ...]`, or `python -m mpo_jax.runs --runs=WORKDIR,WORKDIR`.
+`mpo runs WORKDIR [WORKDIR ...]`, or `python -m mpo_jax.runs --runs=WORKDIR,WORKDIR`. With `--prune`: what of each
+folder no stage of its present graph needs, with sizes; `--prune --yes` deletes it.
 """
 
 import datetime
@@ -11,7 +12,7 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from mpo_jax import artifacts, command
+from mpo_jax import artifacts, command, disk
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.stages import kinds
@@ -19,6 +20,8 @@ from mpo_jax.stages import kinds
 
 def define() -> None:
     flags.DEFINE_list("runs", [], "The runs' folders; may stand without the flag's name, one after the other.")
+    flags.DEFINE_bool("prune", False, "Show what the present graphs of the runs do not need, and its size.")
+    flags.DEFINE_bool("yes", False, "With --prune: delete it.")
 
 
 def work() -> None:
@@ -26,11 +29,30 @@ def work() -> None:
     for folder in folders:
         if not (folder / artifacts.STAGES_FILE).exists():
             raise InputError(f"--runs: {folder} holds no {artifacts.STAGES_FILE}; expected the --workdir of a run")
+    if flags.FLAGS.yes and not flags.FLAGS.prune:
+        raise InputError("--yes: goes with --prune alone")
+    if flags.FLAGS.prune:
+        for folder in folders:
+            print(f"{folder}\n{prune(folder, flags.FLAGS.yes)}")
+        return
     for folder in folders:
         print(f"{folder}\n{listing(folder)}")
     for first, second in itertools.combinations(folders, 2):
         print(f"settings that differ: {first} | {second}")
         print("\n".join(f"  {line}" for line in differences(settings_of(first), settings_of(second))) or "  none")
+
+
+def prune(workdir: epath.Path, delete: bool = False) -> str:
+    """A line for everything that no stage of a run's present graph needs, the largest first, and their sum. delete: it
+    is gone when this returns."""
+    found = sorted(disk.spare(workdir), key=lambda each: -each.size)
+    if delete:
+        for each in found:
+            disk.free(each)
+    lines = [f"  {disk.told(each.size):>11}  {each.path.relative_to(workdir)}  {each.why}" for each in found]
+    end = "freed" if delete else "to free: the same command with --yes deletes this"
+    total = disk.told(sum(each.size for each in found))
+    return "\n".join([*lines, f"  {total:>11}  {end}"]) if found else "  nothing to free"
 
 
 def listing(workdir: epath.Path) -> str:

@@ -1,6 +1,5 @@
 """Checkpoints: equal bits on other meshes, other vocabulary padding, a process killed while it saves, hashes, JSON."""
 
-import json
 import os
 import signal
 import subprocess
@@ -402,36 +401,6 @@ def test_hash_settings():
     assert known == "c5080738c0bea988da93aa8456cbaeba", "a changed hash makes every finished stage run again"
     with pytest.raises(TypeError):
         checkpoint.hash_settings({"a": object()})
-
-
-def model_folder(path: Path, **changed: str) -> Path:
-    files = {"config.json": "{}", "model.safetensors": "abc", "tokenizer.json": "{}", "merges.txt": "a b"} | changed
-    for name, text in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_text(text)
-    return path
-
-
-def test_fingerprint_of_a_model_folder(tmp_path):
-    first = checkpoint.fingerprint_weights_folder(model_folder(tmp_path / "a"))
-    assert checkpoint.fingerprint_weights_folder(model_folder(tmp_path / "b")) == first
-    unread = {"README.md": "new", "pytorch_model.bin": "x", ".cache/download.json": "{}"}
-    assert checkpoint.fingerprint_weights_folder(model_folder(tmp_path / "c", **unread)) == first
-    for name in ("config.json", "model.safetensors", "merges.txt"):
-        folder = model_folder(tmp_path / name, **{name: json.dumps("other")})
-        assert checkpoint.fingerprint_weights_folder(folder) != first, name
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no model files"):
-        checkpoint.fingerprint_weights_folder(tmp_path / "empty")
-
-
-def test_fingerprint_of_files(tmp_path):
-    (tmp_path / "one.jsonl").write_text("x")
-    (tmp_path / "two.jsonl").write_text("x")
-    assert checkpoint.fingerprint_files(tmp_path / "one.jsonl") == checkpoint.fingerprint_files(tmp_path / "two.jsonl")
-    before = checkpoint.fingerprint_files(tmp_path)
-    (tmp_path / "two.jsonl").rename(tmp_path / "three.jsonl")
-    assert checkpoint.fingerprint_files(tmp_path) != before
 
 
 def test_relative_folders(saved, tmp_path, monkeypatch):

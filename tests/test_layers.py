@@ -19,7 +19,7 @@ LAYERS = [
     {"models"},
     {"scoring"},
     {"sampling"},
-    {"checkpoint", "sealed"},
+    {"checkpoint", "sealed", "fingerprints", "disk"},
     {"data"},
     {"scorers"},
     {"run"},

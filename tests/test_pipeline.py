@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 
 import pytest
 from etils import epath
@@ -19,6 +20,7 @@ class Run:
     config: object
     workdir: epath.Path
     ran: list
+    leaves: Callable[[epath.Path], None] = lambda folder: None
 
     def __call__(self, *only):
         self.ran.clear()
@@ -59,8 +61,11 @@ def run(tmp_path, stories, monkeypatch):
     # Stages that are made up leave nothing to report on; tests/evaluation/test_report.py has a page of its own.
     monkeypatch.setattr(pipeline.report, "write", lambda workdir, shown: workdir / "report.html")
 
+    made = Run(config, epath.Path(tmp_path / "run"), ran)
+
     def stage(job):
         ran.append(job.name)
+        made.leaves(job.folder)
         if getattr(job.settings, "beta", 0) == 13:
             raise KeyboardInterrupt
         if getattr(job.settings, "beta", 0) == 14:
@@ -71,7 +76,77 @@ def run(tmp_path, stories, monkeypatch):
 
     for name, kind in kinds.KINDS.items():
         monkeypatch.setitem(kinds.KINDS, name, dataclasses.replace(kind, run=stage, check=lambda job: None))
-    return Run(config, epath.Path(tmp_path / "run"), ran)
+    return made
+
+
+def states(run, name):
+    """Files of the states that a stage could resume from."""
+    return sorted(path.name for path in (run.folder(name) / artifacts.CHECKPOINTS).glob("*/*/*"))
+
+
+def leave_states(folder):
+    for step in ("last/1", "last/2", "best/1"):
+        artifacts.write_bytes(folder / artifacts.CHECKPOINTS / step / "array", b"moments")
+
+
+def test_a_finished_stage_drops_its_states(run):
+    run.leaves = leave_states
+    assert run("sft") == ["sft"]
+    assert not (run.folder("sft") / artifacts.CHECKPOINTS).exists()
+    assert (run.folder("sft") / "result.txt").exists()
+    run.leaves = lambda folder: None
+    leave_states(run.folder("sft"))  # as a version left them that kept them
+    assert run() == ["reward", "split", "dpo"]
+    assert states(run, "sft") == []
+
+
+@pytest.mark.parametrize("at", ["write_manifest", "rmtree"])
+def test_a_kill_about_the_end_of_a_stage_loses_nothing(run, monkeypatch, at):
+    """Before the manifest the states are all there; between it and the last deleted file, the stage is done."""
+    run.leaves = leave_states
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        where = artifacts if at == "write_manifest" else type(run.workdir)
+        patched.setattr(where, at, killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("sft")
+    assert states(run, "sft") == ["array"] * 3
+    assert run("sft") == (["sft"] if at == "write_manifest" else [])
+    assert run.states()["sft"] == "done"
+    assert not (run.folder("sft") / artifacts.CHECKPOINTS).exists()
+
+
+def test_data_that_was_found_right_is_not_opened_again(run, monkeypatch):
+    opened = []
+    check = pipeline.corpus.check_data
+    monkeypatch.setattr(
+        pipeline.corpus, "check_data", lambda data, names: opened.append(list(names)) or check(data, names)
+    )
+
+    def again():
+        opened.clear()
+        run()
+        return [names for names in opened if names]
+
+    run.config.stages.dpo.beta = 13.0
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    with pytest.raises(KeyboardInterrupt):
+        again()  # dpo is still to be done
+    assert [names for names in opened if names] == []
+    run.config.stages.dpo.beta = 0.5
+    assert again() == []
+    run.config.data.max_length = 400  # other settings of the data
+    assert again() == [[""]]
+    epath.Path(run.config.data.path).write_text('{"prompt": "a", "chosen": "b", "worse": "c"}\n')
+    with pytest.raises(InputError, match="worse"):
+        again()
+    assert run.folder("sft").name not in [path.name for path in run.workdir.iterdir()]
+    with pytest.raises(InputError, match="worse"):
+        again()
 
 
 def test_finished_stages_are_skipped(run):

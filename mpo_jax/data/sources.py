@@ -11,8 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from mpo_jax import progress
-from mpo_jax.checkpoint import fingerprint_files
+from mpo_jax import fingerprints, progress
 from mpo_jax.data import suggest, template
 from mpo_jax.data.account import Account
 from mpo_jax.data.chat import messages
@@ -239,7 +238,7 @@ def fingerprint(path: str) -> str:
         try:
             if place.exists():
                 _check_beneath(place)
-                return fingerprint_files(place)
+                return fingerprints.of_files(place)
         except (OSError, ValueError) as error:
             raise error if isinstance(error, InputError) else unreadable(path, error) from error
     state = hashlib.blake2b(digest_size=16)

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError, core_schema
 
-from mpo_jax import checkpoint
+from mpo_jax import fingerprints
 from mpo_jax.errors import InputError
 from mpo_jax.models import hf
 from mpo_jax.scorers import sentiment
@@ -156,7 +156,7 @@ def identities(section: Section) -> dict[str, Any]:
 def identity(name: str) -> str:
     """What a scorer is known by, in keys of stages and of kept scores. A server is known by its address alone."""
     if name.startswith(HF):
-        return f"{HF}{checkpoint.fingerprint_weights_folder(hf.resolve(name.removeprefix(HF)))}"
+        return f"{HF}{fingerprints.of_model(hf.resolve(name.removeprefix(HF)))}"
     if name.startswith(PYTHON):
         return f"{name} {hashlib.blake2b(source(name).read_bytes(), digest_size=16).hexdigest()}"
     return name

@@ -322,6 +322,7 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
     _release((training.params, arrays), training.frozen)
     start = int(state.step)
     profiling.check(start, steps)
+    checkpoints.check_room(state)  # not first told where hours are to be saved
     jobs.say(epochs(steps, loader.batch_size, len(loader.encoded)))
     eval_every = settings.eval_every or max(1, steps // 10)
     save_every = settings.save_every or max(1, steps // 10)

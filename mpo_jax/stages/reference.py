@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mpo_jax import artifacts, checkpoint, processes, progress
+from mpo_jax import artifacts, checkpoint, fingerprints, processes, progress
 from mpo_jax.artifacts import BASE
 from mpo_jax.data import encode
 from mpo_jax.data.encode import Encoded
@@ -56,7 +56,7 @@ def _identity(job: Job) -> list[str]:
     """What the reference's weights are: the base model's content, or a stage's key and which making of it."""
     artifact = job.inputs["reference"]
     if artifact.name == BASE:
-        return [checkpoint.fingerprint_weights_folder(hf.resolve(job.config.model.path))]
+        return [processes.told(lambda: fingerprints.of_model(hf.resolve(job.config.model.path)), "base model hashed")]
     return jobs.making(artifact)
 
 

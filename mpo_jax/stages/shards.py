@@ -65,12 +65,6 @@ def loaded(weights: Any) -> Callable[[], Any]:
     return functools.cache(weights) if callable(weights) else lambda: weights
 
 
-def remove(folder: epath.Path) -> None:
-    """Deletes a finished stage's shards."""
-    if jobs.is_first() and (folder / artifacts.SHARDS).exists():
-        (folder / artifacts.SHARDS).rmtree()
-
-
 def _name(job: Job, loader: Loader, of: Sequence[Any]) -> str:
     """A stage's folder belongs to one set of its settings, its inputs and their makings, but not to how it computes:
     the batches, the types of numbers."""

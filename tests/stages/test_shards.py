@@ -11,7 +11,7 @@ from etils import epath
 
 from mpo_jax import artifacts, stopping
 from mpo_jax.errors import Stopped
-from mpo_jax.stages import candidates, evaluate, rows, shards
+from mpo_jax.stages import candidates, evaluate, rows
 from mpo_jax.stages import job as jobs
 from tests.stages.test_evaluate import evaluation
 
@@ -163,10 +163,3 @@ def test_shards_are_written_by_time_and_what_is_left_in_the_end(sampled, made, t
     assert batches(tmp_path) == ["00000000-00000002.npz"]
     sampled(tmp_path)
     assert len(batches(tmp_path)) == 2
-
-
-def test_a_finished_stage_has_no_shards(sampled, tmp_path):
-    sampled(tmp_path)
-    shards.remove(epath.Path(tmp_path))
-    assert not (tmp_path / artifacts.SHARDS).exists()
-    shards.remove(epath.Path(tmp_path))
