@@ -59,7 +59,7 @@ def start(
     except ImportError as error:
         if "gcsfs" not in str(error):
             raise
-        _fail("gs:// needs gcsfs, which is not installed: pip install gcsfs")
+        _fail('gs:// needs gcsfs, which is not installed: pip install "mpo_jax[gcs]"')
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except KeyboardInterrupt:

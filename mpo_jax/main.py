@@ -25,7 +25,7 @@ from mpo_jax.artifacts import COMPILED
 from mpo_jax.data import parts
 from mpo_jax.data.reading import of_source
 from mpo_jax.errors import InputError
-from mpo_jax.models import hf, presets
+from mpo_jax.models import hub, presets
 from mpo_jax.run import Run
 from mpo_jax.stages import kinds
 
@@ -66,7 +66,7 @@ def dry_run(config: Run, workdir: epath.Path, only: list[str]) -> str:
     """Checks everything; the graph with the state of every stage. Neither weights nor data need be at hand: then keys
     are unknown. Nothing is downloaded, and nothing is written."""
     try:
-        here = hf.at_hand(config.model.path)
+        here = hub.at_hand(config.model.path)
     except InputError as error:
         raise InputError(f"model.path: {error}") from None
     known = here

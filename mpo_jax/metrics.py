@@ -19,9 +19,10 @@ from etils import epath
 from tqdm import tqdm
 
 from mpo_jax import artifacts
-from mpo_jax.artifacts import METRICS, is_remote
+from mpo_jax.artifacts import METRICS
 from mpo_jax.errors import InputError
 from mpo_jax.lines import split_lines
+from mpo_jax.store import is_remote
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _REMOTE_SECONDS = 60  # an object store can't append: there the whole file is written again, this often

@@ -18,14 +18,15 @@ import jax
 from etils import epath
 
 import mpo_jax
-from mpo_jax import artifacts, graph, processes, settings
+from mpo_jax import artifacts, graph, processes, settings, store
 from mpo_jax.artifacts import BASE
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import report
 from mpo_jax.graph import Inputs, Node
-from mpo_jax.models import hf
+from mpo_jax.models import hf, hub
 from mpo_jax.models.presets import Preset
 from mpo_jax.run import Run, as_json, sources_of
+from mpo_jax.scorers import names
 from mpo_jax.stages import corpus, kinds
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Job
@@ -53,9 +54,7 @@ def check(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = (), pres
     """
     inputs = graph.connections(config)
     wanted = graph.needed(inputs, only)
-    if any(kinds.of(config.stages[name]).mapped for name in wanted):
-        jobs.local(workdir)
-    if not artifacts.is_remote(workdir) and workdir.exists() and not workdir.is_dir():
+    if not store.is_remote(workdir) and workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir: {workdir} is no folder; expected one, or a name that is not taken")
     if preset is None:
         try:
@@ -93,6 +92,8 @@ def plan_jobs(
 
 def run(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dict[str, Node]:
     """Runs every stage that is not done (or those of `only`, with what they need), in order."""
+    for model in _models(config):
+        hub.pin(model)
     wanted = check(config, workdir, mesh, only)
     nodes = graph.resolve(config, workdir)
     waiting = [name for name, status in statuses(config, nodes).items() if name in wanted and status.state != DONE]
@@ -118,6 +119,13 @@ def run(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = ()) -> dic
     if jobs.is_first():
         _report(workdir)
     return nodes
+
+
+def _models(config: Run) -> list[str]:
+    """What the run loads of models: its base, and those that score."""
+    named = [names.terms(value) for stage in config.stages.values() for value in names.settings_of(stage).values()]
+    scorers = {name.removeprefix(names.HF) for terms in named for name in terms if name.startswith(names.HF)}
+    return [config.model.path, *sorted(scorers)]
 
 
 def _report(workdir: epath.Path) -> None:
@@ -236,7 +244,7 @@ def _never_begun(config: Run, nodes: Mapping[str, Node], node: Node) -> Status:
     others = [path for path in beside if (path / artifacts.INPUTS).exists()]
     if not others:
         return Status(MISSING, "never run")
-    last = max(others, key=lambda path: path.stat().mtime)
+    last = max(others, key=lambda path: (path / artifacts.INPUTS).stat().mtime)  # a folder of gs:// has no time
     before = artifacts.read_json(last / artifacts.CONFIG, default={})
     changed = differences(before.get("stages", {}).get(node.name, {}), config.stages[node.name])
     for part in ("model", "data"):
@@ -284,12 +292,11 @@ def _remade(begun: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
 
 
 def _set_aside(node: Node, workdir: epath.Path) -> None:
-    """Moves what an earlier making left under the same key, so that nothing is overwritten."""
+    """Moves what an earlier making left under the same key, so that nothing is overwritten. What it was made from goes
+    last: until then the stage is known to be stale."""
     if node.folder.exists() and jobs.is_first():
-        aside = workdir / artifacts.SET_ASIDE
-        aside.mkdir(parents=True, exist_ok=True)
-        target = aside / f"{node.folder.name}-{uuid.uuid4().hex[:8]}"
-        node.folder.rename(target)
+        target = workdir / artifacts.SET_ASIDE / f"{node.folder.name}-{uuid.uuid4().hex[:8]}"
+        store.move(node.folder, target, last=artifacts.INPUTS)
         jobs.say(f"{node.name}: the earlier artifact now lies in {target}")
     processes.barrier(f"{node.name} set aside")
 

@@ -71,6 +71,19 @@ def from_first(work: Callable[[], np.ndarray], shape: tuple[int, ...], what: str
     return np.asarray(multihost_utils.broadcast_one_to_all(found[0] if found else np.zeros(shape, np.float32)))
 
 
+def text_from_first(work: Callable[[], str], what: str) -> str:
+    """`from_first` of a text of at most 200 bytes."""
+    found: list[str] = []
+    first(lambda: found.append(work()), what)
+    if jax.process_count() == 1:
+        return found[0]
+    held = np.zeros(_LONGEST, np.uint8)
+    content = "".join(found).encode()
+    held[: len(content)] = np.frombuffer(content, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(held)).astype(np.uint8).tobytes().rstrip(b"\0").decode()
+
+
+_LONGEST = 200
 _asked = itertools.count()
 """Steps at which the processes of a run agreed on; it never falls, as a stage's own step does at the next stage."""
 

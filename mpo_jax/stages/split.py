@@ -365,5 +365,4 @@ STAGE = Stage(
     check=check,
     rows=rows_of_share,
     shown=Shown(figures=("threshold", "counts.*", "agreement"), part="splits", make=sections.split),
-    mapped=True,
 )
