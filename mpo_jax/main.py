@@ -32,7 +32,7 @@ from mpo_jax.stages import kinds
 
 def define() -> None:
     config_flags.DEFINE_config_file("config", None, "A config file or the name of a shipped one: tldr, tldr:debug.")
-    flags.DEFINE_string("workdir", None, "The run's folder.")
+    flags.DEFINE_string("workdir", None, "The run's folder, or a gs:// address.")
     flags.DEFINE_list("stages", [], "Run these stages and what they rest on; empty: all.")
     flags.DEFINE_bool("dry_run", False, "Print the graph with the state of every stage, and run nothing.")
     flags.DEFINE_string("coordinator", None, "host:port of process 0, where the platform does not tell.")

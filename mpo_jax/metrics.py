@@ -18,7 +18,7 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from mpo_jax import artifacts
+from mpo_jax import artifacts, store
 from mpo_jax.artifacts import METRICS
 from mpo_jax.errors import InputError
 from mpo_jax.lines import split_lines
@@ -246,4 +246,6 @@ def _start_wandb(folder: epath.Path):
     path = folder / artifacts.WANDB_ID
     if not path.exists():
         artifacts.write_text(path, uuid.uuid4().hex)
-    return wandb.init(project="mpo_jax", dir=str(folder), name=folder.name, id=path.read_text(), resume="allow")
+    return wandb.init(
+        project="mpo_jax", dir=str(store.local(folder)), name=folder.name, id=path.read_text(), resume="allow"
+    )

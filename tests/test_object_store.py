@@ -1,6 +1,7 @@
 """Whole graphs with their workdir in an object store, and on a file system that renames no folders: the same numbers as
 on a local disk, bit by bit, after kills too."""
 
+import contextlib
 import json
 import random
 import shutil
@@ -59,7 +60,8 @@ def small(stories: Path, folder: Path):
     data = folder / "rows.jsonl"
     small_graph.write_rows(data)
     config = small_graph.get_config()
-    del config.stages["mpo"]
+    del config.stages["mpo"], config.stages["pairs"]
+    config.stages.reward.pairs = config.stages.split.pairs = "data"
     for stage in config.stages.values():
         few = {"steps": 4, "eval_every": 2, "save_every": 2}
         stage.update({name: value for name, value in few.items() if name in stage})
@@ -145,18 +147,41 @@ os.rename("folder", "moved") if not os.path.isdir("folder") else print(sorted(os
     assert refused(refusing) == [str(refusing.resolve() / "folder")] * 2
 
 
-def test_a_small_graph_where_no_folder_can_be_renamed(local, refusing):
-    config, expected = local
-    file = refusing.with_name("config.json")
+def started(config, workdir: str | Path, file: Path) -> subprocess.Popen:
+    """A run of a config in a process of its own, compiled as in this one."""
     file.write_text(json.dumps(config.to_dict()))
     code = (
         "import json, sys; from etils import epath; import tests.conftest; from mpo_jax import pipeline, sharding;"
         "from mpo_jax.stages import kinds; config = kinds.read(json.load(open(sys.argv[1])), from_json=True);"
         "pipeline.run(config, epath.Path(sys.argv[2]), sharding.make_mesh(data=8, fsdp=1))"
     )
-    subprocess.run([sys.executable, "-c", code, file, refusing / "run"], cwd=processes.ROOT, check=True, timeout=600)
+    return subprocess.Popen([sys.executable, "-c", code, file, workdir], cwd=processes.ROOT)
+
+
+def test_a_small_graph_where_no_folder_can_be_renamed(local, refusing):
+    config, expected = local
+    assert started(config, refusing / "run", refusing.with_name("config.json")).wait(600) == 0
     assert refused(refusing) == []
     assert_equal(numbers(epath.Path(refusing / "run")), expected)
+
+
+@pytest.mark.slow
+def test_a_small_graph_in_an_object_store_killed_ten_times(local, gcs, tmp_path):
+    config, expected = local
+    draw, killed = random.Random(1), 0
+    for kill in range(10):
+        process = started(config, "gs://bucket/killed", tmp_path / "config.json")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            assert process.wait(draw.uniform(10, 40)) == 0
+        killed += process.poll() is None
+        process.kill()
+        process.wait()
+        print(f"after kill {killed}: {len(gcs.names('killed/'))} objects")
+        if kill % 3 == 2:  # and its host is gone with it
+            shutil.rmtree(store.scratch(), ignore_errors=True)
+    assert killed >= 3
+    assert started(config, "gs://bucket/killed", tmp_path / "config.json").wait(1200) == 0
+    assert_equal(numbers(epath.Path("gs://bucket/killed")), expected)
 
 
 # The whole quickstart: minutes of two cores --------------------------------------------------------------------------
