@@ -87,8 +87,6 @@ def work() -> None:
     if not given.run:
         raise InputError("--run is missing; give the run's folder")
     run = epath.Path(given.run)
-    if artifacts.is_remote(run):
-        raise InputError("--run: judgements lie in SQLite; expected a folder on a file system (mount it)")
     rows = judge.read_replies(replies_of(run, given.evaluation))
     if given.export is not None:
         command.written(given.export, "export")

@@ -1,7 +1,7 @@
 """Every file that a run leaves: its name, its writer, its reader.
 
-What is written is whole or not there (another name, fsync, rename); what is read and can't be is an InputError that
-names the file. All paths go through epath, so that gs:// works. Arrays of weights are `checkpoint`'s.
+What is written is whole or not there (another name, fsync, a file's rename; an object of gs:// is so by itself); what
+is read and can't be is an InputError that names the file. All paths go through epath. Weights are `checkpoint`'s.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from etils import epath
 from mpo_jax import integrity
 from mpo_jax.errors import InputError
 from mpo_jax.lines import split_lines
+from mpo_jax.store import is_remote
 from mpo_jax.types import GapTable
 
 POLICY, REWARD, SAMPLES, PAIRS, REPLIES, VERDICTS = "policy", "reward", "samples", "pairs", "report", "verdicts"
@@ -88,17 +89,22 @@ _TEMPORARY = re.compile(r"\..+[.-][0-9a-f]{32}|.+\.orbax-checkpoint-tmp.*")
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
-    """A file, on disk when this returns, whole or not there: written under another name, then renamed."""
+    """A file, on disk when this returns, whole or not there: see `write_file`."""
+    if is_remote(path):
+        epath.Path(path).write_bytes(content)
+    else:
+        write_file(path, lambda stream: stream.write(content))
+
+
+def write_file(path: epath.PathLike, write: Callable[[IO[bytes]], Any]) -> None:
+    """A file of a file system, on disk when this returns, whole or not there: `write` fills it under another name, then
+    it is renamed."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    if is_remote(path):
-        temporary.write_bytes(content)
-        temporary.replace(path)
-        return
     try:
         with open(temporary, "wb") as stream:
-            stream.write(content)
+            write(stream)
             stream.flush()
             os.fsync(stream.fileno())
     except OSError:
@@ -290,8 +296,3 @@ def finished_stages(workdir: epath.PathLike) -> dict[str, tuple[epath.Path, dict
     """Name -> folder and manifest of a run's finished stages, in the order of its STAGES_FILE."""
     stages = ((name, folder, read_manifest(folder)) for name, folder in stage_folders(workdir).items())
     return {name: (folder, manifest) for name, folder, manifest in stages if manifest is not None}
-
-
-def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path lies in an object store (gs://), where nothing can be memory-mapped or appended to."""
-    return "://" in os.fspath(path)

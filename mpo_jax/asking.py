@@ -1,16 +1,14 @@
 """Things to ask somebody on a network enter; each is asked until it is answered, several at a time, or an error leaves.
 
-When to wait, to try again, to stop, and how answers are kept is decided here, for the judge's endpoint and for scorers.
+When to wait, to try again and to stop is decided here, for the judge's endpoint and for scorers.
 """
 
 import asyncio
 import email.utils
 import random
-import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from mpo_jax import stopping
 from mpo_jax.errors import InputError
@@ -125,20 +123,3 @@ def retry_after(who: str, headers: Mapping[str, str]) -> float | None:
     if seconds > _LONGEST_WAIT:
         raise InputError(f"{who}: the server asks to wait {seconds:,.0f} s; answers so far are kept, run again then")
     return max(seconds, 0.0)
-
-
-class Kept:
-    """An SQLite file of what was answered before. As a context manager, it closes its file."""
-
-    def __init__(self, path: Path, schema: str):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Each statement is its own transaction, on disk when it returns.
-        self._connection = sqlite3.connect(path, isolation_level=None, timeout=60)
-        self._connection.execute("pragma journal_mode = wal")
-        self._connection.executescript(schema)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._connection.close()

@@ -1,7 +1,7 @@
 """Training states and weights enter; folders leave that are whole or not there, and restore onto any mesh.
 
-Arrays go through Orbax, written in the background and marked as complete at the end. All paths go through epath, so
-that gs:// works. The hash by which settings are known is made here too.
+Arrays go through Orbax, written in the background and marked as complete at the end: no folder is renamed, which object
+stores can't. All paths go through epath. The hash by which settings are known is made here too.
 """
 
 import contextlib
@@ -13,14 +13,20 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import options as ocp_options
 
 from mpo_jax import disk, integrity, processes, sealed
-from mpo_jax.artifacts import is_remote
 from mpo_jax.errors import InputError
+from mpo_jax.store import is_remote
 from mpo_jax.types import PyTree, TrainState
 
 _BESIDE = 1 << 20
 """Bytes that lie beside the arrays of a checkpoint: names, shapes, checksums, and a stage's metrics meanwhile."""
+_ATOMIC = ocp_options.AtomicityOptions(ocp_options.AtomicityMode.COMMIT_FILE)
+_MARK = "commit_success.txt"
+"""Orbax's own: the folder is whole."""
+_MARKED = "marked"
+"""Beside the steps: they are whole by their marks. Earlier versions renamed folders instead."""
 _VOCAB_LEAVES = (("embed", "embedding"), ("lm_head", "kernel"))
 
 
@@ -45,6 +51,7 @@ class Checkpoints:
             with contextlib.suppress(Exception):
                 abandoned.close()
         _open[self._name] = self
+        processes.first(functools.partial(_mark_earlier, folder))
         self._last = _manager(folder / "last", keep, "state")
         self._best = _manager(folder / "best", None, "params")
         # A best that no saved state knows of comes from steps that will be taken again.
@@ -162,9 +169,22 @@ class Checkpoints:
 _open: dict[str, Checkpoints] = {}
 
 
+def _mark_earlier(folder: epath.Path) -> None:
+    """Gives steps that an earlier version left the marks that are looked for now: it wrote under another name, so that
+    each was whole when it had its own."""
+    if (folder / _MARKED).exists():
+        return
+    for steps in (folder / "last", folder / "best"):
+        whole = [step for step in steps.iterdir() if step.name.isdigit()] if steps.exists() else []
+        for step in () if is_remote(folder) else whole:  # in object stores it left marks already
+            for place in [*(item for item in step.iterdir() if item.is_dir()), step]:
+                (place / _MARK).write_text("whole since its folder was renamed\n")
+    (folder / _MARKED).write_text("")
+
+
 def _manager(folder: epath.Path, keep: int | None, arrays: str) -> ocp.CheckpointManager:
     """arrays: the item that holds them."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, atomicity_options=_ATOMIC)
     handlers, handler = ocp.handlers.DefaultCheckpointHandlerRegistry(), sealed.Handler()
     for arguments in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
         handlers.add(arrays, arguments, handler)
@@ -175,7 +195,7 @@ def save_weights(folder: epath.PathLike, weights: PyTree) -> None:
     """Writes weights to a folder of their own, complete on return; weights that were there are replaced. InputError
     where they have no room."""
     _check_room(folder, weights, "its weights")
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), atomicity_options=_ATOMIC) as checkpointer:
         checkpointer.save(_absolute(folder), args=ocp.args.PyTreeSave(weights), force=True)
 
 

@@ -59,9 +59,13 @@ def start(
     except ImportError as error:
         if "gcsfs" not in str(error):
             raise
-        _fail("gs:// needs gcsfs, which is not installed: pip install gcsfs")
+        _fail('gs:// needs gcsfs, which is not installed: pip install "mpo_jax[gcs]"')
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except Exception as error:
+        if not type(error).__module__.startswith(("gcsfs.", "google.")):
+            raise
+        _fail(f"gs://: {' '.join(str(error).split())[:300] or type(error).__name__}")
     except KeyboardInterrupt:
         told = "; the same command goes on from what was saved" if resumable else ""
         progress.say(f"stopped{told}", sys.stderr)

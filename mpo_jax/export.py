@@ -6,6 +6,7 @@ classification. --verify reads the folder again and holds its logits or scores a
 """
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from mpo_jax import command, finished
+from mpo_jax import command, finished, store
 from mpo_jax.artifacts import REWARD
 from mpo_jax.data import template
 from mpo_jax.data.prompts import prompt_batch
@@ -31,7 +32,11 @@ _TOLERANCE = 1e-5
 
 def export(stage: epath.PathLike, output: epath.PathLike, adapter: bool = False, verify: bool = False) -> None:
     """Writes the folder; with `verify`, InputError where what is read again computes something else."""
-    target = Path(output).expanduser()
+    target = store.local(output).expanduser()
+    if store.is_remote(output) and epath.Path(output).exists():
+        raise InputError(f"--output={output}: exists; choose another")
+    if store.is_remote(output) and target.exists():
+        shutil.rmtree(target)  # what an export that was killed had not sent
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"--output={output}: exists and is not an empty folder; choose another")
     job, artifact, manifest = finished.load(finished.find(stage))
@@ -54,6 +59,7 @@ def export(stage: epath.PathLike, output: epath.PathLike, adapter: bool = False,
     (target / "README.md").write_text(card)
     if verify:
         _verify(target, model, base, merged, adapter, head)
+    store.send(output, last="adapter_config.json" if adapter else "config.json")
 
 
 def _verify(target: Path, model: ModelConfig, base: str, weights: PyTree, adapter: bool, head: bool) -> None:
@@ -83,7 +89,7 @@ def _numbers(model: ModelConfig, weights: PyTree, batch: Batch, head: bool) -> n
 
 def define() -> None:
     flags.DEFINE_string("stage", None, "WORKDIR/NAME, as in its stages.json, or WORKDIR/NAME-KEY.")
-    flags.DEFINE_string("output", None, "An empty folder, or one that is not there yet.")
+    flags.DEFINE_string("output", None, "An empty folder, or one that is not there yet; a gs:// address too.")
     flags.DEFINE_bool("adapter", False, "Write the LoRA adapters alone, as PEFT reads them.")
     flags.DEFINE_bool("verify", False, "Read the folder again and compare what it computes.")
 

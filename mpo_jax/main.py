@@ -25,14 +25,14 @@ from mpo_jax.artifacts import COMPILED
 from mpo_jax.data import parts
 from mpo_jax.data.reading import of_source
 from mpo_jax.errors import InputError
-from mpo_jax.models import hf, presets
+from mpo_jax.models import hub, presets
 from mpo_jax.run import Run
 from mpo_jax.stages import kinds
 
 
 def define() -> None:
     config_flags.DEFINE_config_file("config", None, "A config file or the name of a shipped one: tldr, tldr:debug.")
-    flags.DEFINE_string("workdir", None, "The run's folder.")
+    flags.DEFINE_string("workdir", None, "The run's folder, or a gs:// address.")
     flags.DEFINE_list("stages", [], "Run these stages and what they rest on; empty: all.")
     flags.DEFINE_bool("dry_run", False, "Print the graph with the state of every stage, and run nothing.")
     flags.DEFINE_bool("wait", False, "Wait for a stage that another run is at work on, rather than end with an error.")
@@ -70,7 +70,7 @@ def dry_run(config: Run, workdir: epath.Path, only: list[str]) -> str:
     """Checks everything; the graph with the state of every stage. Neither weights nor data need be at hand: then keys
     are unknown. Nothing is downloaded, and nothing is written."""
     try:
-        here = hf.at_hand(config.model.path)
+        here = hub.at_hand(config.model.path)
     except InputError as error:
         raise InputError(f"model.path: {error}") from None
     known = here

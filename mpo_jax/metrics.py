@@ -17,10 +17,11 @@ from typing import Any
 import jax
 from etils import epath
 
-from mpo_jax import artifacts, progress
-from mpo_jax.artifacts import METRICS, is_remote
+from mpo_jax import artifacts, progress, store
+from mpo_jax.artifacts import METRICS
 from mpo_jax.errors import InputError
 from mpo_jax.lines import split_lines
+from mpo_jax.store import is_remote
 
 _LOWERED_EVENT = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # what comes next is its compile
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -273,4 +274,6 @@ def _start_wandb(folder: epath.Path):
     path = folder / artifacts.WANDB_ID
     if not path.exists():
         artifacts.write_text(path, uuid.uuid4().hex)
-    return wandb.init(project="mpo_jax", dir=str(folder), name=folder.name, id=path.read_text(), resume="allow")
+    return wandb.init(
+        project="mpo_jax", dir=str(store.local(folder)), name=folder.name, id=path.read_text(), resume="allow"
+    )

@@ -31,14 +31,16 @@ from mpo_jax import (
     progress,
     settings,
     stopping,
+    store,
 )  # fmt: skip
 from mpo_jax.artifacts import BASE
 from mpo_jax.errors import InputError, Stopped
 from mpo_jax.evaluation import report
 from mpo_jax.graph import Inputs, Node
-from mpo_jax.models import hf
+from mpo_jax.models import hf, hub
 from mpo_jax.models.presets import Preset
 from mpo_jax.run import Run, as_json, sources_of
+from mpo_jax.scorers import names
 from mpo_jax.stages import corpus, kinds
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.base import Training
@@ -67,9 +69,7 @@ def check(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = (), pres
     """
     inputs = graph.connections(config)
     wanted = graph.needed(inputs, only)
-    if any(kinds.of(config.stages[name]).mapped for name in wanted):
-        jobs.local(workdir)
-    if not artifacts.is_remote(workdir) and workdir.exists() and not workdir.is_dir():
+    if not store.is_remote(workdir) and workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir: {workdir} is no folder; expected one, or a name that is not taken")
     if preset is None:
         try:
@@ -125,6 +125,8 @@ def run(
 def _run(
     config: Run, workdir: epath.Path, mesh, only: Iterable[str], profile: profiling.Wanted | None, wait: bool
 ) -> dict[str, Node]:
+    for model in _models(config):
+        hub.pin(model)
     wanted = check(config, workdir, mesh, only)
     locks.check_shared(workdir)
     nodes = graph.resolve(config, workdir)
@@ -215,6 +217,13 @@ def _check_data(config: Run, workdir: epath.Path, waiting: Iterable[Node]) -> li
 
 def _checked(workdir: epath.Path) -> list[str]:
     return artifacts.read_json(workdir / artifacts.CACHE / artifacts.CHECKED, default=[])
+
+
+def _models(config: Run) -> list[str]:
+    """What the run loads of models: its base, and those that score."""
+    named = [names.terms(value) for stage in config.stages.values() for value in names.settings_of(stage).values()]
+    scorers = {name.removeprefix(names.HF) for terms in named for name in terms if name.startswith(names.HF)}
+    return [config.model.path, *sorted(scorers)]
 
 
 def _report(workdir: epath.Path) -> None:
@@ -349,7 +358,7 @@ def _never_begun(config: Run, nodes: Mapping[str, Node], node: Node) -> Status:
     others = [path for path in beside if (path / artifacts.INPUTS).exists()]
     if not others:
         return Status(MISSING, "never run")
-    last = max(others, key=lambda path: path.stat().mtime)
+    last = max(others, key=lambda path: (path / artifacts.INPUTS).stat().mtime)  # a folder of gs:// has no time
     before = artifacts.read_json(last / artifacts.CONFIG, default={})
     changed = differences(before.get("stages", {}).get(node.name, {}), config.stages[node.name])
     for part in ("model", "data"):
@@ -397,12 +406,11 @@ def _remade(begun: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
 
 
 def _set_aside(node: Node, workdir: epath.Path) -> None:
-    """Moves what an earlier making left under the same key, so that nothing is overwritten."""
+    """Moves what an earlier making left under the same key, so that nothing is overwritten. What it was made from goes
+    last: until then the stage is known to be stale."""
     if node.folder.exists() and jobs.is_first():
-        aside = workdir / artifacts.SET_ASIDE
-        aside.mkdir(parents=True, exist_ok=True)
-        target = aside / f"{node.folder.name}-{uuid.uuid4().hex[:8]}"
-        node.folder.rename(target)
+        target = workdir / artifacts.SET_ASIDE / f"{node.folder.name}-{uuid.uuid4().hex[:8]}"
+        store.move(node.folder, target, last=artifacts.INPUTS)
         jobs.say(f"{node.name}: the earlier artifact now lies in {target}")
     processes.barrier(f"{node.name} set aside")
 

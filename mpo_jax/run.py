@@ -39,7 +39,9 @@ class Lora(Section):
 class Model(Section):
     """The base model, and how it is computed."""
 
-    path: str = setting("", "the base model: a Hugging Face folder or a hub id", operational=True, min_length=1)
+    path: str = setting(
+        "", "the base model: a Hugging Face folder, here or at gs://, or a hub id", operational=True, min_length=1
+    )
     dtype: Literal["auto", "float32", "bfloat16", "mixed"] = setting(
         "auto", "of computation; auto: bfloat16 on accelerators, float32 on a CPU"
     )
@@ -117,7 +119,7 @@ Constants: Any = pydantic.create_model(
 class Source(Section):
     """Where records are read, and how."""
 
-    path: str = setting("", "the data: a file, a folder, tfds:name or a hub name", operational=True)
+    path: str = setting("", "the data: a file or folder, here or at gs://, tfds:name or a hub name", operational=True)
     split: str = setting("train", "the split that is read; all: every one", min_length=1)
     eval_split: str = setting(
         "", "a split of its own that is held out, halved as eval is; empty: the eval share of `split`"

@@ -57,6 +57,25 @@ def stories(shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def gcs_server():
+    """A fake of Google Cloud Storage, of which this process and those that it starts are told."""
+    from tests.tools import fake_gcs
+
+    with fake_gcs.Server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def gcs(gcs_server, tmp_path, monkeypatch):
+    """The server, and a scratch folder of the test's own."""
+    monkeypatch.setenv("MPO_SCRATCH", str(tmp_path / "scratch"))
+    yield gcs_server
+    gcs_server.fail_every = 0
+
+
+@pytest.fixture(scope="session")
 def torch():
     """PyTorch, for parity with what we didn't write."""
     try:

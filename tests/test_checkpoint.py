@@ -413,3 +413,18 @@ def test_relative_folders(saved, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, again, state.params)
     with Checkpoints("run/checkpoints") as checkpoints:
         assert checkpoints.latest_step() == 1
+
+
+def test_steps_that_an_earlier_version_made_whole_by_renaming_are_read(tmp_path):
+    weights = {"params": {"kernel": jnp.arange(8.0)}}
+    state = TrainState(jnp.int32(0), weights, {}, jax.random.key(0), {})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {"at": 1})
+    for mark in [tmp_path / "marked", *tmp_path.rglob("commit_success.txt")]:
+        mark.unlink()
+    with Checkpoints(tmp_path) as again:
+        assert again.latest_step() == 1 and again.restore(1, state)[1] == {"at": 1}
+        again.save(2, state, {"at": 2})
+    (tmp_path / "last" / "2" / "commit_success.txt").unlink()  # as a kill leaves it
+    with Checkpoints(tmp_path) as again:
+        assert again.latest_step() == 1

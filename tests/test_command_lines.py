@@ -17,7 +17,7 @@ from tests.tools.processes import ENVIRONMENT, ROOT
 
 
 @pytest.fixture(scope="module")
-def place(shared, tmp_path_factory):
+def place(shared, tmp_path_factory, gcs_server):
     """A folder of things that people name by mistake, and a small finished run among them."""
     folder, data = tmp_path_factory.mktemp("place"), shared / "data/hh_rlhf/harmless-base/test.jsonl.gz"
     _, *arguments = command_lines.prepare(folder, shared / "models/stories260K", data)

@@ -10,12 +10,12 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "mpo_jax"
 LAYERS = [
     {"errors", "lines", "progress", "types"},
-    {"integrity"},
+    {"integrity", "store"},
     {"artifacts"},
     {"settings"},
     {"ops"},
     {"sharding", "allocator", "processes", "stopping"},
-    {"optim", "metrics", "profiling", "asking", "locks"},
+    {"optim", "metrics", "profiling", "asking", "database", "locks"},
     {"models"},
     {"scoring"},
     {"sampling"},

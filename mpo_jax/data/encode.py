@@ -5,17 +5,16 @@ A prompt and its replies are encoded apart, so no token ever stands across their
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
-import shutil
 import sys
-import uuid
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 
-from mpo_jax import artifacts, integrity, progress, stopping
+from mpo_jax import artifacts, integrity, progress, stopping, store
 from mpo_jax.artifacts import MANIFEST
 from mpo_jax.data.division import prompt_ids
 from mpo_jax.data.pieces import encode_prompts, encode_replies, shorten
@@ -91,9 +90,9 @@ class Encoded:
 
 
 def encode(
-    records: Sequence[TextRecord], tokenizer, replies: int, limits: Limits, cache: str | Path | None = None
+    records: Sequence[TextRecord], tokenizer, replies: int, limits: Limits, cache: epath.PathLike | None = None
 ) -> Encoded:
-    """Tokenizes records, or maps the arrays of an earlier run from `cache` (a local folder).
+    """Tokenizes records, or maps the arrays of an earlier run from the folder `cache`.
 
     replies: 0 (prompts alone), 1 (chosen, for SFT) or 2 (chosen, then rejected). A prompt begins with at most one BOS,
     where the tokenizer's own convention has one; a reply ends with the one token that ends replies of its form
@@ -105,13 +104,13 @@ def encode(
     no row is left."""
     _check(limits, replies)
     key = cache_key(records, tokenizer, replies, limits)
-    folder = None if cache is None else Path(cache) / key
+    folder = None if cache is None else epath.Path(cache) / key
     if folder is not None and (folder / MANIFEST).exists():
         try:
             return read(folder)
         except InputError as error:  # a cache can be made again, and is
             progress.say(f"cache: {error}", sys.stderr)
-            shutil.rmtree(folder)
+            store.remove(folder)
     encoded = _encode(records, tokenizer, replies, limits, key)
     if folder is None:
         return encoded
@@ -333,36 +332,29 @@ def first_of_prompt(encoded: Encoded) -> np.ndarray:
 # Cache ----------------------------------------------------------------------------------------------------------------
 
 
-def write(encoded: Encoded, folder: Path) -> None:
-    """Writes beside the folder and renames: a reader sees all or nothing. Whoever comes second leaves the first's.
-
-    All is on disk before the folder has its name; the manifest holds the checksum of every file, and its own."""
-    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
+def write(encoded: Encoded, folder: epath.PathLike) -> None:
+    """Writes the arrays and, when all are on disk, the manifest with the checksum of each: without it the folder holds
+    nothing. Whoever comes second leaves the first's."""
+    if (epath.Path(folder) / MANIFEST).exists():
+        return
+    place = store.local(folder)
     for name in _ARRAYS:
-        np.save(temporary / f"{name}.npy", getattr(encoded, name))
+        artifacts.write_file(place / f"{name}.npy", functools.partial(np.save, arr=getattr(encoded, name)))
     rest = {
         "replies": encoded.replies,
         "conventions": dataclasses.asdict(encoded.conventions),
         "counts": encoded.counts,
         "key": encoded.key,
+        "files": {f"{name}.npy": integrity.of_file(place / f"{name}.npy") for name in _ARRAYS},
     }
-    for name in _ARRAYS:
-        artifacts.sync(temporary / f"{name}.npy")
-    rest = artifacts.plain(rest | {"files": integrity.of_folder(temporary)})
-    artifacts.write_json(temporary / MANIFEST, integrity.seal(rest))
-    try:
-        temporary.rename(folder)
-    except OSError:
-        shutil.rmtree(temporary)
-        if not (folder / MANIFEST).exists():
-            raise
-    artifacts.sync(folder.parent)
+    artifacts.write_json(place / MANIFEST, integrity.seal(artifacts.plain(rest)))
+    store.send(folder, last=MANIFEST)
 
 
-def read(folder: Path) -> Encoded:
+def read(folder: epath.PathLike) -> Encoded:
     """The rows of a folder. InputError, naming the file, where one is missing or damaged."""
-    rest = integrity.unseal(folder / MANIFEST, artifacts.read_json(folder / MANIFEST))
-    integrity.verify(folder, rest.pop("files"))
+    place = store.fetch(folder)
+    rest = integrity.unseal(place / MANIFEST, artifacts.read_json(place / MANIFEST))
+    integrity.verify(place, rest.pop("files"))
     rest["conventions"] = Conventions(**rest["conventions"])
-    return Encoded(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}, **rest)
+    return Encoded(**{name: np.load(place / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}, **rest)

@@ -10,13 +10,13 @@ import datetime
 import hashlib
 import io
 import json
-import sqlite3
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from etils import epath
 
+from mpo_jax.database import Database
 from mpo_jax.errors import InputError
 
 CHOICES = ("first", "second", "tie")
@@ -103,24 +103,23 @@ def checked_name(name: Any) -> str:
     return cleaned
 
 
-class Store:
+class Store(Database):
     """Judgements in SQLite, each on disk when the call returns. As a context manager, it closes its file."""
 
-    def __init__(self, path: Path):
+    merges: ClassVar[Mapping[str, str]] = {
+        "judgements": "insert or replace into judgements select theirs.* from other.judgements as theirs"
+        " left join judgements as ours using (annotator, item) where ours.at is null or theirs.at > ours.at"
+    }
+
+    def __init__(self, path: epath.PathLike):
         # The page's server may run in another thread than its maker's; one thread at a time uses it.
-        self._connection = sqlite3.connect(path, isolation_level=None, timeout=60, check_same_thread=False)
-        self._connection.execute(_SCHEMA)
-
-    def __enter__(self) -> "Store":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._connection.close()
+        super().__init__(path, _SCHEMA, check_same_thread=False)
 
     def put(self, judgement: Judgement) -> None:
         """Keeps a judgement, in place of the annotator's earlier one on the same item."""
         values = dataclasses.astuple(judgement)
         self._connection.execute(f"insert or replace into judgements values ({', '.join('?' * len(values))})", values)
+        self.changed()
 
     def get(self, annotator: str, item: str) -> Judgement | None:
         found = self._read("where annotator = ? and item = ?", (annotator, item))

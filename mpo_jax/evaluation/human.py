@@ -5,7 +5,6 @@ Prompts are the unit: several annotators' verdicts on one prompt are averaged fi
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,9 +69,9 @@ def section(workdir: epath.Path, stages: Mapping[str, epath.Path]) -> dict[str, 
     """What the report shows: the results on every evaluation's replies. stages: name -> folder of every finished
     stage. None where nobody judged."""
     file = workdir / artifacts.ANNOTATIONS
-    if artifacts.is_remote(workdir) or not file.exists():
+    if not file.exists():
         return None
-    with annotation.Store(Path(file)) as store:
+    with annotation.Store(file) as store:
         judgements = store.all()
     found = []
     for name, folder in stages.items():

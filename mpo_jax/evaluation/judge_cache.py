@@ -7,10 +7,11 @@ loses the calls in flight and no other, and a run that is started again goes on 
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from mpo_jax.asking import Kept
+from etils import epath
+
+from mpo_jax.database import Database
 
 _SCHEMA = """
 create table if not exists answers (
@@ -26,10 +27,15 @@ def key(request: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-class Cache(Kept):
+class Cache(Database):
     """Answers by key, and what each run has spent."""
 
-    def __init__(self, path: Path):
+    merges: ClassVar[Mapping[str, str]] = {
+        "spent": "insert into spent select * from other.spent where true on conflict (run) do update set"
+        " calls = max(calls, excluded.calls), tokens = max(tokens, excluded.tokens)"
+    }
+
+    def __init__(self, path: epath.PathLike):
         super().__init__(path, _SCHEMA)
 
     def get(self, key: str) -> str | None:
@@ -53,6 +59,7 @@ class Cache(Kept):
             (run, prompt_tokens + answer_tokens),
         )
         self._connection.execute("commit")
+        self.changed()
 
     def spent(self, run: str) -> tuple[int, int]:
         """(calls, tokens) of a run, over all its processes."""

@@ -5,7 +5,6 @@ Safetensors and JSON only; remote code never runs. Which tensor is which weight,
 
 import math
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -23,10 +22,10 @@ from mpo_jax.models.config import ModelConfig
 from mpo_jax.models.config_json import read_config_json
 from mpo_jax.models.hf_files import DTYPES, INDEX, Reader, read_json, write_json, write_tensors
 from mpo_jax.models.hf_names import Entry
+from mpo_jax.models.hub import TEMPLATES, resolve
 from mpo_jax.types import PyTree
 
 PAD_TOKEN = "<|reward_pad|>"  # added to a tokenizer none of whose special tokens can be a reward model's padding
-_TEMPLATES = "additional_chat_templates"  # named ones, each in a file of that folder
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,57 +37,6 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-
-
-_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-"""What is downloaded of a model on the hub."""
-
-
-def resolve(folder: epath.PathLike) -> str:
-    """A local model folder as it is; a hub id downloaded to the local cache (safetensors, JSON, tokenizer files).
-
-    Raises InputError where it is neither, or the hub can't be reached and the cache doesn't hold it; and for a folder
-    among whose entries is something to wait for, such as a pipe, or a link that leads nowhere.
-    """
-    name = os.fspath(folder)
-    if Path(name).expanduser().is_dir():
-        for path in Path(name).expanduser().iterdir():
-            if not (path.is_file() or path.is_dir()):
-                found = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "no regular file"
-                raise InputError(f"{path}: is {found}; a model folder holds files")
-        return str(Path(name).expanduser())
-    _check_id(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot_download(name, allow_patterns=[f"{_TEMPLATES}/*.jinja"])
-        return snapshot_download(name, allow_patterns=_FILES, ignore_patterns=["*/*"])
-    except Exception as error:  # offline, unknown, gated: the hub's client raises a dozen kinds
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{name}: no such folder, and not to be had from the hub ({reason}); give a local folder"
-        ) from (error)
-
-
-def at_hand(folder: epath.PathLike) -> bool:
-    """Whether a model is here: a local folder, or a hub id that the local cache holds. Nothing is downloaded.
-    InputError for what is neither a folder nor a hub id."""
-    name = os.fspath(folder)
-    if Path(name).expanduser().is_dir():
-        return True
-    _check_id(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot_download(name, allow_patterns=_FILES, ignore_patterns=["*/*"], local_files_only=True)
-    except Exception:  # not in the cache: the hub's client raises several kinds
-        return False
-    return True
-
-
-def _check_id(name: str) -> None:
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise InputError(f"{name}: no such folder; expected a local Hugging Face model folder or a hub id (owner/name)")
 
 
 def read_stop_ids(folder: epath.PathLike) -> tuple[int, ...]:
@@ -221,7 +169,7 @@ def write_tokenizer(target: Path, source: str, tokenizer=None) -> None:
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
         return
-    templates = sorted((Path(source) / _TEMPLATES).glob("*.jinja"))
+    templates = sorted((Path(source) / TEMPLATES).glob("*.jinja"))
     for path in [*(Path(source) / name for name in _TOKENIZER_FILES), *templates]:
         if path.is_file():
             copy = target / path.relative_to(source)

@@ -6,9 +6,10 @@ A batch's scores are on disk when they are kept: whatever ends a run, it goes on
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
-from mpo_jax.asking import Kept
+from etils import epath
+
+from mpo_jax.database import Database
 
 _SCHEMA = "create table if not exists scores (key blob primary key, score real) without rowid"
 _AT_A_TIME = 500  # what SQLite takes as parameters of one statement, in any version
@@ -19,10 +20,10 @@ def key(identity: str, prompt: str, reply: str) -> bytes:
     return hashlib.blake2b(json.dumps([identity, prompt, reply]).encode(), digest_size=20).digest()
 
 
-class Cache(Kept):
+class Cache(Database):
     """Scores by key; None is a score too, which says that there is none."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: epath.PathLike):
         super().__init__(path, _SCHEMA)
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, float | None]:
@@ -39,3 +40,4 @@ class Cache(Kept):
         self._connection.execute("begin")
         self._connection.executemany("insert or replace into scores values (?, ?)", scores)
         self._connection.execute("commit")
+        self.changed()

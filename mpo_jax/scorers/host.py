@@ -6,11 +6,11 @@ Process 0 asks. What a function or a server has scored is kept in the workdir, a
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+from etils import epath
 
 from mpo_jax import processes, progress, stopping
 from mpo_jax.errors import InputError
@@ -35,7 +35,7 @@ class Score(Protocol):
 
 
 @contextlib.contextmanager
-def opened(name: str, limits: Limits, kept: Path | None) -> Iterator[Score]:
+def opened(name: str, limits: Limits, kept: epath.PathLike | None) -> Iterator[Score]:
     """A scorer to be asked, until the context ends. kept: the file of scores given before; None: none is kept.
 
     InputError, naming the scorer, for what it can't do; also while it is asked.
@@ -59,7 +59,7 @@ def opened(name: str, limits: Limits, kept: Path | None) -> Iterator[Score]:
         yield score
 
 
-def _asked(name: str, limits: Limits, kept: Path | None, stack: contextlib.ExitStack):
+def _asked(name: str, limits: Limits, kept: epath.PathLike | None, stack: contextlib.ExitStack):
     """`(prompts, replies, records) -> scores`, None where there is none."""
     if name in names.SCORERS:
         function = names.SCORERS[name]

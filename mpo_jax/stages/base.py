@@ -30,8 +30,7 @@ class Stage:
     programs: every jitted function that `run` calls, with the shapes it is called with.
     check: raises InputError for a job that can't be meant; nothing is loaded, compiled or written.
     rows: (job, pairs of the data, share of them that is easy) -> rows read in an epoch, for the plan's estimates.
-    shown: what the report makes of it. mapped: whether its artifact is memory-mapped or a database, so that it can't
-    lie in an object store.
+    shown: what the report makes of it.
     """
 
     kind: str
@@ -42,7 +41,6 @@ class Stage:
     check: Callable[[Job], None]
     rows: Callable[[Job, int, float], float]
     shown: Shown = Shown()  # noqa: RUF009, it is frozen
-    mapped: bool = False
 
     @property
     def roles(self) -> dict[str, Role]:

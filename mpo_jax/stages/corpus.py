@@ -4,19 +4,20 @@ Also the rows that stages leave each other, as files.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from etils import epath
 
-from mpo_jax import artifacts
+from mpo_jax import artifacts, processes, store
 from mpo_jax.data import division, encode, mixture, reading, shares, sources
 from mpo_jax.data import records as text_records
 from mpo_jax.data.records import TextRecord
 from mpo_jax.errors import InputError
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.run import Data, sources_of
-from mpo_jax.stages.job import Job, data_division, dressed, is_first, local, prompt_limit, say
+from mpo_jax.stages.job import Job, data_division, dressed, is_first, prompt_limit, say
 
 
 def check_data(data: Data, names: Iterable[str]) -> None:
@@ -107,16 +108,15 @@ def encode_rows(job: Job, model: ModelConfig, rows: list[TextRecord], replies: i
 
 def read_rows(folder: epath.Path) -> encode.Encoded:
     """Encoded rows that a stage wrote."""
-    return encode.read(local(folder))
+    return encode.read(folder)
 
 
 def write_rows(encoded: encode.Encoded, folder: epath.Path) -> None:
     """Encoded rows, over what a killed run may have left; process 0 alone writes them."""
     if not is_first():
         return
-    if folder.exists():
-        folder.rmtree()
-    encode.write(encoded, local(folder))
+    store.remove(folder)
+    encode.write(encoded, folder)
 
 
 def _of_sources(
@@ -164,16 +164,15 @@ def _parts(job: Job, loaded_tokenizer, source: str) -> list[list[TextRecord]]:
 
 
 def _encode(job: Job, rows: list[TextRecord], loaded_tokenizer, replies: int, limits: encode.Limits) -> encode.Encoded:
-    """The rows of records that were read last, whose account says what became of them."""
-    encoded = encode.encode(rows, loaded_tokenizer, replies, limits, _cache(job))
+    """The rows of records that were read last, whose account says what became of them. Process 0 makes and keeps them;
+    the others wait, and read what it has kept: arrays that they map are never written again."""
+    cache = job.workdir / artifacts.CACHE if job.config.data.cache else None
+    make = functools.partial(encode.encode, rows, loaded_tokenizer, replies, limits, cache)
+    found: list[encode.Encoded] = []
+    if cache is not None:
+        processes.first(lambda: found.append(make()), "rows encoded")
+    encoded = found[0] if found else make()
     if job.accounts:
         job.accounts[-1] = job.accounts[-1].with_rows(encoded.counts)
         say(job.accounts[-1].text().split("\n")[-1])
     return encoded
-
-
-def _cache(job: Job) -> str | None:
-    """Where encoded rows are kept; memory-mapped, so on a local disk only."""
-    return (
-        str(job.workdir / artifacts.CACHE) if job.config.data.cache and not artifacts.is_remote(job.workdir) else None
-    )

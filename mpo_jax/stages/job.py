@@ -7,7 +7,6 @@ LoRA, {"lora"} over the base model's frozen {"params"}, and {"head"} for reward 
 import dataclasses
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -242,13 +241,6 @@ def data_division(data: Data, source: str = "") -> shares.Division:
     with reading.of_source(source):
         how = Reading.of(plain(read))
     return shares.Division(read.path, read.split, read.eval_split, dict(data.shares), read.limit or None, how)
-
-
-def local(folder: epath.Path) -> Path:
-    """Encoded rows are memory-mapped: InputError for a folder that no file system holds."""
-    if artifacts.is_remote(folder):
-        raise InputError(f"{folder}: pairs are memory-mapped; expected a workdir on a file system (mount the bucket)")
-    return Path(folder)
 
 
 def prompt_limit(job: Job) -> int:

@@ -116,7 +116,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
 def _ask_endpoint(job: Job[Settings], questions: list[Question]) -> tuple[str, list[str | None], dict[str, Any]]:
     """Asked once, by process 0 alone; the cache lies in the workdir, so that other stages share it."""
     settings = job.settings
-    with Cache(jobs.local(job.workdir) / artifacts.JUDGE_CACHE) as cache:
+    with Cache(job.workdir / artifacts.JUDGE_CACHE) as cache:
         answers: list[str | None] = [*judge_client.ask(settings, [q.text for q in questions], cache, job.folder.name)]
         calls, tokens = cache.spent(job.folder.name)
     return settings.model, answers, {"calls": calls, "tokens": tokens}
@@ -150,5 +150,4 @@ STAGE = Stage(
     check=check,
     rows=lambda job, pairs, easy: 2.0 * job.config.stages[job.settings.evaluate].count,
     shown=Shown(part="judge", make=sections.verdicts),
-    mapped=True,
 )

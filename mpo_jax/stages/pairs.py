@@ -86,5 +86,4 @@ STAGE = Stage(
     check=check,
     rows=lambda job, pairs, easy: pairs,
     shown=Shown(figures=("pairs.*",)),
-    mapped=True,
 )

@@ -8,11 +8,11 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+from etils import epath
 
 from mpo_jax import artifacts
 from mpo_jax.data.encode import Encoded
@@ -125,9 +125,9 @@ def weighted(terms: Mapping[str, float], scores: Mapping[str, np.ndarray]) -> np
     return total.astype(np.float32)
 
 
-def kept(job: Job) -> Path | None:
-    """The file of scores given before; an object store can't hold it."""
-    return None if artifacts.is_remote(job.workdir) else jobs.local(job.workdir) / artifacts.SCORES
+def kept(job: Job) -> epath.Path:
+    """The file of scores given before."""
+    return job.workdir / artifacts.SCORES
 
 
 @dataclasses.dataclass(frozen=True)

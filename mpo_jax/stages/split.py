@@ -374,5 +374,4 @@ STAGE = Stage(
     check=check,
     rows=rows_of_share,
     shown=Shown(figures=("threshold", "counts.*", "agreement"), part="splits", make=sections.split),
-    mapped=True,
 )

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
 from mpo_jax.models import config as model_config
-from mpo_jax.models import hf
+from mpo_jax.models import hf, hub
 from tests.models.test_parity import distances
 
 TEMPLATES = [
@@ -197,11 +197,13 @@ def test_what_is_fetched_from_the_hub_holds_named_templates_and_no_other_framewo
     files += ["tokenizer.json", "pytorch_model.bin", "chat_template.jinja", "original/params.json"]
     fetched = set()
 
-    def download(name, **patterns):
+    def download(name, revision, **patterns):
+        assert revision is None
         fetched.update(filter_repo_objects(files, **patterns))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "_fetched", {})
     assert hf.resolve("owner/name") == str(tmp_path)
     expected = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
     assert fetched == expected | {"additional_chat_templates/rag.jinja"}

@@ -1,0 +1,225 @@
+"""Whole graphs with their workdir in an object store, and on a file system that renames no folders: the same numbers as
+on a local disk, bit by bit, after kills too."""
+
+import contextlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+
+from mpo_jax import artifacts, metrics, pipeline, sharding, store
+from mpo_jax.models import hub
+from mpo_jax.stages import kinds
+from tests.conftest import absent
+from tests.tools import processes, small_graph
+
+QUICKSTART = "--config=configs/quickstart.py"
+
+
+def numbers(workdir: epath.Path) -> dict[str, object]:
+    """All that a finished run's stages say and hold, by name, but for what a clock tells."""
+    found: dict[str, object] = {}
+    for stage, (folder, manifest) in artifacts.finished_stages(workdir).items():
+        found[stage] = manifest["summary"] | {"key": manifest["key"]}
+        for name in (artifacts.WEIGHTS, artifacts.VALUE):
+            if (folder / name).exists():
+                found[f"{stage}/{name}"] = ocp.PyTreeCheckpointer().restore(folder / name)
+        for file in (artifacts.REPORT, artifacts.JUDGE_TABLE, artifacts.STATISTICS):
+            if (folder / file).exists():
+                found[f"{stage}/{file}"] = artifacts.read_json(folder / file)
+        if (folder / artifacts.GAPS).exists():
+            found[f"{stage}/{artifacts.GAPS}"] = artifacts.read_arrays(folder / artifacts.GAPS)
+        found[f"{stage}/metrics"] = [
+            {name: value for name, value in row.items() if "second" not in name} for row in metrics.read(folder)
+        ]
+    return found
+
+
+def assert_equal(found: object, expected: object, place: str = "") -> None:
+    """The same to the last bit; what is not is named."""
+    if isinstance(expected, dict):
+        assert isinstance(found, dict) and sorted(found) == sorted(expected), place
+        for name, value in expected.items():
+            if "second" not in name:
+                assert_equal(found[name], value, f"{place}/{name}")
+    elif hasattr(expected, "dtype"):
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected), err_msg=place)
+    else:
+        assert found == expected or found != found, place
+
+
+def small(stories: Path, folder: Path):
+    """SFT, reward and split, DPO on what it calls easy: a few steps of each."""
+    data = folder / "rows.jsonl"
+    small_graph.write_rows(data)
+    config = small_graph.get_config()
+    del config.stages["mpo"], config.stages["pairs"]
+    config.stages.reward.pairs = config.stages.split.pairs = "data"
+    for stage in config.stages.values():
+        few = {"steps": 4, "eval_every": 2, "save_every": 2}
+        stage.update({name: value for name, value in few.items() if name in stage})
+    config.model.path, config.data.path = str(stories), str(data)
+    return config
+
+
+@pytest.fixture(scope="module")
+def local(stories, tmp_path_factory) -> tuple[object, dict[str, object]]:
+    """The small graph's config, and its numbers on a local disk."""
+    folder = tmp_path_factory.mktemp("local")
+    config = small(stories, folder)
+    run(config, epath.Path(folder / "run"))
+    return config, numbers(epath.Path(folder / "run"))
+
+
+def run(config, workdir: epath.Path) -> None:
+    pipeline.run(kinds.read(config.to_dict()), workdir, sharding.make_mesh(data=8, fsdp=1))
+
+
+def test_workdir_model_and_data_in_a_store_that_fails_now_and_then(local, stories, gcs, monkeypatch, capsys):
+    config, expected = local
+    for file in stories.iterdir():
+        gcs.put(f"small/model/{file.name}", file.read_bytes())
+    gcs.put("small/rows.jsonl", Path(config.data.path).read_bytes())
+    config = config.copy_and_resolve_references()
+    config.model.path, config.data.path = "gs://bucket/small/model", "gs://bucket/small/rows.jsonl"
+    gcs.fail_every = 60
+    before = gcs.failed
+    run(config, epath.Path("gs://bucket/small/run"))
+    assert gcs.failed > before + 5
+    gcs.fail_every = 0
+    assert_equal(numbers(epath.Path("gs://bucket/small/run")), expected)
+    # Another host finds all that it needs in the store.
+    shutil.rmtree(store.scratch())
+    monkeypatch.setattr(hub, "_fetched", {})
+    capsys.readouterr()
+    run(config, epath.Path("gs://bucket/small/run"))
+    assert capsys.readouterr().out.count("done before") == len(config.stages)
+
+
+@pytest.fixture(scope="session")
+def no_renames(tmp_path_factory) -> Path:
+    """The library that refuses to rename folders, compiled."""
+    if shutil.which("gcc") is None:
+        absent("no gcc")
+    made = tmp_path_factory.mktemp("shim") / "no_folder_renames.so"
+    source = Path(__file__).parent / "tools" / "no_folder_renames.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", made, source, "-ldl"], check=True)
+    return made
+
+
+@pytest.fixture
+def refusing(no_renames, tmp_path, monkeypatch) -> Path:
+    """A folder in which processes that the test starts can't rename folders; whatever tries is in its log beside it."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    monkeypatch.setenv("LD_PRELOAD", str(no_renames))
+    monkeypatch.setenv("NO_FOLDER_RENAMES", str(folder.resolve()))
+    monkeypatch.setenv("NO_FOLDER_RENAMES_LOG", str(tmp_path / "refused"))
+    return folder
+
+
+def refused(folder: Path) -> list[str]:
+    log = folder.with_name("refused")
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def test_the_file_system_refuses_to_rename_folders_alone(refusing):
+    code = """
+import os, sys
+os.chdir(sys.argv[1])
+os.mkdir("folder"); open("file", "w").close(); os.rename("file", "other")
+for call in (lambda: os.rename("folder", "moved"), lambda: os.replace(sys.argv[1] + "/folder", "moved")):
+    try:
+        call()
+    except OSError as error:
+        print(error.strerror)
+os.rename("folder", "moved") if not os.path.isdir("folder") else print(sorted(os.listdir()))
+"""
+    found = subprocess.run([sys.executable, "-c", code, refusing], capture_output=True, text=True, check=True).stdout
+    assert found.splitlines() == ["Function not implemented"] * 2 + ["['folder', 'other']"]
+    assert refused(refusing) == [str(refusing.resolve() / "folder")] * 2
+
+
+def started(config, workdir: str | Path, file: Path) -> subprocess.Popen:
+    """A run of a config in a process of its own, compiled as in this one."""
+    file.write_text(json.dumps(config.to_dict()))
+    code = (
+        "import json, sys; from etils import epath; import tests.conftest; from mpo_jax import pipeline, sharding;"
+        "from mpo_jax.stages import kinds; config = kinds.read(json.load(open(sys.argv[1])), from_json=True);"
+        "pipeline.run(config, epath.Path(sys.argv[2]), sharding.make_mesh(data=8, fsdp=1))"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, file, workdir], cwd=processes.ROOT)
+
+
+def test_a_small_graph_where_no_folder_can_be_renamed(local, refusing):
+    config, expected = local
+    assert started(config, refusing / "run", refusing.with_name("config.json")).wait(600) == 0
+    assert refused(refusing) == []
+    assert_equal(numbers(epath.Path(refusing / "run")), expected)
+
+
+@pytest.mark.slow
+def test_a_small_graph_in_an_object_store_killed_ten_times(local, gcs, tmp_path):
+    config, expected = local
+    draw, killed = random.Random(1), 0
+    for kill in range(10):
+        process = started(config, "gs://bucket/killed", tmp_path / "config.json")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            assert process.wait(draw.uniform(10, 40)) == 0
+        killed += process.poll() is None
+        process.kill()
+        process.wait()
+        print(f"after kill {killed}: {len(gcs.names('killed/'))} objects")
+        if kill % 3 == 2:  # and its host is gone with it
+            shutil.rmtree(store.scratch(), ignore_errors=True)
+    assert killed >= 3
+    assert started(config, "gs://bucket/killed", tmp_path / "config.json").wait(1200) == 0
+    assert_equal(numbers(epath.Path("gs://bucket/killed")), expected)
+
+
+# The whole quickstart: minutes of two cores --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> dict[str, object]:
+    """The numbers of the quickstart on a local disk, never interrupted; compiled as users do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS", raising=False)
+        workdir = tmp_path_factory.mktemp("quickstart") / "run"
+        processes.run(1, [QUICKSTART, f"--workdir={workdir}"], workdir.parent / "log")
+        yield numbers(epath.Path(workdir))
+
+
+@pytest.mark.slow
+def test_the_quickstart_in_an_object_store_killed_ten_times(quickstart, gcs, tmp_path):
+    arguments, log = [QUICKSTART, "--workdir=gs://bucket/quickstart"], tmp_path / "log"
+    draw = random.Random(0)
+    for kill in range(10):
+        (process,) = processes.start(1, arguments, log)
+        try:
+            process.wait(draw.uniform(8, 60))
+            raise AssertionError(f"ended with {process.returncode} before it could be killed")
+        except subprocess.TimeoutExpired:
+            said = log.with_suffix(".0").read_text().splitlines()
+            print(f"killed after: {said[-1] if said else 'nothing was said'}")
+        finally:
+            process.kill()
+            process.wait()
+        if kill % 3 == 2:  # and its host is gone with it
+            shutil.rmtree(store.scratch(), ignore_errors=True)
+    processes.run(1, arguments, log)
+    assert_equal(numbers(epath.Path("gs://bucket/quickstart")), quickstart)
+
+
+@pytest.mark.slow
+def test_the_quickstart_where_no_folder_can_be_renamed(quickstart, refusing):
+    processes.run(1, [QUICKSTART, f"--workdir={refusing / 'run'}"], refusing.with_name("log"))
+    assert refused(refusing) == []
+    assert_equal(numbers(epath.Path(refusing / "run")), quickstart)
