@@ -22,7 +22,7 @@ COMMANDS = {
     "export": ("mpo_jax.export", "a finished stage as a Hugging Face folder, with a model card"),
     "annotate": ("mpo_jax.annotate", "a page on which people judge replies"),
     "report": ("mpo_jax.render", "write a run's report again"),
-    "runs": ("mpo_jax.runs", "list runs, their stages and main figures, and what differs between two"),
+    "runs": ("mpo_jax.runs", "list runs, their stages and main figures, and what differs between two; free disk"),
 }
 """Name -> module, whose `run` is called, and a line of help."""
 

@@ -70,6 +70,7 @@ def plan(
         if not plans[stage].fits and propose:
             proposals[stage] = proposal.propose(config, stage, plans[stage].misfits, topology, assumptions)
             print(report.proposal_line(stage, proposals[stage]), flush=True)
+    print(report.disk_line(plans), flush=True)
     hours = sum(each.chip_hours for each in plans.values())
     fits = all(each.fits for each in plans.values())
     print(f"{'every stage fits' if fits else 'NOT every stage fits'}; about {hours:,.0f} chip-hours in all (estimate)")

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mpo_jax.planning import storage
 from mpo_jax.planning.chips import GIB, Topology
 from mpo_jax.planning.estimate import Assumptions
 from mpo_jax.planning.proposal import Proposal
@@ -33,7 +34,7 @@ COLUMNS = (
 
 
 def lines(name: str, plan: StagePlan) -> str:
-    """A line for each program, then what its biggest temporary and its collectives are."""
+    """A line for each program, then what its biggest temporary and its collectives are; last, the stage's disk."""
     found = []
     for program, planned in plan.programs.items():
         report, seconds = planned.report, planned.seconds
@@ -49,7 +50,19 @@ def lines(name: str, plan: StagePlan) -> str:
             found.append(f"    {kinds}")
         if report.largest:
             found.append(f"    biggest temporary: {report.largest}")
+    disk = plan.storage
+    found.append(
+        f"    disk of {name}: {disk.rest / GIB:.2f} GiB at rest, {disk.peak / GIB:.2f} GiB at its peak "
+        f"(weights {disk.weights / GIB:.2f}, checkpoints {disk.states / GIB:.2f}, rows at most {disk.rows / GIB:.2f})"
+    )
     return "\n".join(found)
+
+
+def disk_line(plans: Mapping[str, StagePlan]) -> str:
+    """What the workdir needs for the stages planned, in their order."""
+    each = [plan.storage for plan in plans.values()]
+    rest = sum(one.rest for one in each)
+    return f"disk: {rest / GIB:,.2f} GiB at rest, {storage.peak(each) / GIB:,.2f} GiB at its peak"
 
 
 def proposal_line(name: str, proposal: Proposal) -> str:
@@ -74,6 +87,8 @@ def as_json(
         "source": "compiler" if topology.compiled else "arithmetic",
         "mesh": dict(mesh),
         "assumptions": dataclasses.asdict(assumptions),
+        "disk_bytes_at_rest": sum(plan.storage.rest for plan in plans.values()),
+        "disk_bytes_at_peak": storage.peak(plan.storage for plan in plans.values()),
         "stages": {name: _stage(plan, proposals.get(name)) for name, plan in plans.items()},
     }
 
@@ -83,6 +98,9 @@ def _stage(plan: StagePlan, proposal: Proposal | None) -> dict[str, Any]:
         "fits": plan.fits,
         "peak_bytes_per_chip": plan.peak,
         "chip_hours_estimate": plan.chip_hours,
+        "disk": dataclasses.asdict(plan.storage),
+        "disk_bytes_at_rest": plan.storage.rest,
+        "disk_bytes_at_peak": plan.storage.peak,
         "programs": {name: _program(planned) for name, planned in plan.programs.items()},
     }
     if proposal is not None:

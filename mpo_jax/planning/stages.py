@@ -16,10 +16,11 @@ from mpo_jax.errors import InputError
 from mpo_jax.models import attention, presets
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.planning import compile as compiler
-from mpo_jax.planning import estimate
+from mpo_jax.planning import estimate, storage
 from mpo_jax.planning.chips import Topology
 from mpo_jax.planning.compile import Report
 from mpo_jax.planning.estimate import Assumptions, Seconds
+from mpo_jax.planning.storage import Storage
 from mpo_jax.run import Run
 from mpo_jax.stages import kinds
 from mpo_jax.stages.job import Job
@@ -41,10 +42,11 @@ class Planned:
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """A stage's programs, by name."""
+    """A stage's programs, by name, and what it writes to disk."""
 
     programs: dict[str, Planned]
     chips: int
+    storage: Storage
 
     @property
     def fits(self) -> bool:
@@ -82,7 +84,8 @@ def plan(job: Job, topology: Topology, assumptions: Assumptions, only: Iterable[
     only = list(only)
     planned = {}
     with jax.set_mesh(job.mesh), meshes_that_work(job, topology):
-        for name, program in kinds.of(job.settings).programs(job).items():
+        programs = kinds.of(job.settings).programs(job)
+        for name, program in programs.items():
             if only and name not in only:
                 continue
             if not topology.compiled:
@@ -90,7 +93,7 @@ def plan(job: Job, topology: Topology, assumptions: Assumptions, only: Iterable[
             report = compiler.report(program, topology, job.mesh)
             each = estimate.seconds(report, topology.chip, assumptions)
             planned[name] = Planned(report, each, estimate.calls(job, program, assumptions))
-    return StagePlan(planned, topology.size)
+    return StagePlan(planned, topology.size, storage.of_stage(job, programs, assumptions))
 
 
 def make_mesh(config: Run, topology: Topology, model: ModelConfig) -> jax.sharding.Mesh:
