@@ -61,7 +61,7 @@ class Topology:
 
 
 # Usable memory is what XLA leaves of the chip's: it keeps some for itself, as "Used 17G of 15.75G hbm" tells. The
-# network between slices: a pod's published figure by its chips (v5e, v6e); v3 and v4 are taken to have v5e's, v5p twice.
+# network between slices: a pod's published figure by its chips (v5e, v6e); v3 and v4 taken as v5e, v5p as twice that.
 TPUS = {
     "v3": Chip("TPU v3 core", int(15.75 * GIB), 61.5e12, 450e9, 82e9, 3.125e9),
     "v4": Chip("TPU v4", int(31.25 * GIB), 275e12, 1228e9, 150e9, 3.125e9),
