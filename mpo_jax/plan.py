@@ -23,7 +23,7 @@ from mpo_jax.run import Run
 
 def define() -> None:
     config_flags.DEFINE_config_file("config", None, "A config file or a shipped one's name; its model may be a preset.")
-    flags.DEFINE_string("topology", None, "v5e:4x8, v4:2x2x4, ...; cpu; gpu:80GB or gpu:8x80GB.")
+    flags.DEFINE_string("topology", None, "v5e:4x8, v4:2x2x4, 2xv5e:4x8 (slices), ...; cpu; gpu:80GB or gpu:8x80GB.")
     flags.DEFINE_list("stages", [], "Plan these stages; empty: all.")
     flags.DEFINE_string("json", None, "Where the figures go too.")
     flags.DEFINE_integer("pairs", Assumptions.pairs, "Pairs of the data, for chip-hours.", lower_bound=1)

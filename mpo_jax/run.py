@@ -66,7 +66,10 @@ class Model(Section):
 class Mesh(Section):
     """How the devices are divided; -1: what the other axes leave of them."""
 
-    data: AxisSize = setting(1, "copies of the model; batches are divided among them", unit="devices")
+    data: AxisSize = setting(
+        1, "copies of the model; batches are divided among them; over several TPU slices a multiple of their number",
+        unit="devices",
+    )  # fmt: skip
     fsdp: AxisSize = setting(-1, "shards of weights and batches", unit="devices")
     tensor: AxisSize = setting(1, "shards of heads, feed-forward and vocabulary", unit="devices")
 

@@ -4,10 +4,14 @@ Two exact-match tables say it all: parameter name -> logical axes, logical axis 
 error, never a replicated default.
 """
 
+import collections
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mpo_jax.errors import InputError
@@ -73,7 +77,8 @@ WEIGHT_AXES = _weight_axes()
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh with Auto axes (data, fsdp, tensor). One size may be -1: whatever the devices leave.
 
-    Raises InputError where the sizes don't multiply to the number of devices.
+    Over several TPU slices `data` goes over the network between them, and fsdp and tensor stay within a slice. Raises
+    InputError where the sizes don't multiply to the number of devices, or the slices don't divide `data`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -86,7 +91,31 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
         raise InputError(
             f"mesh: {dict(zip(MESH_AXES, sizes, strict=True))} needs {math.prod(sizes)} devices; found {len(devices)}"
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * 3
+    if slices(devices) > 1:
+        return Mesh(over_slices(sizes, devices), MESH_AXES, axis_types=types)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+
+
+def slices(devices: Sequence[Any]) -> int:
+    """How many TPU slices the devices lie in; 1 where a device tells of none."""
+    return len({getattr(device, "slice_index", None) for device in devices if device.platform == "tpu"}) or 1
+
+
+def over_slices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices of several slices as [data, fsdp, tensor], `data` slice by slice. InputError where that can't be."""
+    counts = collections.Counter(device.slice_index for device in devices)
+    if len(set(counts.values())) > 1:
+        raise InputError(f"mesh: slices of {sorted(counts.values())} devices; expected slices of one size")
+    data, *within = sizes
+    if data % len(counts):
+        raise InputError(
+            f"mesh.data: {data} on {len(counts)} slices; expected a multiple of {len(counts)}, or -1: fsdp and tensor "
+            "stay within a slice"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // len(counts), *within), (len(counts), 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def weight_name(path) -> str:

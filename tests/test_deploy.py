@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted((ROOT / "run_scripts").glob("*.sh"))
+SCRIPTS = sorted([*(ROOT / "run_scripts").glob("*.sh"), *(ROOT / "deploy").glob("*.sh")])
 
 
 def call(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -39,13 +38,14 @@ def test_a_dry_run_of_a_pod_prints_every_command():
         "tpu_pod.sh", "--dry_run", "watch", BUCKET="things", NAME="mine", ZONE="us-west4-a", TYPE="v5litepod-64"
     )
     assert done.returncode == 0, done.stderr
-    create, archive, copy, install, run = done.stdout.splitlines()
+    create, archive, folder, copy, *install, run = done.stdout.splitlines()
     assert "queued-resources create mine --zone=us-west4-a" in create and "--accelerator-type=v5litepod-64" in create
-    assert archive.startswith("git archive") and "--worker=all" in copy and "pip install" in install
-    assert "mpo_jax.main" in run and "--distributed" in run and "--workdir=/mnt/things/mine" in run
+    assert archive.startswith("git archive") and "--worker=all" in copy and "install -d" in folder.replace("\\", "")
+    assert "install.sh" in " ".join(install)
+    assert "host.sh" in run and "--distributed" in run and "--workdir=gs://things/mine" in run
 
 
-@pytest.mark.parametrize("script", ["tpu_pod.sh", "single_gpu.sh"])
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "single_gpu.sh", "gke.sh", "host.sh"])
 def test_help_and_what_is_missing(script):
     assert call(script, "--help").stdout.startswith(f"usage: run_scripts/{script}")
     assert call(script).returncode == 1
@@ -85,13 +85,3 @@ def test_one_gpu_gets_the_widest_training_that_fits(tmp_path):
     assert run.startswith("run -m mpo_jax.main") and run.endswith("--workdir=runs/one --config.data.limit=9")
     assert done.stderr.count("does not fit a GPU of 80 GB") == 3
     assert call("single_gpu.sh", "runs/one", RANK="0", **given).returncode == 2
-
-
-def test_manifests_call_the_package_with_flags_it_has():
-    jobset = yaml.safe_load((ROOT / "deploy/gke_jobset.yaml").read_text())
-    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
-    command = job["template"]["spec"]["containers"][0]["command"]
-    assert command[:4] == ["python", "-m", "mpo_jax.main", "--distributed"]
-    assert job["parallelism"] == job["completions"] == 8  # hosts of a v5e:4x8, 4 chips each
-    task = yaml.safe_load((ROOT / "deploy/skypilot.yaml").read_text())
-    assert "mpo_jax.main" in task["run"] and task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]

@@ -1,4 +1,4 @@
-"""The name of a topology enters ("v5e:4x8", "gpu:8x80GB", "cpu"); its devices and what one of them can do leave.
+"""The name of a topology enters (v5e:4x8, 2xv5e:4x8, gpu:8x80GB, cpu); its devices and what one of them can do leave.
 
 A TPU topology is described by its compiler, libtpu, on a machine without a TPU. Numbers of chips: cloud.google.com/tpu
 /docs (system architecture) and NVIDIA's data sheets.
@@ -13,7 +13,7 @@ import re
 
 import jax
 
-from mpo_jax import allocator
+from mpo_jax import allocator, sharding
 from mpo_jax.errors import InputError
 
 GIB = 1 << 30
@@ -31,13 +31,15 @@ ENVIRONMENT = {
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """One device. memory: bytes that a program may use. flops: peak, bfloat16, a second. bandwidth: of its memory,
-    bytes a second. links: bytes a second to all other chips together, in one direction."""
+    bytes a second. links: bytes a second to all other chips together, in one direction. network: bytes a second of one
+    chip to other slices; 0 where there are none."""
 
     name: str
     memory: int
     flops: float
     bandwidth: float
     links: float
+    network: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +55,19 @@ class Topology:
     def size(self) -> int:
         return len(self.devices)
 
+    @property
+    def slices(self) -> int:
+        return sharding.slices(self.devices)
 
-# Usable memory is what XLA leaves of the chip's: it keeps some for itself, as "Used 17G of 15.75G hbm" tells.
+
+# Usable memory is what XLA leaves of the chip's: it keeps some for itself, as "Used 17G of 15.75G hbm" tells. The
+# network between slices: a pod's published figure by its chips (v5e, v6e); v3 and v4 taken as v5e, v5p as twice that.
 TPUS = {
-    "v3": Chip("TPU v3 core", int(15.75 * GIB), 61.5e12, 450e9, 82e9),
-    "v4": Chip("TPU v4", int(31.25 * GIB), 275e12, 1228e9, 150e9),
-    "v5e": Chip("TPU v5e", int(15.75 * GIB), 197e12, 819e9, 100e9),
-    "v5p": Chip("TPU v5p", int(95.0 * GIB) - GIB // 4, 459e12, 2765e9, 300e9),
-    "v6e": Chip("TPU v6e", int(31.25 * GIB), 918e12, 1640e9, 200e9),
+    "v3": Chip("TPU v3 core", int(15.75 * GIB), 61.5e12, 450e9, 82e9, 3.125e9),
+    "v4": Chip("TPU v4", int(31.25 * GIB), 275e12, 1228e9, 150e9, 3.125e9),
+    "v5e": Chip("TPU v5e", int(15.75 * GIB), 197e12, 819e9, 100e9, 3.125e9),
+    "v5p": Chip("TPU v5p", int(95.0 * GIB) - GIB // 4, 459e12, 2765e9, 300e9, 6.25e9),
+    "v6e": Chip("TPU v6e", int(31.25 * GIB), 918e12, 1640e9, 200e9, 12.5e9),
 }
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
@@ -99,8 +106,8 @@ def topology(name: str) -> Topology:
         if len(devices) < count:
             raise InputError(f"--topology: {name} needs {count} devices to lay out arrays on; found {len(devices)}")
         return Topology(name, chip, devices[:count], compiled=False)
-    version, _, layout = name.partition(":")
-    if version not in TPUS:
+    count, version, layout = _tpu(name)
+    if version not in TPUS or not count:
         raise InputError(f"--topology: unknown {name!r}; {known(name)}")
     if layout not in SLICES[version]:
         slices = ", ".join(SLICES[version])
@@ -115,8 +122,16 @@ def topology(name: str) -> Topology:
     options: dict = {"chip_config_name": "megacore"} if version == "v4" else {}  # one device a chip, as jobs see it
     if layout == "1x1":
         options["chips_per_host_bounds"] = [1, 1, 1]
-    described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    if count > 1:
+        options["num_slices"] = count
+    described = topologies.get_topology_desc(platform="tpu", topology_name=f"{version}:{layout}", **options)
     return Topology(name, TPUS[version], tuple(described.devices), compiled=True)
+
+
+def _tpu(name: str) -> tuple[int, str, str]:
+    """How many slices, of which chip and which layout: "v5e:4x8" or "2xv5e:4x8"; 0 where the name has neither form."""
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?(v\w+):(.*)", name)
+    return (int(found[1] or 1), found[2], found[3]) if found else (0, "", "")
 
 
 def gpu(name: str) -> tuple[int, Chip]:
@@ -134,13 +149,16 @@ def known(name: str) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     every = "; ".join(f"{version}: {' '.join(layouts)}" for version, layouts in SLICES.items())
-    return f"{hint}expected {every}; cpu; gpu:80GB or gpu:8x80GB"
+    return f"{hint}expected {every}; several slices as 2xv5e:4x8; cpu; gpu:80GB or gpu:8x80GB"
 
 
 def larger(topology: Topology) -> list[str]:
-    """Larger slices of the same chips."""
-    version, _, _ = topology.name.partition(":")
-    return [f"{version}:{layout}" for layout in SLICES.get(version, ()) if _chips(layout) > topology.size]
+    """Larger slices of the same chips, as many as now."""
+    count, version, _ = _tpu(topology.name)
+    several = f"{count}x" if count > 1 else ""
+    return [
+        f"{several}{version}:{layout}" for layout in SLICES.get(version, ()) if _chips(layout) * count > topology.size
+    ]
 
 
 def _chips(layout: str) -> int:

@@ -8,6 +8,7 @@ import dataclasses
 
 from mpo_jax.planning.chips import Chip
 from mpo_jax.planning.compile import Report
+from mpo_jax.planning.hlo import BETWEEN_SLICES
 from mpo_jax.stages import kinds
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Program
@@ -45,12 +46,17 @@ class Seconds:
 
 
 def seconds(report: Report, chip: Chip, assumptions: Assumptions) -> Seconds:
-    """An all-reduce sends its bytes twice (it scatters, then gathers), the other collectives once."""
+    """An all-reduce sends its bytes twice (it scatters, then gathers), the other collectives once. Those between slices
+    go over the network, beside those over the links: the slower of the two counts."""
     share = assumptions.utilisation
-    sent = sum(size * (2 if kind == "all-reduce" else 1) for kind, size in report.collectives.items())
-    return Seconds(
-        report.flops / (chip.flops * share), report.moved / (chip.bandwidth * share), sent / (chip.links * share)
-    )
+    links = network = 0.0
+    for kind, size in report.collectives.items():
+        sent = size * (2 if kind.startswith("all-reduce") else 1)
+        if kind.endswith(BETWEEN_SLICES):
+            network += sent / (chip.network * share)
+        else:
+            links += sent / (chip.links * share)
+    return Seconds(report.flops / (chip.flops * share), report.moved / (chip.bandwidth * share), max(links, network))
 
 
 def calls(job: Job, program: Program, assumptions: Assumptions) -> float:

@@ -15,6 +15,8 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\) -> .* \{$")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations)=\{?%([\w.\-]+)")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = " between slices"
+"""What ends the kind of a collective that the compiler has made into sends over the network between slices."""
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "iota",
          "after-all", "partition-id", "replica-id", "async-start", "async-update"}  # fmt: skip
 """Instructions that move nothing themselves; nor does what ends another, `-done`."""
@@ -129,8 +131,8 @@ class Module:
         found, seen = [], set()
         for name, times in self.runs.items():
             for instruction in self._with_fused(name):
-                kind = instruction.opcode.removesuffix("-start")
-                if kind not in COLLECTIVES:
+                kind = _between_slices(instruction) or instruction.opcode.removesuffix("-start")
+                if kind not in COLLECTIVES and not kind.endswith(BETWEEN_SLICES):
                     continue
                 channel = re.search(r"channel_id=(\d+)", instruction.rest)
                 # The halves of an asynchronous fusion both hold the collective.
@@ -266,11 +268,21 @@ def _started(instruction: Instruction) -> int:
     return sum(array.bytes for array in instruction.arrays if array.in_hbm)
 
 
+def _between_slices(instruction: Instruction) -> str:
+    """The kind of collective that a send over the network is part of; empty for all else."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+    if found is None or instruction.opcode != "send":
+        return ""
+    return found.group(1).lower().replace("_", "-") + BETWEEN_SLICES
+
+
 def _payload(instruction: Instruction) -> int:
     """The larger side; a start's result holds its operand too."""
     sizes = [array.bytes for array in instruction.arrays]
     if instruction.opcode.endswith("-start"):
         return max(sizes, default=0)
+    if instruction.opcode == "send":  # its context and token stand beside what is sent
+        return sizes[0]
     if instruction.opcode == "reduce-scatter":
         return sum(sizes) * _group(instruction.rest)
     return sum(sizes)

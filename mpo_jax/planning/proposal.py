@@ -83,7 +83,7 @@ def changes(config: Run, name: str, place: Topology) -> Iterator[Change]:
             yield Change(kept | {f"stages.{name}.microbatch": rows}, place.name)
         if rows != (stage.microbatch or stage.batch_size):
             kept[f"stages.{name}.microbatch"] = rows
-    for mesh_ in stages.meshes(model, place.size, stage.batch_size):
+    for mesh_ in stages.meshes(model, place.size, stage.batch_size, place.slices):
         sizes = {f"mesh.{axis}": size for axis, size in mesh_.items()}
         if sizes != {f"mesh.{axis}": size for axis, size in dict(config.mesh).items()}:
             yield Change(_with_rows(kept, name, mesh_) | sizes, place.name)

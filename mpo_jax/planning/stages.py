@@ -101,18 +101,21 @@ def make_mesh(config: Run, topology: Topology, model: ModelConfig) -> jax.shardi
     try:
         return sharding.make_mesh(**dict(config.mesh), devices=topology.devices)
     except InputError as error:
-        raise InputError(f"{error} on {topology.name}; {_say(meshes(model, topology.size))}") from error
+        fitting = meshes(model, topology.size, slices=topology.slices)
+        raise InputError(f"{error} on {topology.name}; {_say(fitting)}") from error
 
 
-def meshes(model: ModelConfig, devices: int, rows: int | None = None) -> list[dict[str, int]]:
-    """The fsdp x tensor meshes over so many devices that divide the model's heads and batches of `rows`."""
+def meshes(model: ModelConfig, devices: int, rows: int | None = None, slices: int = 1) -> list[dict[str, int]]:
+    """The fsdp x tensor meshes over so many devices that divide the model's heads and batches of `rows`; data is one
+    copy of the model for each slice."""
     fitting = []
     for tensor in (1, 2, 4, 8, 16):
-        fsdp = devices // tensor
-        divides = devices % tensor == 0 and model.heads % tensor == 0 and model.width % fsdp == 0
+        fsdp = devices // slices // tensor
+        divides = devices // slices % tensor == 0 and model.heads % tensor == 0 and model.width % max(1, fsdp) == 0
         shared_heads = model.kv_heads % tensor == 0 or tensor % model.kv_heads == 0
-        if divides and shared_heads and model.mlp_width % tensor == 0 and (rows is None or rows % fsdp == 0):
-            fitting.append({"data": 1, "fsdp": fsdp, "tensor": tensor})
+        batches = rows is None or rows % max(1, slices * fsdp) == 0
+        if divides and shared_heads and model.mlp_width % tensor == 0 and batches:
+            fitting.append({"data": slices, "fsdp": fsdp, "tensor": tensor})
     return fitting
 
 
@@ -126,7 +129,7 @@ def meshes_that_work(job: Job, topology: Topology):
             raise
         assert job.preset is not None
         rows = getattr(job.settings, "batch_size", None)
-        fitting = meshes(job.preset.architecture, topology.size, rows)
+        fitting = meshes(job.preset.architecture, topology.size, rows, topology.slices)
         raise InputError(f"{error}; {_say(fitting)}") from error
 
 
