@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from mpo_jax import artifacts, processes, stopping
+from mpo_jax import artifacts, processes, progress, stopping
 from mpo_jax.errors import InputError
 
 BEAT = 20.0
@@ -85,6 +85,18 @@ def check_shared(workdir: epath.Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def check_free(workdir: epath.Path) -> None:
+    """InputError where a run is at work on a stage of the folder."""
+    folder = workdir / artifacts.LOCKS
+    for path in sorted(folder.glob("*.json")) if folder.exists() else []:
+        if (holder := _read(path)) is not None and _lives(path, holder):
+            raise InputError(f"{workdir}: {path.stem} is being worked on by {_who(holder)}; wait until it has ended")
+
+
+def _who(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"
+
+
 def _take(path: epath.Path, what: str, wait: bool) -> dict[str, Any]:
     """Takes the lock; what its file says."""
     own = {
@@ -102,13 +114,11 @@ def _take(path: epath.Path, what: str, wait: bool) -> dict[str, Any]:
         holder = _read(path)
         if holder is None:  # released meanwhile
             continue
-        who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"
+        who = _who(holder)
         if not said and holder.get("machine") not in (None, own["machine"]):
-            print(
-                f"{what}: locked by {who}; looking, up to {STALE:.0f} s, whether it lives", file=sys.stderr, flush=True
-            )
+            progress.say(f"{what}: locked by {who}; looking, up to {STALE:.0f} s, whether it lives", sys.stderr)
         if not _lives(path, holder):
-            print(f"{what}: the lock of {who}, is taken over: that process has ended", file=sys.stderr, flush=True)
+            progress.say(f"{what}: the lock of {who}, is taken over: that process has ended", sys.stderr)
             _remove(path, holder)
         elif not wait:
             raise InputError(
@@ -117,7 +127,7 @@ def _take(path: epath.Path, what: str, wait: bool) -> dict[str, Any]:
             )
         else:
             if not said:
-                print(f"{what}: waiting for {who}", file=sys.stderr, flush=True)
+                progress.say(f"{what}: waiting for {who}", sys.stderr)
                 said = True
             stopping.obey_here(f"the lock of {what}")
             time.sleep(1)

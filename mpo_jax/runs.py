@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from mpo_jax import artifacts, command, disk
+from mpo_jax import artifacts, command, disk, locks
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.stages import kinds
@@ -44,7 +44,9 @@ def work() -> None:
 
 def prune(workdir: epath.Path, delete: bool = False) -> str:
     """A line for everything that no stage of a run's present graph needs, the largest first, and their sum. delete: it
-    is gone when this returns."""
+    is gone when this returns; InputError where a run is at work there."""
+    if delete:
+        locks.check_free(workdir)
     found = sorted(disk.spare(workdir), key=lambda each: -each.size)
     if delete:
         for each in found:

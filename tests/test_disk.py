@@ -16,7 +16,7 @@ import optax
 import pytest
 from etils import epath
 
-from mpo_jax import artifacts, checkpoint, disk, integrity, runs
+from mpo_jax import artifacts, checkpoint, disk, integrity, locks, runs
 from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.errors import InputError
 from mpo_jax.metrics import MetricsWriter
@@ -205,6 +205,14 @@ def test_prune_shows_and_then_deletes_nothing_that_is_needed(run):
     assert len(kept) == 8 and kept.items() <= after.items()
     artifacts.verify(run / "sft-0123456789ab")
     assert runs.prune(run) == "  nothing to free"
+
+
+def test_prune_deletes_nothing_while_a_run_is_at_work(run):
+    with locks.held(run / artifacts.LOCKS / "dpo-0123456789ab.json", "stage dpo"):
+        assert "states of a finished stage" in runs.prune(run)
+        with pytest.raises(InputError, match="dpo-0123456789ab is being worked on by process"):
+            runs.prune(run, delete=True)
+    assert "freed" in runs.prune(run, delete=True)
 
 
 def test_an_error_names_what_to_delete_with_its_size(run, monkeypatch):
