@@ -1,31 +1,41 @@
 """Which stages run, are skipped, resume and run again; with stages that only write a file in place of training."""
 
 import dataclasses
+import itertools
 import json
 import os
+import types
 from collections.abc import Callable
 
 import pytest
 from etils import epath
 
-from mpo_jax import artifacts, graph, locks, pipeline, recipes, sharding, stopping
+from mpo_jax import artifacts, graph, locks, pipeline, profiling, recipes, sharding, stopping
 from mpo_jax.errors import INTERRUPTED, PREEMPTED, InputError, Stopped
 from mpo_jax.stages import kinds
 
 
 @dataclasses.dataclass
 class Run:
-    """A config, its workdir, and a list of the stages that ran since it was last emptied."""
+    """A config, its workdir, a list of the stages that ran since it was last emptied, and of those not to cut off."""
 
     config: object
     workdir: epath.Path
     ran: list
+    whole: list
     leaves: Callable[[epath.Path], None] = lambda folder: None
 
-    def __call__(self, *only):
+    def __call__(self, *only, profile=None):
         self.ran.clear()
-        pipeline.run(self.read(), self.workdir, sharding.make_mesh(data=8, fsdp=1), only)
+        pipeline.run(self.read(), self.workdir, sharding.make_mesh(data=8, fsdp=1), only, profile)
         return list(self.ran)
+
+    def dpo_works(self):
+        """A dpo stage that was cut off is not cut off again."""
+        self.whole.append("dpo")
+
+    def manifest(self, name):
+        return json.loads((self.folder(name) / "manifest.json").read_text())
 
     def read(self):
         return kinds.read(self.config.to_dict())
@@ -57,16 +67,16 @@ def run(tmp_path, stories, monkeypatch):
     config.stages.reward = recipes.stage("reward")
     config.stages.split = recipes.stage("split")
     config.stages.dpo = recipes.stage("dpo")
-    ran = []
+    ran, whole = [], []
     # Stages that are made up leave nothing to report on; tests/evaluation/test_report.py has a page of its own.
     monkeypatch.setattr(pipeline.report, "write", lambda workdir, shown: workdir / "report.html")
 
-    made = Run(config, epath.Path(tmp_path / "run"), ran)
+    made = Run(config, epath.Path(tmp_path / "run"), ran, whole)
 
     def stage(job):
         ran.append(job.name)
         made.leaves(job.folder)
-        if getattr(job.settings, "beta", 0) == 13:
+        if getattr(job.settings, "beta", 0) == 13 and job.name not in whole:
             raise KeyboardInterrupt
         if getattr(job.settings, "beta", 0) == 14:
             raise Stopped(PREEMPTED, "batch 3 of 9")
@@ -171,6 +181,47 @@ def test_the_manifest_tells_what_a_stage_was_made_from(run):
     ]
     assert manifest["summary"] == {"loss": 0.5}
     assert set(manifest["packages"]) >= {"mpo_jax", "jax"}
+
+
+def test_a_run_says_what_it_will_do_which_stage_it_is_at_and_how_long_that_may_take(run, capfd, monkeypatch):
+    # The clock goes on by 2 s whenever it is looked at: 2 s for the manifest, 6 s for what is said.
+    monkeypatch.setattr(pipeline, "time", types.SimpleNamespace(perf_counter=itertools.count(0, 2).__next__))
+    run.config.stages.sft.steps = 10
+    run()
+    first = capfd.readouterr().out
+    assert first.startswith(f"run mpo in {run.workdir}\n  devices  8 x cpu, mesh data 8, fsdp 1, tensor 1\n")
+    assert "  to do    sft, reward, split, dpo\n  ETA      unknown\n" in first and "  done " not in first
+    assert "\nstage 3 of 4: split (ETA of the run unknown)\n" in first
+    assert f"\nsplit: finished in 6.0 s ({run.folder('split').name})\n" in first
+    assert run.manifest("sft")["seconds"] == 2 and run.manifest("sft")["devices"] == "8 x cpu"
+    run.config.stages.dpo.beta = 0.3
+    run.config.stages.ipo = recipes.stage("dpo", objective="ipo")
+    run()
+    then = capfd.readouterr().out
+    assert "  to do    dpo, ipo\n  done     sft, reward, split\n  ETA      2 s, without ipo\n" in then
+    assert f"\nstage 1 of 5: sft: done before ({run.folder('sft').name})\n" in then
+    assert "\nstage 4 of 5: dpo (ETA of the run 2 s, without ipo)\n" in then
+    assert "\nstage 5 of 5: ipo (ETA of the run unknown)\n" in then
+
+
+def test_how_long_a_resumed_stage_took_is_not_known(run, capfd):
+    run.config.stages.dpo.beta = 13.0
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    run.dpo_works()
+    assert run() == ["dpo"]
+    assert "\nstage 4 of 4: dpo resumed (ETA of the run unknown)\n" in capfd.readouterr().out
+    assert run.manifest("dpo")["seconds"] is None
+
+
+def test_a_stage_that_will_not_run_is_not_profiled(run):
+    for only, stage, expected in (
+        (["reward"], "dpo", "'dpo' will not run; expected one of sft, reward"),
+        ([], "sft", "'sft' will not run; nothing is left to run"),
+    ):
+        with pytest.raises(InputError, match=f"--profile: stage {expected}"):
+            run(*only, profile=profiling.Wanted(stage, 1, 1))
+        run()
 
 
 def test_a_changed_setting_runs_its_stage_and_dependents_beside_the_old(run):

@@ -31,6 +31,7 @@ def test_laps_end_when_their_results_do(clock):
     watch.begin()
     laps = [watch.lap(end) for end in (13.0, 14.0, 18.0)]
     rate = watch.rate(np.float32(24))
+    assert float(np.asarray(watch.mean(laps))) == 8 / 3
     assert [float(np.asarray(lap)) for lap in laps] == [3.0, 1.0, 4.0]
     assert float(np.asarray(rate)) == 3.0
     # Dispatched while the device was busy: it began when the step before ended. Dispatched later: with the dispatch.
