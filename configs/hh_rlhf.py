@@ -1,6 +1,6 @@
 """MPO on Anthropic's HH-RLHF dialogues (Gou & Nguyen 2024): LLaMA-2-7B; whole conversations are prompts.
 
-    python -m mpo_jax.main --config=configs/hh_rlhf.py --workdir=/mnt/BUCKET/hh \
+    python -m mpo_jax.main --config=configs/hh_rlhf.py --workdir=gs://BUCKET/hh \
         --config.model.path=FOLDER_OR_HUB_ID --config.data.path=FOLDER_OR_HUB_ID
 
 Two chains in one run: the data set's own pairs are split and trained on (`split`, `dpo`, `mpo`), and pairs sampled from

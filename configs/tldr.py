@@ -1,6 +1,6 @@
 """MPO on TL;DR summaries, as in the paper (Gou & Nguyen 2024): LLaMA-2-7B, pairs sampled from the SFT policy.
 
-    python -m mpo_jax.main --config=configs/tldr.py --workdir=/mnt/BUCKET/tldr \
+    python -m mpo_jax.main --config=configs/tldr.py --workdir=gs://BUCKET/tldr \
         --config.model.path=FOLDER_OR_HUB_ID --config.data.path=FOLDER_OR_HUB_ID
 
 Hardware: v5e:4x8 or v4:2x2x4 (what fits, `python -m mpo_jax.plan` says); hours and chip-hours are estimated in

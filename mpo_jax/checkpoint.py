@@ -194,9 +194,16 @@ def _manager(folder: epath.Path, keep: int | None, arrays: str) -> ocp.Checkpoin
 def save_weights(folder: epath.PathLike, weights: PyTree) -> None:
     """Writes weights to a folder of their own, complete on return; weights that were there are replaced. InputError
     where they have no room."""
+    processes.first(functools.partial(_drop_half, _absolute(folder)))  # it would take the room of the new ones
     _check_room(folder, weights, "its weights")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), atomicity_options=_ATOMIC) as checkpointer:
         checkpointer.save(_absolute(folder), args=ocp.args.PyTreeSave(weights), force=True)
+
+
+def _drop_half(folder: epath.Path) -> None:
+    """Deletes what a save that did not come to its end has left."""
+    if folder.exists() and not (folder / _MARK).exists():
+        folder.rmtree()
 
 
 def restore_weights(folder: epath.PathLike, like: PyTree) -> PyTree:

@@ -105,7 +105,7 @@ def test_weights_that_fill_the_disk_can_be_written_again(small, monkeypatch):
     params = state(1, 3 * MIB).params
     with pytest.raises(InputError, match="the disk is full"), disk.full_disk_told(small):
         checkpoint.save_weights(small / "weights", params)
-    assert not (small / "weights").exists()
+    assert not (small / "weights" / "commit_success.txt").exists()
     ballast.unlink()
     checkpoint.save_weights(small / "weights", params)
     again = checkpoint.restore_weights(small / "weights", params)
