@@ -28,7 +28,8 @@ Settings, as environment variables (defaults in brackets):
 Exit codes that `watch` goes on after: 75 (told to stop, and saved), 143 (SIGTERM), 255 (ssh lost), and any where the slices
 are no longer active. Others are errors: tried again FAILURES times. It waits 30 s, then twice as long each time, up to 30
 minutes, and 30 s again once the run has got on. What a start costs stands in docs/pods.md.
---dry_run prints the commands instead of running them. Plan first: python -m mpo_jax.plan --topology=v5e:4x8 ...
+Before it, for several hosts: ssh-add ~/.ssh/google_compute_engine. Plan first: python -m mpo_jax.plan --topology=v5e:4x8 ...
+--dry_run prints the commands instead of running them.
 TEXT
 }
 
