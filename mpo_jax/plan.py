@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from mpo_jax import command, main
 from mpo_jax.errors import InputError
 from mpo_jax.planning import chips, proposal, report, stages
+from mpo_jax.planning import compile as compiler
 from mpo_jax.planning.estimate import Assumptions
 from mpo_jax.run import Run
 
@@ -64,14 +65,18 @@ def plan(
     mesh = next(iter(jobs.values())).mesh.shape
     print(report.heading(config, topology, mesh, assumptions), report.COLUMNS, sep="\n", flush=True)
     plans, proposals = {}, {}
+    known: compiler.Known = {}
     for stage, job in jobs.items():
-        plans[stage] = stages.plan(job, topology, assumptions)
+        plans[stage] = stages.plan(job, topology, assumptions, known=known)
         print(report.lines(stage, plans[stage]), flush=True)
         if not plans[stage].fits and propose:
-            proposals[stage] = proposal.propose(config, stage, plans[stage].misfits, topology, assumptions)
+            proposals[stage] = proposal.propose(config, stage, plans[stage].misfits, topology, assumptions, known)
             print(report.proposal_line(stage, proposals[stage]), flush=True)
     hours = sum(each.chip_hours for each in plans.values())
     fits = all(each.fits for each in plans.values())
+    programs = sum(len(each.programs) for each in plans.values())
+    if topology.compiled:
+        print(f"{programs} programs of the stages; {len(known)} compiles, since equal ones are compiled once")
     print(f"{'every stage fits' if fits else 'NOT every stage fits'}; about {hours:,.0f} chip-hours in all (estimate)")
     if file:
         found = report.as_json(topology, mesh, plans, proposals, assumptions)
