@@ -55,8 +55,12 @@ class StagePlan:
         return max((each.report.peak for each in self.programs.values()), default=0)
 
     @property
+    def seconds(self) -> float:
+        return sum(each.total_seconds for each in self.programs.values())
+
+    @property
     def chip_hours(self) -> float:
-        return self.chips * sum(each.total_seconds for each in self.programs.values()) / 3600
+        return self.chips * self.seconds / 3600
 
     @property
     def misfits(self) -> list[str]:
