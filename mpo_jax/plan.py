@@ -16,7 +16,8 @@ from ml_collections import config_flags
 
 from mpo_jax import command, main
 from mpo_jax.errors import InputError
-from mpo_jax.planning import chips, proposal, report, stages
+from mpo_jax.planning import chips, proposal, report, stages, tune
+from mpo_jax.planning import compile as compiler
 from mpo_jax.planning.estimate import Assumptions
 from mpo_jax.run import Run
 
@@ -30,6 +31,7 @@ def define() -> None:
     flags.DEFINE_float("easy", Assumptions.easy, "Share of pairs that are easy.", 0.0, 1.0)
     flags.DEFINE_float("utilisation", Assumptions.utilisation, "Of a chip's peak.", 0.01, 1.0)
     flags.DEFINE_bool("propose", True, "Where a stage does not fit, try what would make it.")
+    flags.DEFINE_bool("tune", False, "Try microbatch, remat and score_batch of every stage, and say what is fastest.")
 
 
 def work() -> int:
@@ -40,7 +42,7 @@ def work() -> int:
     command.written(given.json or "", "json")
     logging.set_verbosity(logging.ERROR)
     assumptions = Assumptions(given.pairs, given.easy, given.utilisation)
-    fits = plan(main.read(given.config), topology, assumptions, given.stages, given.propose, given.json)
+    fits = plan(main.read(given.config), topology, assumptions, given.stages, given.propose, given.json, given.tune)
     return 0 if fits else 2
 
 
@@ -51,10 +53,12 @@ def plan(
     only: Iterable[str] = (),
     propose: bool = True,
     file: str | None = None,
+    tuning: bool = False,
 ) -> bool:
     """Prints the plan of a run on a topology, writes it as JSON where a file is named; whether every stage fits.
 
     only: the stages to plan; none: all. propose: whether to try what would make a stage fit.
+    tuning: whether to look for the fastest settings of those that leave results alone.
     """
     chips.prepare()
     if name.startswith("gpu"):  # arrays are laid out on as many CPU devices
@@ -63,19 +67,26 @@ def plan(
     jobs = stages.jobs(config, topology, only)
     mesh = next(iter(jobs.values())).mesh.shape
     print(report.heading(config, topology, mesh, assumptions), report.COLUMNS, sep="\n", flush=True)
-    plans, proposals = {}, {}
+    plans, proposals, tuned = {}, {}, {}
+    known: compiler.Known = {}
     for stage, job in jobs.items():
-        plans[stage] = stages.plan(job, topology, assumptions)
+        plans[stage] = stages.plan(job, topology, assumptions, known=known)
         print(report.lines(stage, plans[stage]), flush=True)
         if not plans[stage].fits and propose:
-            proposals[stage] = proposal.propose(config, stage, plans[stage].misfits, topology, assumptions)
+            proposals[stage] = proposal.propose(config, stage, plans[stage].misfits, topology, assumptions, known)
             print(report.proposal_line(stage, proposals[stage]), flush=True)
+        elif tuning:
+            tuned[stage] = tune.tune(config, stage, plans[stage], topology, assumptions, known)
+            print(report.tuned_line(stage, plans[stage], tuned[stage]), flush=True)
     print(report.disk_line(plans), flush=True)
     hours = sum(each.chip_hours for each in plans.values())
     fits = all(each.fits for each in plans.values())
+    programs = sum(len(each.programs) for each in plans.values())
+    if topology.compiled:
+        print(f"{programs} programs of the stages; {len(known)} compiles, since equal ones are compiled once")
     print(f"{'every stage fits' if fits else 'NOT every stage fits'}; about {hours:,.0f} chip-hours in all (estimate)")
     if file:
-        found = report.as_json(topology, mesh, plans, proposals, assumptions)
+        found = report.as_json(topology, mesh, plans, proposals, assumptions, tuned)
         epath.Path(file).write_text(json.dumps(found, indent=1))
     return fits
 

@@ -332,6 +332,13 @@ def mpo_stages(pair_source: str) -> dict[str, ml_collections.ConfigDict]:
     }
 
 
+def whole_batches(made: ml_collections.ConfigDict) -> None:
+    """Trainings compute each batch at once, where a chip has room for it, instead of in parts; in place."""
+    for each in made.stages.values():
+        if "microbatch" in each:
+            each.microbatch = 0
+
+
 def shrink(made: ml_collections.ConfigDict) -> None:
     """Minutes on one device: some thousand rows of whatever splits the data has, divided by prompt, short rows, small
     batches, few steps, and a split in two halves."""

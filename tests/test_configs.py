@@ -22,7 +22,7 @@ from configs import (
     tiny_base,
     tldr,
 )
-from mpo_jax import graph, recipes
+from mpo_jax import graph, recipes, settings
 from mpo_jax.run import Run, StageSettings
 from mpo_jax.settings import Section
 from mpo_jax.stages import kinds
@@ -34,6 +34,7 @@ CONFIGS = {
     "tldr": tldr.get_config,
     "tldr:dataset": lambda: tldr.get_config("dataset"),
     "tldr:debug": lambda: tldr.get_config("debug"),
+    "tldr:v5e-32": lambda: tldr.get_config("v5e-32"),
     "tldr:sweep,pythia-1b": lambda: tldr.get_config("sweep,pythia-1b"),
     "tldr:debug,lora": lambda: tldr.get_config("debug,lora"),
     "hh_rlhf": hh_rlhf.get_config,
@@ -121,6 +122,15 @@ def test_adapters_learn_by_rates_ten_times_those_of_whole_weights():
             if rate in stage:
                 assert adapters.stages[name][rate] == pytest.approx(10 * stage[rate])
     assert tldr.get_config("lora").stages.dpo.learning_rate == pytest.approx(5e-6)
+
+
+def test_a_slice_s_variant_changes_nothing_that_enters_a_key():
+    """The finished stages of a run on the default settings are those of a run on v5e-32's."""
+    usual, tuned = (kinds.read(tldr.get_config(variant).to_dict()) for variant in ("", "v5e-32"))
+    for name, stage in usual.stages.items():
+        assert settings.content(tuned.stages[name]) == settings.content(stage)
+    assert {stage.microbatch for stage in usual.stages.values() if hasattr(stage, "microbatch")} == {32}
+    assert {stage.microbatch for stage in tuned.stages.values() if hasattr(stage, "microbatch")} == {0}
 
 
 def test_a_sweep_over_seeds_and_its_errors():

@@ -5,8 +5,10 @@ Nothing runs: arguments are shapes. Where the compiler gives up for want of memo
 
 import collections
 import dataclasses
+import hashlib
 import re
 import time
+from typing import Any
 
 import jax
 
@@ -40,10 +42,33 @@ class Report:
     text: str = dataclasses.field(default="", repr=False)
 
 
-def report(program: Program, topology: Topology, mesh, keep_text: bool = False) -> Report:
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one program, whatever lies in memory beside it: bytes on one chip, as in `Report`.
+
+    arguments: that the program reads, results: that reuse no argument. used: what it would have needed, where the
+    compiler gave up for want of memory; 0: it did not.
+    """
+
+    arguments: int = 0
+    results: int = 0
+    temporaries: int = 0
+    moved: float = 0.0
+    collectives: dict[str, int] = dataclasses.field(default_factory=dict)
+    largest: str = ""
+    seconds: float = 0.0
+    used: int = 0
+    text: str = dataclasses.field(default="", repr=False)
+
+
+Known = dict[str, Compiled]
+"""What was compiled already, by a digest of topology and program: stages that differ in their data alone share it."""
+
+
+def report(program: Program, topology: Topology, mesh, keep_text: bool = False, known: Known | None = None) -> Report:
     """Compiles a program for a topology (under `jax.set_mesh`), or reckons where no compiler of that hardware is.
 
-    keep_text: keep the compiled program's text too.
+    keep_text: keep the compiled program's text too. known: is asked first, and takes what is compiled here.
     """
     traced = program.function.trace(*program.arguments)
     flops = work.flops(traced.jaxpr, program.loop) / topology.size
@@ -54,40 +79,57 @@ def report(program: Program, topology: Topology, mesh, keep_text: bool = False) 
         peak = arguments + held + temporaries
         fits = peak <= topology.chip.memory
         return Report(arguments, held, temporaries, peak, fits, flops, moved, sent, "", "arithmetic")
-    began = time.perf_counter()
-    try:
-        compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        used, largest = _out_of_memory(error)
-        return Report(
-            arguments, held, max(0, used - arguments), used + held, False, flops, 0.0, {}, largest, "compiler",
-            time.perf_counter() - began,
-        )  # fmt: skip
-    seconds = time.perf_counter() - began
-    memory = compiled.memory_analysis()
+    found = _compile(traced.lower(), topology, program.loop, known)
     # Arguments that the program does not read are dropped from it, but lie in memory all the same.
-    arguments = max(arguments, memory.argument_size_in_bytes)
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = arguments + held + memory.temp_size_in_bytes + max(0, results)
-    text = compiled.as_text()
-    module = hlo.parse(text, program.loop)
-    kinds: dict[str, int] = collections.Counter()
-    for each in module.collectives():
-        kinds[each.kind] += each.bytes * each.times
+    arguments = max(arguments, found.arguments)
+    temporaries = found.temporaries + found.results if not found.used else max(0, found.used - arguments)
+    peak = held + (arguments + temporaries if not found.used else found.used)
     return Report(
         arguments=arguments,
         held=held,
-        temporaries=memory.temp_size_in_bytes + max(0, results),
+        temporaries=temporaries,
         peak=peak,
-        fits=peak <= topology.chip.memory,
+        fits=not found.used and peak <= topology.chip.memory,
         flops=flops,
-        moved=float(module.bytes_moved()),
-        collectives=dict(kinds),
-        largest=_largest(module),
+        moved=found.moved,
+        collectives=found.collectives,
+        largest=found.largest,
         source="compiler",
-        seconds_to_compile=seconds,
-        text=text if keep_text else "",
+        seconds_to_compile=found.seconds,
+        text=found.text if keep_text else "",
     )
+
+
+def _compile(lowered: Any, topology: Topology, loop: int, known: Known | None) -> Compiled:
+    """What the compiler makes of a lowered program, or made of an equal one: same operations, shapes and shardings."""
+    digest = hashlib.sha256(f"{topology.name} {loop} {lowered.as_text()}".encode()).hexdigest()
+    if known is not None and digest in known:
+        return known[digest]
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used, largest = _out_of_memory(error)
+        found = Compiled(used=used, largest=largest, seconds=time.perf_counter() - began)
+    else:
+        seconds, memory, text = time.perf_counter() - began, compiled.memory_analysis(), compiled.as_text()
+        module = hlo.parse(text, loop)
+        kinds: dict[str, int] = collections.Counter()
+        for each in module.collectives():
+            kinds[each.kind] += each.bytes * each.times
+        found = Compiled(
+            arguments=memory.argument_size_in_bytes,
+            results=max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
+            temporaries=memory.temp_size_in_bytes,
+            moved=float(module.bytes_moved()),
+            collectives=dict(kinds),
+            largest=_largest(module),
+            seconds=seconds,
+            text=text,
+        )
+    if known is not None:
+        known[digest] = dataclasses.replace(found, text="")
+    return found
 
 
 def memory_held(program: Program) -> tuple[int, int]:

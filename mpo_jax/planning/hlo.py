@@ -70,11 +70,15 @@ class Collective:
     computation: str
 
 
+Computation = dict[str, Instruction]
+"""Instructions by name, in order."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """Computations by name: their instructions by name, in order. loop: see `parse`."""
+    """Computations by name. loop: see `parse`."""
 
-    computations: dict[str, dict[str, Instruction]]
+    computations: dict[str, Computation]
     entry: str
     loop: int
 
@@ -86,18 +90,15 @@ class Module:
         def visit(name: str, times: int) -> None:
             counts[name] = counts.get(name, 0) + times
             for instruction in self.computations[name].values():
-                for called, each in self._called(instruction):
+                for called, each in self._called(name, instruction):
                     visit(called, times * each)
 
         visit(self.entry, 1)
         return counts
 
-    def _called(self, instruction: Instruction) -> Iterator[tuple[str, int]]:
+    def _called(self, caller: str, instruction: Instruction) -> Iterator[tuple[str, int]]:
         if instruction.opcode == "while":
-            body = re.search(r"body=%([\w.\-]+)", instruction.rest)
-            condition = re.search(r"condition=%([\w.\-]+)", instruction.rest)
-            assert body and condition
-            yield body.group(1), self.trips(instruction, condition.group(1))
+            yield _named("body", instruction), self.trips(caller, instruction)
         elif instruction.opcode == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
             text = (
@@ -111,39 +112,62 @@ class Module:
             for name in _CALLED.findall(instruction.rest):
                 yield name, 1
 
-    def trips(self, loop: Instruction, condition: str) -> int:
-        """Iterations of a while loop: what XLA knows, or the bound of its condition, or `loop`."""
+    def trips(self, caller: str, loop: Instruction) -> int:
+        """Iterations of a while loop in the computation `caller`: what XLA knows, or what its counter's bound, start
+        and step make, or `loop`."""
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
         if known:
             return int(known.group(1))
-        inside = self.computations[condition]
-        root = next(instruction for instruction in inside.values() if instruction.root)
-        if root.opcode == "compare" and "direction=LT" in root.rest and len(root.operands) == 2:
-            bound = inside.get(root.operands[1])
-            if bound is not None and bound.opcode == "constant":
-                found = re.match(r"(\d+)\)", bound.rest)
-                if found:
-                    return int(found.group(1))
-        return self.loop
+        condition, body = (self.computations[_named(part, loop)] for part in ("condition", "body"))
+        root = _root(condition)
+        if root.opcode != "compare" or "direction=LT" not in root.rest or len(root.operands) != 2:
+            return self.loop
+        bound = _constant(condition, root.operands[1])
+        if bound is None:
+            return self.loop
+        start, step = self._counter(caller, loop, body, condition.get(root.operands[0]))
+        return max(0, -(-(bound - start) // step))
+
+    def _counter(self, caller: str, loop: Instruction, body: Computation, read: Instruction | None) -> tuple[int, int]:
+        """Start and step of the counter that a loop's condition reads; 0 and 1 where the text does not tell. The loops
+        in which XLA sends weights around while it multiplies go by two."""
+        index = read and re.search(r"index=(\d+)", read.rest)
+        if not index or read is None or read.opcode != "get-tuple-element":
+            return 0, 1
+        place, initial = int(index.group(1)), self.computations[caller].get(loop.operands[0])
+        start = (
+            _constant(self.computations[caller], initial.operands[place]) if initial and initial.operands[place:] else 0
+        )
+        result = _source(body, _root(body).operands[place])
+        steps = [_constant(body, each) for each in result.operands] if result and result.opcode == "add" else []
+        return start or 0, next((each for each in steps if each), 1)
 
     def collectives(self) -> list[Collective]:
-        """Every collective, those inside fusions too."""
-        found, seen = [], set()
+        """Every collective, those inside fusions too, each once for every time that it is begun.
+
+        An asynchronous one is a chain of fusions: one begins it, others carry it on beside their own work, inside
+        loops too, and one ends it. All of them hold its text; the computation that runs least often begins it.
+        """
+        found: dict[tuple, Collective] = {}
         for name, times in self.runs.items():
-            for instruction in self._with_fused(name):
+            for holder, instruction in self._with_fused(name):
                 kind = _between_slices(instruction) or instruction.opcode.removesuffix("-start")
                 if kind not in COLLECTIVES and not kind.endswith(BETWEEN_SLICES):
                     continue
+                chain = re.search(r'(?:chain_id|async_collective_name)="([^"]*)"', instruction.rest)
                 channel = re.search(r"channel_id=(\d+)", instruction.rest)
-                # The halves of an asynchronous fusion both hold the collective.
-                key = (name, kind, channel.group(1)) if channel else (name, instruction.name)
-                if key in seen:
-                    continue
-                seen.add(key)
-                found.append(
-                    Collective(kind, instruction.arrays, _payload(instruction), times, instruction.op_name, name)
+                key = (
+                    (kind, chain.group(1), channel and channel.group(1)) if chain else (name, holder, instruction.name)
                 )
-        return found
+                if key in found and found[key].times <= times:
+                    continue
+                if kind == "all-reduce" and "all-reduce-scatter" in holder:
+                    kind = "reduce-scatter"  # how the TPU compiler writes one: a sum of which each chip keeps a part
+                    size = instruction.bytes
+                else:
+                    size = _payload(instruction)
+                found[key] = Collective(kind, instruction.arrays, size, times, instruction.op_name, name)
+        return list(found.values())
 
     def bytes_moved(self) -> int:
         """Bytes read and written in HBM by the instructions of all computations, each as often as it runs."""
@@ -165,26 +189,24 @@ class Module:
                 found += [(array, instruction) for array in instruction.arrays if array.in_hbm]
         return sorted(found, key=lambda each: -each[0].bytes)
 
-    def _with_fused(self, computation: str) -> Iterator[Instruction]:
+    def _with_fused(self, computation: str) -> Iterator[tuple[str, Instruction]]:
+        """A computation's instructions and those of its fusions, each with the computation that holds it."""
         for instruction in self.computations[computation].values():
-            yield instruction
+            yield computation, instruction
             if instruction.opcode in ("fusion", "custom-call"):
                 for called in _CALLED.findall(instruction.rest):
                     if called in self.computations:
                         yield from self._with_fused(called)
 
-    def _traffic(self, computation: dict[str, Instruction], instruction: Instruction) -> int:
+    def _traffic(self, computation: Computation, instruction: Instruction) -> int:
         if instruction.opcode.endswith("-start"):
             return _started(instruction)
-        if instruction.opcode == "fusion":
-            called = _CALLED.search(instruction.rest)
-            inside = self.computations[called.group(1)] if called else {}
-        else:
-            inside = {}
-        total = self._written(instruction, inside)
+        called = self._fused(instruction)
+        results, carried = self._carried(instruction, called)
+        total = self._written(instruction, called, results)
         for index, operand in enumerate(instruction.operands):
             source = computation.get(operand)
-            if source is None:
+            if source is None or index in carried:
                 continue
             if instruction.opcode in ("dynamic-slice", "gather") and index == 0:
                 total += instruction.bytes
@@ -192,23 +214,73 @@ class Module:
                 continue
             else:
                 whole = sum(array.bytes for array in source.arrays if array.in_hbm)
-                total += min(whole, _read_by(inside, index, whole)) if inside else whole
+                total += self._read(called, index, whole) if called else whole
         return total
 
-    def _written(self, instruction: Instruction, inside: dict[str, Instruction]) -> int:
+    def _fused(self, instruction: Instruction) -> str:
+        """The computation of a fusion, "" for any other instruction."""
+        found = _CALLED.search(instruction.rest) if instruction.opcode == "fusion" else None
+        return found.group(1) if found else ""
+
+    def _carried(self, instruction: Instruction, called: str) -> tuple[set[int], set[int]]:
+        """Results and operands of a fusion that belong to a collective under way, which it hands on untouched."""
+        aliases = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", instruction.rest) if called else None
+        if aliases is None:
+            return set(), set()
+        kinds = {each.opcode for _, each in self._with_fused(called)}
+        if not kinds.intersection(COLLECTIVES):
+            return set(), set()
+        pairs = re.findall(r"\{(\d*)\}: \((\d+),", aliases.group(1))
+        return {int(result or 0) for result, _ in pairs}, {int(operand) for _, operand in pairs}
+
+    def _written(self, instruction: Instruction, called: str, carried: set[int]) -> int:
         if instruction.opcode == "dynamic-update-slice":
             return 0  # the update is read, and written in its place: counted with the operands
-        whole = sum(array.bytes for array in instruction.arrays if array.in_hbm)
-        for each in inside.values():
-            if each.root and each.opcode == "dynamic-update-slice" and len(each.operands) > 1:
-                update = inside.get(each.operands[1])
-                return min(whole, update.bytes) if update else whole
+        sizes = [array.bytes * array.in_hbm for array in instruction.arrays]
+        if called:
+            root = _root(self.computations[called])
+            parts = root.operands if root.opcode == "tuple" else (root.name,)
+            if len(parts) == len(sizes):
+                sizes = [self._updated(called, part, size) for part, size in zip(parts, sizes, strict=True)]
+        return sum(size for index, size in enumerate(sizes) if index not in carried)
+
+    def _updated(self, computation: str, name: str, whole: int) -> int:
+        """What a fusion writes of one of its results: the part that it updates in place, or all of it."""
+        inside = self.computations[computation]
+        each = _source(inside, name)
+        if each is not None and each.opcode == "dynamic-update-slice" and len(each.operands) > 1:
+            update = inside.get(each.operands[1])
+            return min(whole, update.bytes) if update else whole
+        if each is not None and (called := self._fused(each)):
+            return self._updated(called, _root(self.computations[called]).name, whole)
         return whole
+
+    def _read(self, computation: str, index: int, whole: int) -> int:
+        """What a fusion reads of its operand: slices of it, where nothing else reads it, in fusions inside it too."""
+        for each in self.computations[computation].values():
+            if each.opcode == "parameter" and each.rest.startswith(f"{index})"):
+                return self._used(computation, each.name, whole)
+        return whole
+
+    def _used(self, computation: str, name: str, whole: int) -> int:
+        inside = self.computations[computation]
+        total = whole if inside[name].root else 0  # handed out as it is
+        for each in inside.values():
+            for index in (index for index, operand in enumerate(each.operands) if operand == name):
+                if each.opcode in ("dynamic-slice", "gather", "slice") and index == 0:
+                    total += each.bytes
+                elif each.opcode in ("bitcast", "pad"):
+                    total += self._used(computation, each.name, whole)
+                elif called := self._fused(each):
+                    total += self._read(called, index, whole)
+                elif each.opcode != "dynamic-update-slice" or index != 0:
+                    return whole
+        return min(whole, total)
 
 
 def parse(text: str, loop: int = 1) -> Module:
     """A module from `compiled.as_text()`. loop: iterations of loops whose end the text does not tell."""
-    computations: dict[str, dict[str, Instruction]] = {}
+    computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
         header = _HEADER.match(line)
@@ -306,21 +378,26 @@ def _group(rest: str) -> int:
     return 1
 
 
-def _read_by(inside: dict[str, Instruction], index: int, whole: int) -> int:
-    """What a fusion reads of its operand: slices of it, where nothing else reads it."""
-    parameter = next(
-        (each for each in inside.values() if each.opcode == "parameter" and each.rest.startswith(f"{index})")), None
-    )
-    if parameter is None:
-        return whole
-    total = 0
-    for each in inside.values():
-        if parameter.name not in each.operands:
-            continue
-        if each.opcode in ("dynamic-slice", "gather") and each.operands[0] == parameter.name:
-            total += each.bytes
-        elif each.opcode == "dynamic-update-slice" and each.operands[0] == parameter.name:
-            continue
-        else:
-            return whole
-    return total
+def _named(role: str, instruction: Instruction) -> str:
+    """The computation that an instruction names as its body or condition."""
+    found = re.search(rf"{role}=%([\w.\-]+)", instruction.rest)
+    assert found
+    return found.group(1)
+
+
+def _root(computation: Computation) -> Instruction:
+    return next(instruction for instruction in computation.values() if instruction.root)
+
+
+def _source(computation: Computation, name: str) -> Instruction | None:
+    """The instruction of a name, or what it is a mere copy of."""
+    found = computation.get(name)
+    while found is not None and found.opcode in ("bitcast", "copy") and found.operands:
+        found = computation.get(found.operands[0])
+    return found
+
+
+def _constant(computation: Computation, name: str) -> int | None:
+    found = _source(computation, name)
+    number = re.match(r"(\d+)\)", found.rest) if found is not None and found.opcode == "constant" else None
+    return int(number.group(1)) if number else None

@@ -45,7 +45,14 @@ class Change:
         return tuple(found + ([f"--topology={self.topology}"] if self.topology != given else []))
 
 
-def propose(config: Run, name: str, misfits: Iterable[str], place: Topology, assumptions: Assumptions) -> Proposal:
+def propose(
+    config: Run,
+    name: str,
+    misfits: Iterable[str],
+    place: Topology,
+    assumptions: Assumptions,
+    known: compiler.Known | None = None,
+) -> Proposal:
     """The first of `changes` under which the programs that did not fit do, and then all of the stage's."""
     tried = 0
     misfits = list(misfits)
@@ -57,8 +64,8 @@ def propose(config: Run, name: str, misfits: Iterable[str], place: Topology, ass
             if not _may_fit(job, where):
                 continue
             tried += 1
-            if stages.plan(job, where, assumptions, misfits).fits:
-                whole = stages.plan(job, where, assumptions)
+            if stages.plan(job, where, assumptions, misfits, known).fits:
+                whole = stages.plan(job, where, assumptions, known=known)
                 if whole.fits:
                     return Proposal(change.flags(place.name), whole, tried)
         except InputError:  # a mesh that does not divide something

@@ -10,6 +10,7 @@ from mpo_jax.planning.chips import GIB, Topology
 from mpo_jax.planning.estimate import Assumptions
 from mpo_jax.planning.proposal import Proposal
 from mpo_jax.planning.stages import Planned, StagePlan
+from mpo_jax.planning.tune import Tuned
 from mpo_jax.run import Run
 
 
@@ -72,12 +73,23 @@ def proposal_line(name: str, proposal: Proposal) -> str:
     return f"    {name} does not fit; it does ({peak:.2f} GiB) with: {' '.join(proposal.flags)}"
 
 
+def tuned_line(name: str, before: StagePlan, tuned: Tuned) -> str:
+    """What the stage takes now, and with the settings found."""
+    if not tuned.flags:
+        return f"    {name}: nothing of {tuned.tried} settings tried is faster"
+    return (
+        f"    {name}: {before.seconds:,.0f} s and {before.peak / GIB:.2f} GiB become {tuned.plan.seconds:,.0f} s and "
+        f"{tuned.plan.peak / GIB:.2f} GiB (estimate; {tuned.tried} tried) with: {' '.join(tuned.flags)}"
+    )
+
+
 def as_json(
     topology: Topology,
     mesh: Mapping[str, int],
     plans: Mapping[str, StagePlan],
     proposals: Mapping[str, Proposal],
     assumptions: Assumptions,
+    tuned: Mapping[str, Tuned] | None = None,
 ) -> dict[str, Any]:
     return {
         "topology": topology.name,
@@ -89,14 +101,15 @@ def as_json(
         "assumptions": dataclasses.asdict(assumptions),
         "disk_bytes_at_rest": sum(plan.storage.rest for plan in plans.values()),
         "disk_bytes_at_peak": storage.peak(plan.storage for plan in plans.values()),
-        "stages": {name: _stage(plan, proposals.get(name)) for name, plan in plans.items()},
+        "stages": {name: _stage(plan, proposals.get(name), (tuned or {}).get(name)) for name, plan in plans.items()},
     }
 
 
-def _stage(plan: StagePlan, proposal: Proposal | None) -> dict[str, Any]:
+def _stage(plan: StagePlan, proposal: Proposal | None, tuned: Tuned | None) -> dict[str, Any]:
     found = {
         "fits": plan.fits,
         "peak_bytes_per_chip": plan.peak,
+        "seconds_estimate": plan.seconds,
         "chip_hours_estimate": plan.chip_hours,
         "disk": dataclasses.asdict(plan.storage),
         "disk_bytes_at_rest": plan.storage.rest,
@@ -105,6 +118,13 @@ def _stage(plan: StagePlan, proposal: Proposal | None) -> dict[str, Any]:
     }
     if proposal is not None:
         found["proposal"] = list(proposal.flags) if proposal.plan is not None else None
+    if tuned is not None:
+        found["tuned"] = {
+            "flags": list(tuned.flags),
+            "tried": tuned.tried,
+            "peak_bytes_per_chip": tuned.plan.peak,
+            "seconds_estimate": tuned.plan.seconds,
+        }
     return found
 
 

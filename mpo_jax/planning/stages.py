@@ -57,8 +57,12 @@ class StagePlan:
         return max((each.report.peak for each in self.programs.values()), default=0)
 
     @property
+    def seconds(self) -> float:
+        return sum(each.total_seconds for each in self.programs.values())
+
+    @property
     def chip_hours(self) -> float:
-        return self.chips * sum(each.total_seconds for each in self.programs.values()) / 3600
+        return self.chips * self.seconds / 3600
 
     @property
     def misfits(self) -> list[str]:
@@ -79,8 +83,17 @@ def jobs(config: Run, topology: Topology, only: Iterable[str] = ()) -> dict[str,
     return {name: job for name, job in planned.items() if not only or name in only}
 
 
-def plan(job: Job, topology: Topology, assumptions: Assumptions, only: Iterable[str] = ()) -> StagePlan:
-    """Compiles a stage's programs (or those of `only`). InputError where the mesh does not divide a batch."""
+def plan(
+    job: Job,
+    topology: Topology,
+    assumptions: Assumptions,
+    only: Iterable[str] = (),
+    known: compiler.Known | None = None,
+) -> StagePlan:
+    """Compiles a stage's programs (or those of `only`). InputError where the mesh does not divide a batch.
+
+    known: programs compiled before, which are not compiled again.
+    """
     only = list(only)
     planned = {}
     with jax.set_mesh(job.mesh), meshes_that_work(job, topology):
@@ -90,7 +103,7 @@ def plan(job: Job, topology: Topology, assumptions: Assumptions, only: Iterable[
                 continue
             if not topology.compiled:
                 program = _on_gpu(program, job, topology)
-            report = compiler.report(program, topology, job.mesh)
+            report = compiler.report(program, topology, job.mesh, known=known)
             each = estimate.seconds(report, topology.chip, assumptions)
             planned[name] = Planned(report, each, estimate.calls(job, program, assumptions))
     return StagePlan(planned, topology.size, storage.of_stage(job, programs, assumptions))

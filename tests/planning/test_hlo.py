@@ -89,6 +89,30 @@ def test_an_asynchronous_copy_moves_once_what_it_copies():
     assert hlo.parse(ASYNCHRONOUS).bytes_moved() == 2 * 512 * 2 + 2 * 8 * 512 * 2
 
 
+WHOLE = """HloModule f
+
+%flat (q: bf16[8,512]) -> bf16[4096] {
+  %q = bf16[8,512]{1,0} parameter(0)
+  ROOT %same = bf16[4096]{0} bitcast(%q)
+}
+
+%doubled (p: bf16[8,512]) -> bf16[4096] {
+  %p = bf16[8,512]{1,0} parameter(0)
+  %inner = bf16[4096]{0} fusion(%p), kind=kLoop, calls=%flat
+  ROOT %sum = bf16[4096]{0:S(1)} add(%inner, %inner)
+}
+
+ENTRY %main (w: bf16[8,512]) -> bf16[4096] {
+  %w = bf16[8,512]{1,0} parameter(0)
+  ROOT %out = bf16[4096]{0:S(1)} fusion(%w), kind=kLoop, calls=%doubled
+}
+"""
+
+
+def test_what_a_fusion_inside_a_fusion_hands_on_is_read_whole():
+    assert hlo.parse(WHOLE).bytes_moved() == 8 * 512 * 2
+
+
 def test_the_largest_buffer_is_the_gathered_weight():
     array, instruction = hlo.parse(TEXT).buffers()[0]
     assert (array.shape, instruction.op_name) == ((256, 256), "jit(f)/while/body/dot")

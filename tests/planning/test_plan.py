@@ -11,6 +11,7 @@ from mpo_jax import settings
 from mpo_jax.errors import InputError
 from mpo_jax.models import presets
 from mpo_jax.planning import chips, estimate, proposal, report, stages
+from mpo_jax.planning import compile as compiler
 from mpo_jax.planning.estimate import Assumptions
 from mpo_jax.stages import kinds
 from tests.planning import case
@@ -88,6 +89,26 @@ def test_every_kind_of_stage_has_its_programs(small):
         "ppo": {"rollout", "experience", "update", "measure"},
         "evaluate": {"sample", "logps", "score"},
     }
+
+
+def test_equal_programs_of_two_stages_are_compiled_once(small, monkeypatch):
+    """dpo and dpo_full differ in their pairs alone; another batch is another program."""
+    compiles = []
+    monkeypatch.setattr(
+        compiler.hlo, "parse", lambda text, loop, parse=compiler.hlo.parse: compiles.append(loop) or parse(text, loop)
+    )
+    known: compiler.Known = {}
+    place = case.one_cpu()
+
+    def reference(config, stage: str) -> compiler.Report:
+        job = stages.jobs(config, place, [stage])[stage]
+        return stages.plan(job, place, Assumptions(), ["reference"], known).programs["reference"].report
+
+    first = reference(case.config(), "dpo")
+    assert reference(case.config(), "dpo_full") == first and first.peak > 0
+    assert len(known) == len(compiles) == 1
+    assert reference(case.config(rows=16), "dpo").temporaries > first.temporaries
+    assert len(known) == len(compiles) == 2
 
 
 def test_a_plan_by_arithmetic_says_so_and_holds_what_it_promises(small):
