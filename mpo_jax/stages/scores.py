@@ -7,6 +7,7 @@ run's own reward model, whose scores the stage brings, and models of others. On 
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -180,6 +181,8 @@ class _Data:
                                                           "margin")}  # fmt: skip
         if record.chat is not None:
             known["messages"] = [turn.message() for turn in record.chat.turns]
+        if record.kept:
+            known["columns"] = json.loads(record.kept)
         return {name: value for name, value in known.items() if value is not None}
 
 
