@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from mpo_jax import artifacts, metrics
 from mpo_jax.data.account import Account
-from mpo_jax.evaluation import figures, pairs
+from mpo_jax.evaluation import figures, pairs, table
 
 _SAMPLES = 8
 """Prompts whose replies are shown side by side."""
@@ -97,14 +97,16 @@ def evaluation(stage: Finished) -> dict[str, Any]:
     report = artifacts.read_json(stage.folder / artifacts.REPORT)
     rows = artifacts.read_lines(stage.folder / artifacts.REPLIES_FILE)
     policies = report["policies"]
-    wins = {(c["left"], c["by"]): c for c in report["comparisons"] if c["right"] == report["baseline"]}
+    wins = table.wins(report)
     frontier = {
         name: [(point["kl"], point["score"]) for point in points] for name, points in report["frontier"].items()
     }
     return {
         "name": stage.name,
         "report": report,
-        "columns": {key: head for key, head in _COLUMNS.items() if all(key in means for means in policies.values())},
+        "columns": {key: _COLUMNS[key] for key in table.columns(report)},
+        "cells": {name: {key: table.cell(means, key) for key in _COLUMNS} for name, means in policies.items()},
+        "notes": table.notes(report),
         "judges": list(dict.fromkeys(by for _, by in wins)),
         "wins": wins,
         "frontier": Markup(figures.lines(frontier, f"KL to {report['baseline']}, nats", "reward model's score", "o"))

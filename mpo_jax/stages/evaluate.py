@@ -6,27 +6,30 @@ it. Another holds the means, the comparisons, and reward against KL of every pol
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
 
 from mpo_jax import artifacts, metrics
 from mpo_jax import settings as declared
-from mpo_jax.artifacts import PAIRS, POLICY, REPLIES, REWARD
+from mpo_jax.artifacts import DATA, PAIRS, POLICY, REPLIES, REWARD
 from mpo_jax.data import encode
 from mpo_jax.data.division import REPORT
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.plan import sample_rows
-from mpo_jax.evaluation import judge, sections, statistics
+from mpo_jax.evaluation import judge, sections, statistics, table
+from mpo_jax.evaluation.judge import AT
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
+from mpo_jax.run import sources_of
 from mpo_jax.scorers.names import OWN, Scorer, Scorers
 from mpo_jax.settings import Count, Names, Whole, role, setting
-from mpo_jax.stages import buckets, candidates, corpus, rows, scores
+from mpo_jax.stages import buckets, candidates, corpus, decodings, rows, scores
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Sampling, Stage
+from mpo_jax.stages.decodings import Decodings
 from mpo_jax.stages.job import Artifact, Job
 from mpo_jax.stages.programs import Program, Programs
 
@@ -34,7 +37,7 @@ _NGRAM, _DISTINCT = 4, 2
 """Lengths of the n-grams that repetition counts within a reply, and diversity over all of a policy's replies."""
 
 
-class Settings(Sampling):
+class Settings(Sampling, Decodings):
     """Policies compared by their replies to held-out prompts."""
 
     policies: Names = role(POLICY, ("sft", "dpo", "mpo"), "the policies that reply")
@@ -46,6 +49,11 @@ class Settings(Sampling):
         "the split whose held-out prompts are used; data, or empty: those of the eval share",
         optional=True,
         data=True,
+    )
+    heldout: Literal["report", "whole"] = setting(
+        "report",
+        "which of the held-out prompts: the half that no training looks at, or both, of data that nothing else reads",
+        later=True,
     )
     count: Count = setting(128, "held-out prompts", unit="prompts")
     labeller: Annotated[Scorer, Scorers(more=("",))] = setting(
@@ -61,7 +69,15 @@ class Settings(Sampling):
             raise declared.wrong("policies", f"{list(self.policies)}; expected at least one policy, each once")
         if self.baseline and self.baseline not in self.policies:
             raise declared.wrong("baseline", f"{self.baseline!r} is none of {', '.join(self.policies)}")
+        decodings.check_names(self)
+        if self.heldout == "whole" and self.prompts not in ("", DATA):
+            raise declared.wrong("heldout", f"'whole', beside prompts of {self.prompts!r}; expected prompts='data'")
         return self
+
+    @property
+    def rows(self) -> list[str]:
+        """The policies of the table, by the names that they have there."""
+        return [entry.name for entry in decodings.entries(self)]
 
     @property
     def scored_rows(self) -> int:
@@ -72,8 +88,13 @@ def check(job: Job[Settings]) -> None:
     """InputError for sampling that the model or the mesh can't do; nothing is loaded."""
     jobs.check_batch(job, job.settings.batch_size)
     jobs.check_batch(job, job.settings.scored_rows, "score_batch")
-    candidates.of_settings(job, 1)
+    for entry in decodings.entries(job.settings):
+        decodings.how(job, entry)
     scores.check(job)
+    read = [name for name in sources_of(job.settings) if name in corpus.others_read(job)]
+    if job.settings.heldout == "whole" and read:
+        which = ", ".join(repr(name) if name else "the run's data" for name in read)
+        raise job.error("heldout", f"'whole', but other stages read {which} too; expected a source of its own in data")
 
 
 def programs(job: Job[Settings]) -> Programs:
@@ -82,17 +103,14 @@ def programs(job: Job[Settings]) -> Programs:
     settings = job.settings
     base = jobs.abstract_base(job, model)
     weights = base | shapes.frozen_weights(job, model)
-    length, window = shapes.sampled_length(job, settings, 1)
-    drawn = shapes.batch(job, settings.scored_rows, length, window)
-    how = candidates.of_settings(job, 1)
-    compiled = {
-        "sample": candidates.program(job, model, weights, how, settings.batch_size),
-        "logps": rows.logps_program(job, model, weights, drawn, 1, settings.temperature),
-    }
-    if settings.reward:
-        scorer = base | shapes.frozen_weights(job, model, head=True)
-        compiled["score"] = rows.scoring_program(job, model, scorer, drawn, 1)
-    return compiled | scores.programs(job, "labeller", {1: drawn})
+    scorer = base | shapes.frozen_weights(job, model, head=True) if settings.reward else None
+    compiled = decodings.programs(job, model, weights, scorer)
+    drawn = {1: decodings.of_replies(job, 1)}
+    if scorer is not None:
+        compiled["score"] = rows.scoring_program(job, model, scorer, drawn[1], 1)
+    elif settings.best_of:
+        drawn[settings.best_of] = decodings.of_replies(job, settings.best_of)
+    return compiled | scores.programs(job, "labeller", drawn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,23 +134,38 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     base = jobs.base_weights(job, model)
     prompts = heldout_prompts(job, model, tokenizer)
     compiled = programs(job)
-    truncation = candidates.of_settings(job, 1).truncation
-    replied, baseline = {}, None
+    entries = decodings.entries(settings)
+    how = {entry.name: decodings.how(job, entry) for entry in entries}
+    replied, several, baseline = {}, {}, None
     for artifact in policies:
-        kept = _kept(job, artifact.name, prompts, tokenizer)
-        if kept is None:
-            weights = base | jobs.load_weights(job, artifact, model, jobs.frozen_dtype(job))
-            kept = _reply(job, compiled, tokenizer, weights, prompts)
-            _keep(job, artifact.name, kept)
-        replied[artifact.name] = kept
+        weights = None
+        for entry in (entry for entry in entries if entry.policy == artifact.name):
+            kept = _kept(job, entry.name, prompts, tokenizer)
+            if kept is None and weights is None:
+                weights = base | jobs.load_weights(job, artifact, model, jobs.frozen_dtype(job))
+            if kept is None and entry.n > 1:
+                several[entry.name] = decodings.several(job, compiled, weights, prompts, entry)
+                continue
+            if kept is None:
+                kept = _reply(job, compiled, tokenizer, weights, prompts, entry)
+                _keep(job, entry.name, kept)
+            replied[entry.name] = kept
         if artifact.name == settings.baseline:
             baseline = artifact
+    if several:
+        for name, kept in _best(job, model, compiled, tokenizer, base, prompts, several).items():
+            _keep(job, name, kept)
+            replied[name] = kept
+    replied = {entry.name: replied[entry.name] for entry in entries}
     columns: dict[str, dict[str, np.ndarray]] = {name: _measured(each) for name, each in replied.items()}
     if baseline is not None:
         weights = base | jobs.load_weights(job, baseline, model, jobs.frozen_dtype(job))
-        key = "log_ratio" if truncation else "kl"
-        for name, each in replied.items():
-            columns[name][key] = each.logps - _rowwise(job, compiled["logps"], weights, each.rows)
+        for entry in entries:
+            each, truncated = replied[entry.name], how[entry.name].truncation
+            at = f"logps{AT}{entry.decoding}" if entry.decoding else "logps"
+            ratio = each.logps - _rowwise(job, compiled[at], weights, each.rows)
+            # Of a best of n these are the ratios of the policy that drew them, not its own.
+            columns[entry.name]["log_ratio" if truncated else "kl" if entry.n == 1 else "kl_bound"] = ratio
     if "score" in compiled:
         weights = base | jobs.load_weights(job, job.inputs["reward"], model, jobs.frozen_dtype(job))
         for name, each in replied.items():
@@ -145,20 +178,21 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     report: dict[str, Any] = {
         "prompts": len(prompts),
         "baseline": settings.baseline,
-        "truncation": truncation,
+        "truncation": how[entries[0].name].truncation,
         "policies": {
-            name: _means(columns[name])
-            | ({"kl_error": standard_error(columns[name]["kl"])} if "kl" in columns[name] else {})
-            | {"distinct": distinct(replied[name].tokens, _DISTINCT)}
-            for name in replied
+            entry.name: _means(columns[entry.name], entry.n)
+            | {"distinct": distinct(replied[entry.name].tokens, _DISTINCT)}
+            for entry in entries
         },
         "comparisons": compared(lines, settings.baseline, settings.bootstrap, job.seed),
     }
+    if settings.decodings:
+        report["decodings"] = {entry.decoding: how[entry.name].truncation for entry in entries if entry.decoding}
     report["frontier"] = frontier(job, report["policies"])
     if jobs.is_first():
         artifacts.write_lines(job.folder / artifacts.REPLIES_FILE, lines)
         artifacts.write_json(job.folder / artifacts.REPORT, report)
-    jobs.say(table(report))
+    jobs.say(table.text(report))
     return {key: report[key] for key in ("prompts", "baseline", "policies")}
 
 
@@ -167,7 +201,10 @@ def heldout_prompts(job: Job, model: ModelConfig, tokenizer) -> Encoded:
     that the stage names, or else of the data."""
     if "prompts" in job.inputs:
         return buckets.heldout_prompts(job.inputs["prompts"], REPORT, job.settings.count)
-    prompts = corpus.share_prompts(job, model, tokenizer, REPORT)
+    if job.settings.heldout == "whole":
+        prompts = corpus.heldout_prompts(job, model, tokenizer)
+    else:
+        prompts = corpus.share_prompts(job, model, tokenizer, REPORT)
     return encode.take(prompts, sample_rows(len(prompts), job.settings.count))
 
 
@@ -196,8 +233,8 @@ def compared(lines: Sequence[judge.Row], baseline: str, resamples: int, seed: in
 
 def frontier(job: Job, policies: Mapping[str, Mapping[str, float]]) -> dict[str, list[dict[str, float]]]:
     """Reward-model score against KL to the baseline: of each policy, and along training of the PPO stages that logged
-    both. {} where the evaluation has no baseline or no reward model. A policy's own point is its last, without a step.
-    """
+    both. {} where the evaluation has no baseline or no reward model. A policy's own point is its last, without a step;
+    a best of n stands at the bound of its KL. Other decodings have no point: their KL is another temperature's."""
     points: dict[str, list[dict[str, float]]] = {}
     for artifact in job.inputs["policies"]:
         means = policies[artifact.name]
@@ -205,7 +242,8 @@ def frontier(job: Job, policies: Mapping[str, Mapping[str, float]]) -> dict[str,
             return {}
         along = _along_training(job, artifact)
         points[artifact.name] = [*along, {"kl": means["kl"], "score": means["reward"]}]
-    return points
+    best = {name: means for name, means in policies.items() if "kl_bound" in means}
+    return points | {name: [{"kl": means["kl_bound"], "score": means["reward"]}] for name, means in best.items()}
 
 
 def _along_training(job: Job[Settings], artifact: Artifact) -> list[dict[str, float]]:
@@ -223,45 +261,22 @@ def _along_training(job: Job[Settings], artifact: Artifact) -> list[dict[str, fl
     return [{"step": row["step"], "kl": row[key], "score": row["eval/score"]} for row in read if key in row]
 
 
-def _means(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Of what there is in each column; and how many replies have no gold score, where some have none."""
+def _means(columns: Mapping[str, np.ndarray], n: int = 1) -> dict[str, float]:
+    """Of what there is in each column; how many replies have no gold score, where some have none; and the KL's standard
+    error, or its bound of the best of n: the policy's own distance on those replies, and theirs to the policy."""
     known = {key: values[~np.isnan(values)] for key, values in columns.items()}
     missing = len(columns["gold"]) - len(known["gold"]) if "gold" in columns else 0
     means = {key: float(np.mean(values)) for key, values in known.items() if len(values)}
+    if "kl" in means:
+        means["kl_error"] = standard_error(columns["kl"])
+    if "kl_bound" in means:
+        means["kl_bound"] += decodings.kl_bound(n)
     return means | ({"gold_unscored": missing} if missing else {})
 
 
 def standard_error(values: np.ndarray) -> float:
     """Of a mean over prompts."""
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def table(report: Mapping[str, Any]) -> str:
-    """The policies' means in columns, and the comparisons' sentences."""
-    keys = [key for key in ("gold", "reward", "kl", "log_ratio", "tokens", "finished", "repetition", "distinct")
-            if all(key in means for means in report["policies"].values())]  # fmt: skip
-    wins = {(c["left"], c["by"]): c for c in report["comparisons"] if c["right"] == report["baseline"]}
-    kinds = list(dict.fromkeys(c["by"] for c in report["comparisons"])) if report["baseline"] else []
-    named = {"kl": f"KL to {report['baseline']}", "log_ratio": f"log-ratio to {report['baseline']}"}
-    heads = [named.get(key, key) for key in keys]
-    heads += [f"wins by {by.removeprefix('the ')}" for by in kinds]
-    rows = []
-    for name, means in report["policies"].items():
-        cells = [f"{means[key]:.3f}" + (f" ± {means['kl_error']:.3f}" if key == "kl" else "") for key in keys]
-        for by in kinds:
-            c = wins.get((name, by))
-            cells.append("" if c is None else f"{c['win_rate']:.3f} [{c['low']:.3f}, {c['high']:.3f}]")
-        rows.append([name, *cells])
-    rows = [["policy", *heads], *rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
-    told = []
-    if "log_ratio" in keys:
-        told = [f"no KL: replies were drawn with {report['truncation']}; the log-ratio's mean over them is none"]
-    return "\n".join([*lines, *told, *(c["sentence"] for c in report["comparisons"])])
 
 
 def repetition(ids: np.ndarray, n: int = _NGRAM) -> float:
@@ -281,17 +296,42 @@ def _ngrams(ids: np.ndarray, n: int) -> list[tuple[int, ...]]:
     return list(zip(*(tokens[k:] for k in range(n)), strict=False))
 
 
-def _reply(job: Job[Settings], compiled: Programs, tokenizer, weights, prompts: Encoded) -> Replied:
-    how = candidates.of_settings(job, 1)
-    drawn = candidates.sample_all(job, compiled["sample"], weights, prompts, how, job.settings.batch_size)
+def _reply(
+    job: Job[Settings], compiled: Programs, tokenizer, weights, prompts: Encoded, entry: decodings.Entry
+) -> Replied:
+    how, sampler = decodings.how(job, entry), compiled[f"sample{entry.suffix}"]
+    drawn = candidates.sample_all(job, sampler, weights, prompts, how, job.settings.batch_size)
     replied = candidates.with_replies(prompts, drawn.tokens)
     return Replied(
         replied,
         [each[0] for each in drawn.tokens],
         [each[0] for each in drawn.texts(tokenizer)],
         drawn.finished[:, 0],
-        _rowwise(job, compiled["logps"], weights, replied),
+        _rowwise(job, compiled[f"logps{entry.suffix}"], weights, replied),
     )
+
+
+def _best(
+    job: Job[Settings], model: ModelConfig, compiled: Programs, tokenizer, base, prompts: Encoded,
+    several: Mapping[str, decodings.Several],
+) -> dict[str, Replied]:  # fmt: skip
+    """Of several replies to each prompt, the best by the reward model, or else by the labeller."""
+
+    def chosen(drawn: decodings.Several, found: np.ndarray) -> Replied:
+        which = decodings.best(found)
+        tokens = [each[place] for each, place in zip(drawn.replies.tokens, which, strict=True)]
+        finished, logps = (x[np.arange(len(which)), which] for x in (drawn.replies.finished, drawn.logps))
+        return _replied(prompts, tokenizer, tokens, finished, logps)
+
+    size = job.settings.scored_rows
+    if "score_best" in compiled:
+        weights = base | jobs.load_weights(job, job.inputs["reward"], model, jobs.frozen_dtype(job))
+        program = compiled["score_best"]
+        return {
+            name: chosen(each, rows.compute(job, program, weights, each.rows, size)) for name, each in several.items()
+        }
+    with scores.opened(job, "labeller", tokenizer, compiled, size) as score:
+        return {name: chosen(each, score(each.rows)) for name, each in several.items()}
 
 
 def _keep(job: Job, name: str, replied: Replied) -> None:
@@ -311,9 +351,12 @@ def _kept(job: Job, name: str, prompts: Encoded, tokenizer) -> Replied | None:
         return None
     arrays = artifacts.read_arrays(file)
     tokens = np.split(arrays["tokens"], np.cumsum(arrays["lens"])[:-1])
+    return _replied(prompts, tokenizer, tokens, arrays["finished"], arrays["logps"])
+
+
+def _replied(prompts: Encoded, tokenizer, tokens: list[np.ndarray], finished: np.ndarray, logps: np.ndarray) -> Replied:
     texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in tokens]
-    replied = candidates.with_replies(prompts, [[ids] for ids in tokens])
-    return Replied(replied, tokens, texts, arrays["finished"], arrays["logps"])
+    return Replied(candidates.with_replies(prompts, [[ids] for ids in tokens]), tokens, texts, finished, logps)
 
 
 def _rowwise(job: Job[Settings], program: Program, weights, encoded: Encoded) -> np.ndarray:
@@ -362,7 +405,7 @@ STAGE = Stage(
     run=run,
     programs=programs,
     check=check,
-    rows=lambda job, pairs, easy: job.settings.count * len(job.settings.policies),
+    rows=lambda job, pairs, easy: job.settings.count * sum(entry.n for entry in decodings.entries(job.settings)),
     shown=Shown(
         figures=("prompts", "policies.*.gold", "policies.*.reward", "policies.*.kl"),
         part="evaluations",
