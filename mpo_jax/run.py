@@ -131,6 +131,9 @@ class Source(Section):
     columns: Columns = Columns()
     constants: Constants = Constants()
     ignore: Names = setting((), "columns that look as if they meant something, and are to be left unread")
+    keep: Names = setting(
+        (), "columns, by the file's names, that python: scorers are told of: a reference answer, say", later=True
+    )
     template: str = setting(
         "auto",
         "auto: conversations by the chat template, where the tokenizer has one; plain: all in HH's form; chat: plain "

@@ -74,8 +74,9 @@ OneOrMany = Annotated[
 """One name, or several."""
 
 
-def _one_or_weighted(value: Any) -> Any:
-    if isinstance(value, str) and value.lstrip().startswith("{"):  # as a flag gives it
+def one_or_weighted(value: Any, signed: bool = False) -> str | dict[str, float]:
+    """A name, or names with their weights, also where a flag gives them as JSON. signed: weights may be below 0."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             value = json.loads(value)
         except ValueError:
@@ -83,16 +84,19 @@ def _one_or_weighted(value: Any) -> Any:
     if isinstance(value, str):
         return value
     if not isinstance(value, Mapping) or not value or not all(isinstance(name, str) and name for name in value):
-        raise PydanticCustomError("names", "expected a name, or names with weights above 0")
+        raise PydanticCustomError("names", "expected a name, or names with their weights")
     for name, weight in value.items():
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not (number and 0 < weight <= 1e6):
-            raise PydanticCustomError("weights", "expected a weight above 0 for {name}", {"name": repr(name)})
+        if not (number and 0 < (abs(weight) if signed else weight) <= 1e6):
+            least = "other than" if signed else "above"
+            raise PydanticCustomError(
+                "weights", "expected a weight {least} 0 for {name}", {"least": least, "name": repr(name)}
+            )
     return {name: float(weight) for name, weight in value.items()}
 
 
 OneOrWeighted = Annotated[
-    str | dict[str, float], pydantic.PlainValidator(_one_or_weighted, json_schema_input_type=str | dict[str, float])
+    str | dict[str, float], pydantic.PlainValidator(one_or_weighted, json_schema_input_type=str | dict[str, float])
 ]
 """One name, or several with their weights; as text, `{"a": 0.7, "b": 0.3}`."""
 
@@ -147,9 +151,12 @@ class Role:
     data: bool = False
 
 
-def setting(default: Any, help: str, *, unit: str = "", operational: bool = False, **limits: Any) -> Any:
-    """A field of a section. limits: pydantic's (gt, ge, lt, le, min_length)."""
-    extra: Any = {"unit": unit, "operational": operational}
+def setting(
+    default: Any, help: str, *, unit: str = "", operational: bool = False, later: bool = False, **limits: Any
+) -> Any:
+    """A field of a section. later: it was added when there were runs, so that its default does not enter a hash: what
+    was made before it keeps its key. limits: pydantic's (gt, ge, lt, le, min_length)."""
+    extra: Any = {"unit": unit, "operational": operational, "later": later}
     return pydantic.Field(default, description=help, json_schema_extra=extra, **limits)
 
 
@@ -304,11 +311,12 @@ def roles(section: type[Section]) -> dict[str, Role]:
 
 
 def content(section: Section) -> dict[str, Any]:
-    """The values that enter a hash: without roles, whose artifacts enter it, and without what is operational."""
+    """The values that enter a hash: without roles, whose artifacts enter it, without what is operational, and without
+    a later setting at its default."""
     values: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
         extra, value = _extra(field), getattr(section, name)
-        if "role" in extra or extra.get("operational"):
+        if "role" in extra or extra.get("operational") or (extra.get("later") and value == field.default):
             continue
         if isinstance(value, Mapping):
             values[name] = {

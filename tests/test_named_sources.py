@@ -122,13 +122,13 @@ def test_the_run_s_own_data_need_not_be_there_where_nothing_reads_it(config):
     [
         ("sft", "aa", "stages.sft.data: no source 'aa'; did you mean 'a'?"),
         ("sft", {"a": 0.5, "x": 0.5}, "stages.sft.data: no source 'x'; expected one of a, b"),
-        ("sft", {}, "stages.sft.data: {}; expected a name, or names with weights above 0"),
+        ("sft", {}, "stages.sft.data: {}; expected a name, or names with their weights"),
         ("sft", {"a": 0.7, "b": -0.3}, "stages.sft.data: {'a': 0.7, 'b': -0.3}; expected a weight above 0 for 'b'"),
         ("sft", {"a": 0.0}, "stages.sft.data: {'a': 0.0}; expected a weight above 0 for 'a'"),
         ("sft", {"a": float("nan")}, "stages.sft.data: {'a': nan}; expected a weight above 0 for 'a'"),
         ("sft", {"a": True}, "stages.sft.data: {'a': True}; expected a weight above 0 for 'a'"),
         ("sft", '{"a": 0.7,', "stages.sft.data: '{\"a\": 0.7,'; expected a name, or names with weights as JSON"),
-        ("split", {"a": 1.0}, "stages.split.data: {'a': 1.0}; expected a text"),
+        ("split", {"a": -1.0}, "stages.split.data: {'a': -1.0}; expected a weight above 0 for 'a'"),
     ],
 )
 def test_what_is_told_of_a_stage_s_data(config, stage, data, told):

@@ -206,7 +206,8 @@ def test_what_is_operational_and_what_names_an_input_stays_out_of_a_hash():
             extra = field.json_schema_extra or {}
             if extra.get("operational"):
                 operational.add(name)
-            assert (name in held) == (not extra.get("operational") and "role" not in extra), f"{where}.{name}"
+            out = extra.get("operational") or "role" in extra or extra.get("later")  # of the last, the default alone
+            assert (name in held) == (not out), f"{where}.{name}"
         assert not set(held) & (operational | set(settings.roles(section)))
     assert {"microbatch", "remat", "log_every", "keep", "save_every", "wandb"}.isdisjoint(settings.content(dpo()))
     assert {"init", "reference", "pairs"}.isdisjoint(settings.content(dpo()))

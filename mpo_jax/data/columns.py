@@ -4,6 +4,7 @@ A column that is not read and whose name tells that it should be is an error, si
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -121,6 +122,24 @@ def rename(rows: Sequence[Row], reading: Reading, place: str) -> tuple[list[Row]
         )
         for row in rows
     ], said
+
+
+def check_kept(rows: Sequence[Row], keep: Sequence[str], place: str) -> None:
+    """InputError for a column to be kept that no row has. rows: by the file's own names."""
+    known = {name for row in rows for name in row.values}
+    for name in keep:
+        if name not in known:
+            raise InputError(f"data.keep: {name!r} is no column of {place}{nearest(name, sorted(known))}")
+
+
+def kept(row: Row, keep: Sequence[str]) -> str:
+    """The columns of a row that are kept, as JSON; "" where none is. What JSON has no form for is its text."""
+
+    def plain(value: Any) -> Any:
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+    values = {name: row.values[name] for name in keep if name in row.values}
+    return json.dumps(values, default=plain, ensure_ascii=False) if values else ""
 
 
 def check_unread(

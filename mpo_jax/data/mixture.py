@@ -1,7 +1,8 @@
 """Encoded rows of several sources and their weights enter; one set of rows leaves, and the rows that an epoch draws.
 
 An epoch draws as many rows as the sources hold together, of each source its weight's part, exactly. A source goes on in
-the next epoch where it stopped: every row of it is drawn once before one is drawn again.
+the next epoch where it stopped: every row of it is drawn once before one is drawn again. Stages that do not train read
+rows once (`once`).
 """
 
 import dataclasses
@@ -25,6 +26,29 @@ def mix(parts: Sequence[Encoded], weights: Sequence[float]) -> Encoded:
             "raise it, or leave that source out"
         )
     return dataclasses.replace(encode.join(*parts), mixture=Mixture(source, tuple(weights)))
+
+
+def once(parts: Sequence[Encoded], weights: Sequence[float]) -> Encoded:
+    """Rows of all parts, each once: of the source with the largest weight all prompts, of another its weight's share of
+    that one, as a part of its own prompts, with all their rows. Those with the lowest ids, which are hashes of prompts:
+    a smaller weight takes some of what a larger one takes, whatever the seed. A prompt without replies that two sources
+    have is the first one's. InputError where a weight is so small that none of a source's prompts is left."""
+    kept: list[Encoded] = []
+    met = np.zeros(0, np.int32)
+    for part, weight in zip(parts, weights, strict=True):
+        prompts = np.unique(part.prompt_id)
+        count = round(weight / max(weights) * len(prompts))
+        if not count:
+            raise InputError(
+                f"weight {weight:g}, of {max(weights):g} for the source that is read whole, gives none of "
+                f"{len(prompts)} prompts; raise it, or leave that source out"
+            )
+        taken = np.isin(part.prompt_id, prompts[:count])
+        if not part.replies:
+            taken &= ~np.isin(part.prompt_id, met)
+            met = np.concatenate([met, part.prompt_id[taken]])
+        kept.append(encode.take(part, np.flatnonzero(taken)))
+    return encode.join(*kept)
 
 
 def counts(rows: int, weights: Sequence[float]) -> list[int]:

@@ -16,7 +16,7 @@ CONSTANTS = ("prompt", "input", "system", "tools")
 RANKED = ("best_worst", "all", "adjacent")
 KEYS = (
     "path", "split", "eval_split", "limit", "columns", "ignore", "template", "template_kwargs", "system",
-    "common_prompt", "ranked", "constants", "end_of_turn",
+    "common_prompt", "ranked", "constants", "end_of_turn", "keep",
 )  # fmt: skip
 """The settings under `config.data` that say where records are and how they are read, which every named source has."""
 _KEY = re.compile(rf"\bdata\.({'|'.join(KEYS)})\b")
@@ -66,7 +66,8 @@ class Reading:
     or "user" for templates that take no system turn: its text then begins the first user's. common_prompt: where
     pairs have no prompt column, the beginning that both replies have in common is the prompt. constants: role
     (`CONSTANTS`) → a text that every row has in it. ranked: which of a row's ranked replies are paired: the best
-    with the worst, every two, or each with the next in rank. labelled: single replies with a label stay single, bad
+    with the worst, every two, or each with the next in rank. keep: columns, by the file's names, that functions are
+    told of as they stand (`TextRecord.kept`). labelled: single replies with a label stay single, bad
     ones too, instead of becoming demonstrations and pairs.
 
     InputError for a value outside these."""
@@ -80,6 +81,7 @@ class Reading:
     constants: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ranked: str = "best_worst"
     labelled: bool = False
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self):
         for role in self.columns:
@@ -95,6 +97,8 @@ class Reading:
         for key, value, known in ((key, getattr(self, key), known) for key, known in choices):
             if value not in known:
                 raise InputError(f"data.{key}: {value!r}; expected one of {', '.join(known)}")
+        if both := sorted(set(self.keep) & set(self.ignore)):
+            raise InputError(f"data.keep: {both[0]!r} is in data.ignore too; expected it in one of them")
         taken = _template_arguments() & set(self.template_kwargs)
         if taken:
             raise InputError(
@@ -110,7 +114,7 @@ class Reading:
             key: {role: name for role, name in dict(given.get(key) or {}).items() if name}
             for key in ("columns", "constants")
         }
-        return cls(**(given | roles | {"ignore": tuple(given.get("ignore") or ())}))
+        return cls(**(given | roles | {name: tuple(given.get(name) or ()) for name in ("ignore", "keep")}))
 
     @property
     def all_asked(self) -> bool:

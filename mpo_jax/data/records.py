@@ -52,7 +52,8 @@ class TextRecord:
     reply, `chosen`, whether it is a good one; None where nobody said so. templated: prompt and replies were written
     by a chat template, so special tokens in them are meant as such. marked: prompt and replies once more, for the
     rare record whose messages spell out special tokens themselves: those stand between marks there and are text.
-    chat: the conversation that the prompt shows, where there is one. form: the kind of row it was read from, for
+    chat: the conversation that the prompt shows, where there is one. kept: columns of its row for scorers, as JSON, or
+    "": no part of what a record is. form: the kind of row it was read from, for
     messages.
     """
 
@@ -67,6 +68,7 @@ class TextRecord:
     templated: bool = False
     marked: tuple[str, ...] = ()
     chat: Chat | None = None
+    kept: str = dataclasses.field(default="", compare=False)
     form: str = dataclasses.field(default="", compare=False)
 
     @property

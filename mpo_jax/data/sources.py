@@ -15,7 +15,7 @@ from mpo_jax import fingerprints, progress
 from mpo_jax.data import suggest, template
 from mpo_jax.data.account import Account
 from mpo_jax.data.chat import messages
-from mpo_jax.data.columns import check_unread, rename, survey
+from mpo_jax.data.columns import check_kept, check_unread, kept, rename, survey
 from mpo_jax.data.files import check_file, unreadable
 from mpo_jax.data.forms.base import Form, Plan, Said
 from mpo_jax.data.forms.prompts import ends_with_question
@@ -114,6 +114,8 @@ class _Tally:
         renamed, form, plan = self.look(name, rows, reading)
         columns = f"{form.name}: {form.columns}"
 
+        raw = {id(mine): row for mine, (_, row) in zip(renamed, rows, strict=True)}
+
         def keep(number: int, row: Row, own: str, said: Said) -> None:
             try:
                 fields, how = show(said, tokenizer, reading, row.where)
@@ -122,7 +124,8 @@ class _Tally:
                 return
             self.shown[how] += 1
             label = said.good if reading.labelled else None
-            self.records.append(TextRecord(id=number, split=own, label=label, form=columns, **fields))
+            told = kept(raw[id(row)], reading.keep)
+            self.records.append(TextRecord(id=number, split=own, label=label, kept=told, form=columns, **fields))
 
         labelled = []
         for (own, _), row in progress.each(zip(rows, renamed, strict=True), "understand", len(rows)):
@@ -149,6 +152,7 @@ class _Tally:
 
     def look(self, name: str, rows: Sequence[tuple[str, Row]], reading: Reading) -> tuple[Sequence[Row], Form, Plan]:
         """The rows of a file by our names for columns, their form, and how they are read."""
+        check_kept([row for _, row in rows], reading.keep, name)
         renamed, said = rename([row for _, row in rows], reading, name)
         return renamed, *self._plan(name, renamed, said, reading)
 
@@ -164,6 +168,11 @@ class _Tally:
         self.schema, self.first = form.name, self.first or name
         plan = form.plan(seen, rows, reading)
         uses = plan.uses | {column: "split" for column in found.kinds if column == "split"}
+        scored = "kept for scorers"
+        for column in reading.keep:
+            mine = next((role for role, theirs in reading.columns.items() if theirs == column), column)
+            if mine in found.kinds:
+                uses[mine] = f"{uses[mine]}; {scored}" if mine in uses else scored
         try:
             unread = check_unread(rows, found, uses, plan.known, name)
         except InputError as error:

@@ -19,6 +19,8 @@ from mpo_jax.evaluation.judge_prompts import FIRST, SECOND, TIE, Question
 
 Row = Mapping[str, Any]
 """A line of replies.jsonl."""
+AT = "@"
+"""Stands between a policy and the decoding of its replies, where an evaluation has several: "mpo@greedy"."""
 
 
 def read_replies(path: epath.Path) -> list[Row]:
@@ -33,6 +35,7 @@ def read_replies(path: epath.Path) -> list[Row]:
 
 def pairs_of(rows: Sequence[Row], policies: Sequence[str], baseline: str) -> list[tuple[str, str]]:
     """Which policies to compare: each with the baseline, or every two. policies: some of those in rows; empty: all.
+    Replies of several decodings are compared within each: "mpo@greedy" with "sft@greedy".
 
     The later policy stands left, so that a win rate above one half says that it is the better.
     """
@@ -44,8 +47,20 @@ def pairs_of(rows: Sequence[Row], policies: Sequence[str], baseline: str) -> lis
     if len(chosen) < 2:
         raise InputError(f"policies: {', '.join(chosen)}; a comparison needs two")
     if baseline:
-        return [(name, baseline) for name in chosen if name != baseline]
-    return [(right, left) for left, right in itertools.combinations(chosen, 2)]
+        beside = {name: f"{baseline}{AT}{decoding}" for name in chosen if (decoding := _decoding(name, known))}
+        paired = [(name, beside.get(name, baseline)) for name in chosen]
+        return [(name, other) for name, other in paired if name != other and other in known]
+    return [
+        (right, left)
+        for left, right in itertools.combinations(chosen, 2)
+        if _decoding(left, known) == _decoding(right, known)
+    ]
+
+
+def _decoding(name: str, known: Sequence[str]) -> str:
+    """By which replies were drawn, "" for the evaluation's own."""
+    policy, _, decoding = name.rpartition(AT)
+    return decoding if policy in known else ""
 
 
 def by_answers(

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from mpo_jax import artifacts, metrics
 from mpo_jax.data.account import Account
-from mpo_jax.evaluation import figures, pairs, statistics, verdict
+from mpo_jax.evaluation import figures, pairs, statistics, table, verdict
 
 _SAMPLES, _OPEN = 60, 3
 """Prompts whose replies are shown side by side, and how many of them at once."""
@@ -25,10 +25,6 @@ _COLUMNS = {
     "repetition": "repeated 4-grams",
     "distinct": "distinct 2-grams",
 }
-
-
-_MAIN = ("gold", "reward", "kl", "log_ratio", "tokens")
-"""Those that stand in the table itself; the others are a row's details."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,18 +98,19 @@ def evaluation(stage: Finished) -> dict[str, Any]:
     report = {"errors": {}, "verdict": None} | artifacts.read_json(stage.folder / artifacts.REPORT)  # earlier versions'
     rows = artifacts.read_lines(stage.folder / artifacts.REPLIES_FILE)
     policies = report["policies"]
-    wins = {(c["left"], c["by"]): c for c in report["comparisons"] if c["right"] == report["baseline"]}
+    wins = table.wins(report)
     frontier = {
         name: [(point["kl"], point["score"]) for point in points] for name, points in report["frontier"].items()
     }
-    columns = {key: head for key, head in _COLUMNS.items() if all(key in means for means in policies.values())}
+    columns = table.columns(report)
     return {
         "name": stage.name,
         "report": report,
         "verdict": _verdict(report["verdict"]),
-        "columns": columns,
-        "main": [key for key in _MAIN if key in columns],
-        "cells": {name: _cells(means, report["errors"].get(name, {}), columns) for name, means in policies.items()},
+        "columns": {key: _COLUMNS[key] for key in columns},
+        "main": [key for key in table.MAIN if key in columns],
+        "cells": {name: {key: table.cell(report, name, key) for key in columns} for name in policies},
+        "notes": table.notes(report),
         "judges": list(dict.fromkeys(by for _, by in wins)),
         "wins": wins,
         "frontier": Markup(figures.lines(frontier, f"KL to {report['baseline']}, nats", "reward model's score", "o"))
@@ -140,14 +137,6 @@ def _samples(rows: Sequence[Mapping[str, Any]], given: Mapping[str, Any] | None,
     if len(chosen) <= _SAMPLES:
         return chosen
     return [chosen[round(place)] for place in np.linspace(0, len(chosen) - 1, _SAMPLES)]
-
-
-def _cells(means: Mapping[str, float], errors: Mapping[str, float], columns: Mapping[str, str]) -> dict[str, str]:
-    """Figures with the digits that their errors allow."""
-    known = dict(errors) | ({"kl": means["kl_error"]} if "kl_error" in means else {})
-    return {
-        key: verdict.with_error(means[key], known[key]) if known.get(key) else f"{means[key]:.3f}" for key in columns
-    }
 
 
 def _verdict(given: Mapping[str, Any] | None) -> dict[str, Any] | None:

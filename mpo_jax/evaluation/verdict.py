@@ -3,7 +3,7 @@ numbers and in words."""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mpo_jax.evaluation import statistics
@@ -26,10 +26,10 @@ def given(rows: Sequence[Row], name: str, policies: Mapping[str, Mapping[str, An
 
     By the gold labeller's score where there is one, or else the reward model's, on the prompts whose replies all have
     one. Every p-value is corrected (Holm) over all of the verdict's: a difference of score and a win rate for each
-    other policy. policies: their means, for the KL to `baseline`.
+    other policy. policies: those that are compared, each with its means, for the KL to `baseline`.
     """
-    key, by = next(((key, by) for key, by in statistics.JUDGES if _scored(rows, key)), ("", ""))
-    scored = _scored(rows, key) if key else []
+    key, by = next(((key, by) for key, by in statistics.JUDGES if _scored(rows, key, policies)), ("", ""))
+    scored = _scored(rows, key, policies) if key else []
     others = [other for other in policies if other != name]
     if len(scored) < 2 or not others:
         return None
@@ -114,5 +114,5 @@ def with_error(value: float, error: float) -> str:
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
-def _scored(rows: Sequence[Row], key: str) -> list[Row]:
-    return [row for row in rows if all(reply.get(key) is not None for reply in row["replies"].values())]
+def _scored(rows: Sequence[Row], key: str, policies: Iterable[str]) -> list[Row]:
+    return [row for row in rows if all(row["replies"][name].get(key) is not None for name in policies)]

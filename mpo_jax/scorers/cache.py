@@ -6,6 +6,7 @@ A batch's scores are on disk when they are kept: whatever ends a run, it goes on
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -15,9 +16,11 @@ _SCHEMA = "create table if not exists scores (key blob primary key, score real) 
 _AT_A_TIME = 500  # what SQLite takes as parameters of one statement, in any version
 
 
-def key(identity: str, prompt: str, reply: str) -> bytes:
-    """The hash of a scorer's identity (`names.identity`) and what it is asked."""
-    return hashlib.blake2b(json.dumps([identity, prompt, reply]).encode(), digest_size=20).digest()
+def key(identity: str, prompt: str, reply: str, columns: Any = None) -> bytes:
+    """The hash of a scorer's identity (`names.identity`) and what it is asked. columns: of the data's, that it is told
+    of."""
+    asked = [identity, prompt, reply] + ([columns] if columns else [])
+    return hashlib.blake2b(json.dumps(asked).encode(), digest_size=20).digest()
 
 
 class Cache(Database):

@@ -86,7 +86,8 @@ def _asked(name: str, limits: Limits, kept: epath.PathLike | None, stack: contex
 
 def _remembered(name: str, identity: str, size: int, memory: Cache | None, all_of, prompts, replies, records):
     """The scores, asked for in batches where they are not known; each batch is kept as soon as it is there."""
-    keys = [cache.key(identity, prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+    asked = zip(prompts, replies, records, strict=True)
+    keys = [cache.key(identity, prompt, reply, record.get("columns")) for prompt, reply, record in asked]
     known = {} if memory is None else memory.get(list(dict.fromkeys(keys)))
     first = {key: place for place, key in reversed(list(enumerate(keys))) if key not in known}
     places = sorted(first.values())

@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
-import json
 import re
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from mpo_jax import fingerprints
 from mpo_jax.errors import InputError
 from mpo_jax.models import hf
 from mpo_jax.scorers import sentiment
-from mpo_jax.settings import OneOf, Section
+from mpo_jax.settings import OneOf, Section, one_or_weighted
 
 OWN = "reward"
 """The run's own reward model, of the stage's role `reward`."""
@@ -55,25 +54,10 @@ class Scorers(OneOf):
 
     def known(self, value: Any) -> Any:
         """The setting's value: a name as it is, a weighted sum as a dict, also where it is given as JSON."""
-        if isinstance(value, str) and value.lstrip().startswith("{"):
-            try:
-                value = json.loads(value)
-            except ValueError as error:
-                told = f'expected a name, or JSON such as {{"reward": 1.0}} ({error})'
-                raise PydanticCustomError("scorers", "{told}", {"told": told}) from None
-        if isinstance(value, str):
-            self._check(value)
-            return value
-        if not isinstance(value, Mapping) or not value:
-            raise PydanticCustomError("scorers", "expected a name, or names with their weights")
-        for name, weight in value.items():
-            if not isinstance(name, str) or not name:
-                raise PydanticCustomError("scorers", "expected names of scorers")
+        value = one_or_weighted(value, signed=True)
+        for name in [value] if isinstance(value, str) else value:
             self._check(name)
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < abs(weight) <= 1e6:
-                told = "the weight of {name} is {weight}; expected a number other than 0"
-                raise PydanticCustomError("scorers", told, {"name": name, "weight": repr(weight)[:40]})
-        return {name: float(weight) for name, weight in value.items()}
+        return value
 
     def _check(self, name: str) -> None:
         if name in self.table or name in self.more or (told := _form(name)) == "":

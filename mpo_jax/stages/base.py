@@ -96,7 +96,11 @@ class Training(StageSettings, Optimizer):
 class Sampling(StageSettings):
     """What every stage that samples replies has."""
 
-    data: str = setting("", "what it reads: a name of data.sources; empty: the run's data")
+    data: OneOrWeighted = setting(
+        "",
+        "what it reads, each row once: a name of data.sources, or several, of which a weight is the part that is read, "
+        'relative to the largest ({"a": 1.0, "b": 0.5}: all of a, half of b); empty: the run\'s data',
+    )
     temperature: Amount = setting(1.0, "of the softmax that tokens are drawn from; 0: greedy")
     top_k: Whole = setting(0, "draw from the most probable tokens alone; 0: from the whole vocabulary", unit="tokens")
     top_p: settings.Share = setting(0.0, "draw from the fewest tokens with this probability; 0: no truncation")

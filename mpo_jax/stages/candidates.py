@@ -68,9 +68,10 @@ def sampling_config(
     top_k: int = 0,
     top_p: float = 0.0,
     min_new_tokens: int = 0,
+    key: str = "",
 ) -> SamplingConfig:
     """How a stage samples, with the base model's own stop ids. InputError for what the model can't do with prompts as
-    long as the data's limits allow."""
+    long as the data's limits allow. key: where those settings stand beneath the stage's."""
     try:
         how = SamplingConfig(
             temperature=temperature,
@@ -83,7 +84,7 @@ def sampling_config(
         )
         how.check(jobs.model(job), jobs.prompt_limit(job))
     except InputError as error:
-        raise InputError(f"stages.{job.name}.{error}") from None
+        raise InputError(f"stages.{job.name}.{key}{error}") from None
     return how
 
 

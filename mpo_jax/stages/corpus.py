@@ -17,6 +17,7 @@ from mpo_jax.data.records import TextRecord
 from mpo_jax.errors import InputError
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.run import Data, sources_of
+from mpo_jax.stages.base import Sampling
 from mpo_jax.stages.job import Job, data_division, dressed, is_first, prompt_limit, say
 
 
@@ -87,14 +88,35 @@ def share_pairs(job: Job, model: ModelConfig, loaded_tokenizer, share: str) -> e
 
 def share_prompts(job: Job, model: ModelConfig, loaded_tokenizer, share: str) -> encode.Encoded:
     """The prompts of a share, each once, with room left for a reply within the row."""
+    return _of_sources(job, share, loaded_tokenizer, lambda rows, shown: _prompts(job, rows, shown))
+
+
+def others_read(job: Job) -> list[str]:
+    """The sources that stages of other kinds than the job's read, "" for the run's own data."""
+    others = (stage for stage in job.config.stages.values() if stage.kind != job.settings.kind)
+    return list(dict.fromkeys(name for stage in others for name in sources_of(stage)))
+
+
+def heldout_prompts(job: Job, model: ModelConfig, loaded_tokenizer) -> encode.Encoded:
+    """Both halves of what the job's sources hold out, which no other kind of stage reads; and none of the prompts that
+    begin as one of another source does, in any share: those may have been learned from."""
+    known = [record for name in others_read(job) for part in _parts(job, loaded_tokenizer, name) for record in part]
+
+    def make(rows: list[TextRecord], shown) -> encode.Encoded:
+        kept = division.without(rows, known)
+        if len(kept) < len(rows):
+            say(f"  {len(rows) - len(kept)} records left out: other stages read data that begins as they do")
+        if not kept:
+            raise job.error("heldout", "'whole', but other stages read data that begins as every record here does")
+        return _prompts(job, kept, shown)
+
+    return _of_sources(job, (division.SELECT, division.REPORT), loaded_tokenizer, make)
+
+
+def _prompts(job: Job, rows: list[TextRecord], loaded_tokenizer) -> encode.Encoded:
     data = job.config.data
     limits = encode.Limits(data.max_length, data.max_response, max_prompt=prompt_limit(job), too_long=data.too_long)
-    return _of_sources(
-        job,
-        share,
-        loaded_tokenizer,
-        lambda rows, shown: _encode(job, division.unique_prompts(rows), shown, 0, limits),
-    )
+    return _encode(job, division.unique_prompts(rows), loaded_tokenizer, 0, limits)
 
 
 def encode_rows(job: Job, model: ModelConfig, rows: list[TextRecord], replies: int, loaded_tokenizer) -> encode.Encoded:
@@ -121,22 +143,41 @@ def write_rows(encoded: encode.Encoded, folder: epath.Path) -> None:
 
 def _of_sources(
     job: Job,
-    share: str,
+    share: str | tuple[str, ...],
     loaded_tokenizer,
     make: Callable[[list[TextRecord], Any], encode.Encoded],
     labelled: bool = False,
 ) -> encode.Encoded:
-    """`make` of the records of each source that the stage names, and of the tokenizer with its template; all mixed.
-    labelled: see `Reading`."""
+    """`make` of the records of each source that the stage names, and of the tokenizer with its template; all mixed, as
+    training draws them or else as they are read once. share: or several, of which some may be empty. labelled: see
+    `Reading`."""
     weights = sources_of(job.settings) or {"": 1.0}
     parts = []
     for name in weights:
         shown = dressed(job, loaded_tokenizer, name)
-        parts.append(make(records(job, share, shown, name, labelled), shown))
+        parts.append(make(_of_shares(job, share, shown, name, labelled), shown))
     try:
-        return parts[0] if len(parts) == 1 else mixture.mix(parts, list(weights.values()))
+        mixed = mixture.once if isinstance(job.settings, Sampling) else mixture.mix
+        return parts[0] if len(parts) == 1 else mixed(parts, list(weights.values()))
     except InputError as error:
         raise job.error("data", str(error)) from None
+
+
+def _of_shares(
+    job: Job, share: str | tuple[str, ...], loaded_tokenizer, source: str, labelled: bool
+) -> list[TextRecord]:
+    """The records of a source's share; or of several, if any of them holds one."""
+    found: list[TextRecord] = []
+    told: list[InputError] = []
+    each = (share,) if isinstance(share, str) else share
+    for name in each:
+        try:
+            found += records(job, name, loaded_tokenizer, source, labelled)
+        except InputError as error:
+            told.append(error)
+    if len(told) == len(each):
+        raise told[0]
+    return found
 
 
 def _heldout(data: Data, source: str, loaded_tokenizer) -> list[TextRecord]:

@@ -5,29 +5,31 @@ it. Another holds the means, the comparisons, and reward against KL of every pol
 """
 
 import dataclasses
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
 
 from mpo_jax import artifacts, metrics
 from mpo_jax import settings as declared
-from mpo_jax.artifacts import PAIRS, POLICY, REPLIES, REWARD
+from mpo_jax.artifacts import DATA, PAIRS, POLICY, REPLIES, REWARD
 from mpo_jax.data import encode
 from mpo_jax.data.division import REPORT
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.plan import sample_rows
-from mpo_jax.evaluation import judge, sections, statistics, verdict
+from mpo_jax.evaluation import judge, sections, statistics, table, verdict
+from mpo_jax.evaluation.judge import AT
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
+from mpo_jax.run import sources_of
 from mpo_jax.scorers.names import OWN, Scorer, Scorers
 from mpo_jax.settings import Count, Names, Whole, role, setting
-from mpo_jax.stages import buckets, candidates, corpus, rows, scores, shards
+from mpo_jax.stages import buckets, candidates, corpus, decodings, rows, scores, shards
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Sampling, Stage
+from mpo_jax.stages.decodings import Decodings
 from mpo_jax.stages.job import Artifact, Job
 from mpo_jax.stages.programs import Program, Programs
 from mpo_jax.types import PyTree
@@ -36,7 +38,7 @@ _NGRAM, _DISTINCT = 4, 2
 """Lengths of the n-grams that repetition counts within a reply, and diversity over all of a policy's replies."""
 
 
-class Settings(Sampling):
+class Settings(Sampling, Decodings):
     """Policies compared by their replies to held-out prompts."""
 
     policies: Names = role(POLICY, ("sft", "dpo", "mpo"), "the policies that reply")
@@ -48,6 +50,11 @@ class Settings(Sampling):
         "the split whose held-out prompts are used; data, or empty: those of the eval share",
         optional=True,
         data=True,
+    )
+    heldout: Literal["report", "whole"] = setting(
+        "report",
+        "which of the held-out prompts: the half that no training looks at, or both, of data that nothing else reads",
+        later=True,
     )
     count: Count = setting(128, "held-out prompts", unit="prompts")
     labeller: Annotated[Scorer, Scorers(more=("",))] = setting(
@@ -63,7 +70,15 @@ class Settings(Sampling):
             raise declared.wrong("policies", f"{list(self.policies)}; expected at least one policy, each once")
         if self.baseline and self.baseline not in self.policies:
             raise declared.wrong("baseline", f"{self.baseline!r} is none of {', '.join(self.policies)}")
+        decodings.check_names(self)
+        if self.heldout == "whole" and self.prompts not in ("", DATA):
+            raise declared.wrong("heldout", f"'whole', beside prompts of {self.prompts!r}; expected prompts='data'")
         return self
+
+    @property
+    def rows(self) -> list[str]:
+        """The policies of the table, by the names that they have there."""
+        return [entry.name for entry in decodings.entries(self)]
 
     @property
     def scored_rows(self) -> int:
@@ -74,8 +89,13 @@ def check(job: Job[Settings]) -> None:
     """InputError for sampling that the model or the mesh can't do; nothing is loaded."""
     jobs.check_batch(job, job.settings.batch_size)
     jobs.check_batch(job, job.settings.scored_rows, "score_batch")
-    candidates.of_settings(job, 1)
+    for entry in decodings.entries(job.settings):
+        decodings.how(job, entry)
     scores.check(job)
+    read = [name for name in sources_of(job.settings) if name in corpus.others_read(job)]
+    if job.settings.heldout == "whole" and read:
+        which = ", ".join(repr(name) if name else "the run's data" for name in read)
+        raise job.error("heldout", f"'whole', but other stages read {which} too; expected a source of its own in data")
 
 
 def programs(job: Job[Settings]) -> Programs:
@@ -84,17 +104,14 @@ def programs(job: Job[Settings]) -> Programs:
     settings = job.settings
     base = jobs.abstract_base(job, model)
     weights = base | shapes.frozen_weights(job, model)
-    length, window = shapes.sampled_length(job, settings, 1)
-    drawn = shapes.batch(job, settings.scored_rows, length, window)
-    how = candidates.of_settings(job, 1)
-    compiled = {
-        "sample": candidates.program(job, model, weights, how, settings.batch_size),
-        "logps": rows.logps_program(job, model, weights, drawn, 1, settings.temperature),
-    }
-    if settings.reward:
-        scorer = base | shapes.frozen_weights(job, model, head=True)
-        compiled["score"] = rows.scoring_program(job, model, scorer, drawn, 1)
-    return compiled | scores.programs(job, "labeller", {1: drawn})
+    scorer = base | shapes.frozen_weights(job, model, head=True) if settings.reward else None
+    compiled = decodings.programs(job, model, weights, scorer)
+    drawn = {1: decodings.of_replies(job, 1)}
+    if scorer is not None:
+        compiled["score"] = rows.scoring_program(job, model, scorer, drawn[1], 1)
+    elif settings.best_of:
+        drawn[settings.best_of] = decodings.of_replies(job, settings.best_of)
+    return compiled | scores.programs(job, "labeller", drawn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,24 +135,33 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     base = jobs.base_weights(job, model)
     prompts = heldout_prompts(job, model, tokenizer)
     compiled = programs(job)
-    truncation = candidates.of_settings(job, 1).truncation
-    replied, baseline = {}, None
+    entries = decodings.entries(settings)
+    how = {entry.name: decodings.how(job, entry) for entry in entries}
+    replied, several = {}, {}
     for artifact in policies:
-        replied[artifact.name] = _reply(job, compiled, tokenizer, model, base, artifact, prompts)
-        if artifact.name == settings.baseline:
-            baseline = artifact
+        weights, of = _loaded(job, model, base, artifact), jobs.making(artifact)
+        for entry in (entry for entry in entries if entry.policy == artifact.name):
+            if entry.n > 1:
+                several[entry.name] = decodings.several(job, compiled, weights, prompts, entry, of)
+            else:
+                replied[entry.name] = _reply(job, compiled, tokenizer, weights, prompts, entry, of)
+    if several:
+        replied |= _best(job, model, compiled, tokenizer, base, prompts, several)
+    replied = {entry.name: replied[entry.name] for entry in entries}
     columns: dict[str, dict[str, np.ndarray]] = {name: _measured(each) for name, each in replied.items()}
-    if baseline is not None:
-        weights = _loaded(job, model, base, baseline)
-        key = "log_ratio" if truncation else "kl"
-        for name, each in replied.items():
-            under = _rowwise(job, compiled["logps"], weights, each.rows, baseline)
-            columns[name][key] = each.logps - under
+    for baseline in (artifact for artifact in policies if artifact.name == settings.baseline):
+        weights, of = _loaded(job, model, base, baseline), jobs.making(baseline)
+        for entry in entries:
+            each, truncated = replied[entry.name], how[entry.name].truncation
+            at = f"logps{AT}{entry.decoding}" if entry.decoding else "logps"
+            heat = str(how[entry.name].temperature)
+            ratio = each.logps - _rowwise(job, compiled[at], weights, each.rows, [*of, heat])
+            # Of a best of n these are the ratios of the policy that drew them, not its own.
+            columns[entry.name]["log_ratio" if truncated else "kl" if entry.n == 1 else "kl_bound"] = ratio
     if "score" in compiled:
-        reward = job.inputs["reward"]
-        weights = _loaded(job, model, base, reward)
+        weights, of = _loaded(job, model, base, job.inputs["reward"]), jobs.making(job.inputs["reward"])
         for name, each in replied.items():
-            columns[name]["reward"] = _rowwise(job, compiled["score"], weights, each.rows, reward)
+            columns[name]["reward"] = _rowwise(job, compiled["score"], weights, each.rows, of)
     if settings.labeller:
         with scores.opened(job, "labeller", tokenizer, compiled, settings.scored_rows) as score:
             for name, each in replied.items():
@@ -144,26 +170,28 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     report: dict[str, Any] = {
         "prompts": len(prompts),
         "baseline": settings.baseline,
-        "truncation": truncation,
+        "truncation": how[entries[0].name].truncation,
         "policies": {
-            name: _means(columns[name])
-            | ({"kl_error": standard_error(columns[name]["kl"])} if "kl" in columns[name] else {})
-            | {"distinct": distinct(replied[name].tokens, _DISTINCT)}
-            for name in replied
+            entry.name: _means(columns[entry.name], entry.n)
+            | {"distinct": distinct(replied[entry.name].tokens, _DISTINCT)}
+            for entry in entries
         },
         "comparisons": compared(lines, settings.baseline, settings.bootstrap, job.seed),
     }
+    if settings.decodings:
+        report["decodings"] = {entry.decoding: how[entry.name].truncation for entry in entries if entry.decoding}
     report["errors"] = {
         name: {key: standard_error(values[~np.isnan(values)]) for key, values in columns[name].items()}
         for name in replied
     }
     report["frontier"] = frontier(job, report["policies"])
-    subject = verdict.subject(list(replied), {each.name: artifacts.beneath(each.folder) for each in policies})
-    report["verdict"] = verdict.given(lines, subject, report["policies"], settings.baseline)
+    subject = verdict.subject(settings.policies, {each.name: artifacts.beneath(each.folder) for each in policies})
+    plain = {entry.name: report["policies"][entry.name] for entry in entries if not entry.decoding}
+    report["verdict"] = verdict.given(lines, subject, plain, settings.baseline)
     if jobs.is_first():
         artifacts.write_lines(job.folder / artifacts.REPLIES_FILE, lines)
         artifacts.write_json(job.folder / artifacts.REPORT, report)
-    jobs.say(table(report))
+    jobs.say(table.text(report))
     return {key: report[key] for key in ("prompts", "baseline", "policies")}
 
 
@@ -172,7 +200,10 @@ def heldout_prompts(job: Job, model: ModelConfig, tokenizer) -> Encoded:
     that the stage names, or else of the data."""
     if "prompts" in job.inputs:
         return buckets.heldout_prompts(job.inputs["prompts"], REPORT, job.settings.count)
-    prompts = corpus.share_prompts(job, model, tokenizer, REPORT)
+    if job.settings.heldout == "whole":
+        prompts = corpus.heldout_prompts(job, model, tokenizer)
+    else:
+        prompts = corpus.share_prompts(job, model, tokenizer, REPORT)
     return encode.take(prompts, sample_rows(len(prompts), job.settings.count))
 
 
@@ -201,8 +232,8 @@ def compared(lines: Sequence[judge.Row], baseline: str, resamples: int, seed: in
 
 def frontier(job: Job, policies: Mapping[str, Mapping[str, float]]) -> dict[str, list[dict[str, float]]]:
     """Reward-model score against KL to the baseline: of each policy, and along training of the PPO stages that logged
-    both. {} where the evaluation has no baseline or no reward model. A policy's own point is its last, without a step.
-    """
+    both. {} where the evaluation has no baseline or no reward model. A policy's own point is its last, without a step;
+    a best of n stands at the bound of its KL. Other decodings have no point: their KL is another temperature's."""
     points: dict[str, list[dict[str, float]]] = {}
     for artifact in job.inputs["policies"]:
         means = policies[artifact.name]
@@ -210,7 +241,8 @@ def frontier(job: Job, policies: Mapping[str, Mapping[str, float]]) -> dict[str,
             return {}
         along = _along_training(job, artifact)
         points[artifact.name] = [*along, {"kl": means["kl"], "score": means["reward"]}]
-    return points
+    best = {name: means for name, means in policies.items() if "kl_bound" in means}
+    return points | {name: [{"kl": means["kl_bound"], "score": means["reward"]}] for name, means in best.items()}
 
 
 def _along_training(job: Job[Settings], artifact: Artifact) -> list[dict[str, float]]:
@@ -228,49 +260,22 @@ def _along_training(job: Job[Settings], artifact: Artifact) -> list[dict[str, fl
     return [{"step": row["step"], "kl": row[key], "score": row["eval/score"]} for row in read if key in row]
 
 
-def _means(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Of what there is in each column; and how many replies have no gold score, where some have none."""
+def _means(columns: Mapping[str, np.ndarray], n: int = 1) -> dict[str, float]:
+    """Of what there is in each column; how many replies have no gold score, where some have none; and the KL's standard
+    error, or its bound of the best of n: the policy's own distance on those replies, and theirs to the policy."""
     known = {key: values[~np.isnan(values)] for key, values in columns.items()}
     missing = len(columns["gold"]) - len(known["gold"]) if "gold" in columns else 0
     means = {key: float(np.mean(values)) for key, values in known.items() if len(values)}
+    if "kl" in means:
+        means["kl_error"] = standard_error(columns["kl"])
+    if "kl_bound" in means:
+        means["kl_bound"] += decodings.kl_bound(n)
     return means | ({"gold_unscored": missing} if missing else {})
 
 
 def standard_error(values: np.ndarray) -> float:
     """Of a mean over prompts."""
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def table(report: Mapping[str, Any]) -> str:
-    """The policies' main figures in columns, each mean with its standard error, and the verdict in words."""
-    keys = [key for key in ("gold", "reward", "kl", "log_ratio", "tokens")
-            if all(key in means for means in report["policies"].values())]  # fmt: skip
-    wins = {(c["left"], c["by"]): c for c in report["comparisons"] if c["right"] == report["baseline"]}
-    kinds = list(dict.fromkeys(c["by"] for c in report["comparisons"]))[:1] if report["baseline"] else []
-    named = {"kl": f"KL to {report['baseline']}", "log_ratio": f"log-ratio to {report['baseline']}"}
-    heads = [named.get(key, key) for key in keys] + [f"wins by {by.removeprefix('the ').split()[0]}" for by in kinds]
-    rows = [["policy", *heads]]
-    for name, means in report["policies"].items():
-        errors = report["errors"][name]
-        cells = [
-            f"{means[key]:.0f}" if key == "tokens" else verdict.with_error(means[key], errors[key]) for key in keys
-        ]
-        for by in kinds:
-            c = wins.get((name, by))
-            cells.append("" if c is None else f"{c['win_rate']:.2f} [{c['low']:.2f}, {c['high']:.2f}]")
-        rows.append([name, *cells])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells)
-        ).rstrip()
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
-    told = []
-    if "log_ratio" in keys:
-        told = [f"no KL: replies were drawn with {report['truncation']}; the log-ratio's mean over them is none"]
-    told += (report["verdict"] or {"sentences": []})["sentences"]
-    return "\n".join([*lines, *(part for line in told for part in textwrap.wrap(line, 80, subsequent_indent="  "))])
 
 
 def repetition(ids: np.ndarray, n: int = _NGRAM) -> float:
@@ -296,27 +301,52 @@ def _loaded(job: Job, model: ModelConfig, base: PyTree, artifact: Artifact) -> C
 
 
 def _reply(
-    job: Job[Settings], compiled: Programs, tokenizer, model: ModelConfig, base: PyTree, artifact: Artifact,
-    prompts: Encoded,
+    job: Job[Settings], compiled: Programs, tokenizer, weights: Callable[[], PyTree], prompts: Encoded,
+    entry: decodings.Entry, of: Sequence[str],
 ) -> Replied:  # fmt: skip
-    how = candidates.of_settings(job, 1)
-    weights, of = _loaded(job, model, base, artifact), jobs.making(artifact)
-    drawn = candidates.sample_all(job, compiled["sample"], weights, prompts, how, job.settings.batch_size, of)
-    replied = candidates.with_replies(prompts, drawn.tokens)
-    return Replied(
-        replied,
-        [each[0] for each in drawn.tokens],
-        [each[0] for each in drawn.texts(tokenizer)],
-        drawn.finished[:, 0],
-        _rowwise(job, compiled["logps"], weights, replied, artifact),
-    )
+    """One reply of a policy to each prompt. of: what its weights are."""
+    how, sampler = decodings.how(job, entry), compiled[f"sample{entry.suffix}"]
+    drawn = candidates.sample_all(job, sampler, weights, prompts, how, job.settings.batch_size, of)
+    tokens = [each[0] for each in drawn.tokens]
+    read = candidates.with_replies(prompts, drawn.tokens)
+    logps = _rowwise(job, compiled[f"logps{entry.suffix}"], weights, read, [*of, str(how.temperature)])
+    return _replied(prompts, tokenizer, tokens, drawn.finished[:, 0], logps)
+
+
+def _best(
+    job: Job[Settings], model: ModelConfig, compiled: Programs, tokenizer, base, prompts: Encoded,
+    several: Mapping[str, decodings.Several],
+) -> dict[str, Replied]:  # fmt: skip
+    """Of several replies to each prompt, the best by the reward model, or else by the labeller."""
+
+    def chosen(drawn: decodings.Several, found: np.ndarray) -> Replied:
+        which = decodings.best(found)
+        tokens = [each[place] for each, place in zip(drawn.replies.tokens, which, strict=True)]
+        finished, logps = (x[np.arange(len(which)), which] for x in (drawn.replies.finished, drawn.logps))
+        return _replied(prompts, tokenizer, tokens, finished, logps)
+
+    size = job.settings.scored_rows
+    if "score_best" in compiled:
+        weights, of = _loaded(job, model, base, job.inputs["reward"]), jobs.making(job.inputs["reward"])
+        program = compiled["score_best"]
+        return {
+            name: chosen(each, rows.compute(job, program, weights, each.rows, size, of))
+            for name, each in several.items()
+        }
+    with scores.opened(job, "labeller", tokenizer, compiled, size) as score:
+        return {name: chosen(each, score(each.rows)) for name, each in several.items()}
+
+
+def _replied(prompts: Encoded, tokenizer, tokens: list[np.ndarray], finished: np.ndarray, logps: np.ndarray) -> Replied:
+    texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in tokens]
+    return Replied(candidates.with_replies(prompts, [[ids] for ids in tokens]), tokens, texts, finished, logps)
 
 
 def _rowwise(
-    job: Job[Settings], program: Program, weights: Callable[[], PyTree], encoded: Encoded, artifact: Artifact
+    job: Job[Settings], program: Program, weights: Callable[[], PyTree], encoded: Encoded, of: Sequence[str]
 ) -> np.ndarray:
-    """The program's number of every row, f32 [rows]. weights: of the artifact."""
-    return rows.compute(job, program, weights, encoded, job.settings.scored_rows, jobs.making(artifact))[:, 0]
+    """The program's number of every row, f32 [rows]. of: what the weights, and the numbers, are."""
+    return rows.compute(job, program, weights, encoded, job.settings.scored_rows, of)[:, 0]
 
 
 def _measured(replied: Replied) -> dict[str, np.ndarray]:
@@ -360,7 +390,7 @@ STAGE = Stage(
     run=run,
     programs=programs,
     check=check,
-    rows=lambda job, pairs, easy: job.settings.count * len(job.settings.policies),
+    rows=lambda job, pairs, easy: job.settings.count * sum(entry.n for entry in decodings.entries(job.settings)),
     shown=Shown(
         figures=("prompts", "policies.*.gold", "policies.*.reward", "policies.*.kl"),
         part="evaluations",

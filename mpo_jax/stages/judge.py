@@ -59,7 +59,7 @@ def check(job: Job[Settings]) -> None:
     """InputError for a judge that can't be asked; nobody is asked."""
     settings = job.settings
     evaluation = job.config.stages[job.inputs["evaluate"].name]
-    known = getattr(evaluation, "policies", ())  # a plugin's kind may have none
+    known = getattr(evaluation, "rows", ())  # a plugin's kind may have none
     for name, role_ in [(each, "policies") for each in settings.policies] + [(settings.baseline, "baseline")]:
         if name and known and name not in known:
             raise job.error(role_, f"{name!r} is none of the evaluation's policies {', '.join(known)}")

@@ -12,6 +12,7 @@ import numpy as np
 from mpo_jax.artifacts import POLICY, SAMPLES
 from mpo_jax.data import shares
 from mpo_jax.evaluation.sections import Shown
+from mpo_jax.run import sources_of
 from mpo_jax.settings import Count, changed, role, setting
 from mpo_jax.stages import candidates, corpus, scores
 from mpo_jax.stages import job as jobs
@@ -63,7 +64,8 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     counts: dict[str, int] = {}
     unscored: dict[str, int] = {}
     with scores.opened(job, "labeller", tokenizer, compiled, settings.batch_size) as score:
-        for share in shares.names(jobs.data_division(job.config.data, settings.data)):
+        divisions = [jobs.data_division(job.config.data, name) for name in sources_of(settings)]
+        for share in dict.fromkeys(name for each in divisions for name in shares.names(each)):
             prompts = corpus.share_prompts(job, model, tokenizer, share)
             replies = candidates.sample_all(job, compiled["sample"], weights, prompts, how, settings.batch_size, of)
             rows = candidates.with_replies(prompts, replies.tokens)

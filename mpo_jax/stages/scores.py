@@ -1,13 +1,14 @@
 """Encoded rows, and a setting that says who scores, enter; a score of every reply leaves, whoever gives it.
 
-One interface for every stage: `score(encoded, own) -> f32 [rows,N]`, equal on every process. On the device: the run's
-own reward model, whose scores the stage brings (`own`), and models of others. On the host: functions and servers.
+One interface for every stage: `score(encoded, given) -> f32 [rows,N]`, equal on every process. On the device: the
+run's own reward model, whose scores the stage brings, and models of others. On the host: functions and servers.
 """
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -29,13 +30,16 @@ from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Program, Programs
 from mpo_jax.types import Batch, PyTree
 
+Brought = Mapping[str, Callable[[], np.ndarray]]
+"""A scorer's name -> what gives f32 [rows,N], the scores that a stage brings: those of the run's own reward model."""
+
 
 class Score(Protocol):
     """What an open scorer is asked by."""
 
-    def __call__(self, encoded: Encoded, own: Callable[[], np.ndarray] | None = None) -> np.ndarray:
-        """f32 [rows,N]: the scores of rows with N replies each, NaN where there is none. own: gives those of the run's
-        own reward model, where the setting names it; it is called when all others have been asked."""
+    def __call__(self, encoded: Encoded, given: Brought | None = None) -> np.ndarray:
+        """f32 [rows,N]: the scores of rows with N replies each, NaN where there is none. given: gives those of the
+        scorers that the stage asks itself; it is called when all others have been asked."""
         ...
 
 
@@ -59,11 +63,24 @@ def check(job: Job) -> None:
                 raise job.error(key, str(error)) from None
 
 
-def programs(job: Job, key: str, batches: Mapping[int, Batch]) -> Programs:
-    """The scorers on the device that a setting names beside the run's own, for rows of so many replies each. Rows are
-    as long as the policy's tokens make them: how long another tokenizer's are, the texts decide."""
+def of_tokens(job: Job, key: str) -> dict[str, hf.Model]:
+    """The models of others that a setting names and that read the run's own tokens, by their scorers' names: they can
+    score a rollout where it lies. None in a plan, which knows no tokenizer of the run."""
+    found = {name: hf.find(name) for name, _ in models(job.settings, key)}
+    if not found or job.preset is not None:
+        return {}
+    own = jobs.load_tokenizer(job, jobs.model(job))
+    return {name: model for name, model in found.items() if hf.same_tokens(own, model.tokenizer)}
+
+
+def programs(job: Job, key: str, batches: Mapping[int, Batch], brought: Collection[str] = ()) -> Programs:
+    """The scorers on the device that a setting names beside the run's own and what is brought, for rows of so many
+    replies each. Rows are as long as the policy's tokens make them: how long another tokenizer's are, the texts
+    decide."""
     made: Programs = {}
-    for name, label in _models(job.settings, key):
+    for name, label in models(job.settings, key):
+        if name in brought:
+            continue
         model = jobs.computed(job, hf.find(name).architecture)
         weights = abstract_weights(job, name)
         for replies, batch in batches.items():
@@ -76,43 +93,53 @@ def abstract_weights(job: Job, name: str) -> PyTree:
     return shapes.frozen_weights(job, jobs.computed(job, hf.find(name).architecture), head=True)
 
 
+def load_weights(job: Job, found: hf.Model) -> PyTree:
+    """A model's weights on the run's mesh."""
+    model = jobs.computed(job, found.architecture)
+    return jobs.without_output(hf_folders.import_weights(found.folder, model, job.mesh, jobs.frozen_dtype(job)))
+
+
 def held(job: Job, *keys: str) -> list[PyTree]:
     """Shapes of all the weights that the scorers of some settings hold on the device, beside the run's own."""
-    named = {name for key in keys for name, _ in _models(job.settings, key)}
+    named = {name for key in keys for name, _ in models(job.settings, key)}
     return [abstract_weights(job, name) for name in sorted(named)]
 
 
 @contextlib.contextmanager
 def opened(
-    job: Job, key: str, tokenizer: Any, compiled: Programs, batch_size: int, steady: bool = False
+    job: Job,
+    key: str,
+    tokenizer: Any,
+    compiled: Programs,
+    batch_size: int,
+    steady: bool = False,
+    brought: Collection[str] = (names.OWN,),
 ) -> Iterator[Score]:
     """The scorers that a setting names, to be asked until the context ends.
 
     compiled: the stage's programs. steady: they are asked for a batch at a time, whose texts should have one length.
-    InputError, by the setting, for whatever a scorer can't do."""
+    brought: names whose scores the stage brings. InputError, by the setting, for whatever a scorer can't do."""
     terms = names.terms(getattr(job.settings, key))
     data = _Data(job, tokenizer)
     with contextlib.ExitStack() as stack:
         try:
             ask: dict[str, Callable[[Encoded], np.ndarray]] = {}
-            for name, label in _models(job.settings, key):
-                ask[name] = _model(job, name, label, data, compiled, batch_size, steady)
+            for name, label in models(job.settings, key):
+                if name not in brought:
+                    ask[name] = _model(job, name, label, data, compiled, batch_size, steady)
             for name in terms:
-                if name not in ask and name != names.OWN:
+                if name not in ask and name not in brought:
                     scorer = stack.enter_context(host.opened(name, job.config.scorers, kept(job)))
                     ask[name] = functools.partial(_on_host, scorer, data, name.startswith(names.PYTHON))
         except InputError as error:
             raise job.error(key, str(error)) from None
 
-        def score(encoded: Encoded, own: Callable[[], np.ndarray] | None = None) -> np.ndarray:
+        def score(encoded: Encoded, given: Brought | None = None) -> np.ndarray:
             try:
                 found = {name: asked(encoded) for name, asked in ask.items()}
             except InputError as error:
                 raise job.error(key, str(error)) from None
-            if names.OWN in terms:
-                assert own is not None, "the run's own scores come from the stage"
-                found[names.OWN] = own()
-            return weighted(terms, found)
+            return weighted(terms, found | {name: give() for name, give in (given or {}).items()})
 
         yield score
 
@@ -154,11 +181,13 @@ class _Data:
                                                           "margin")}  # fmt: skip
         if record.chat is not None:
             known["messages"] = [turn.message() for turn in record.chat.turns]
+        if record.kept:
+            known["columns"] = json.loads(record.kept)
         return {name: value for name, value in known.items() if value is not None}
 
 
-def _models(settings: Section, key: str) -> list[tuple[str, str]]:
-    """The models that a setting names, and what its programs begin with."""
+def models(settings: Section, key: str) -> list[tuple[str, str]]:
+    """The models of others that a setting names, each with what the names of its programs begin with."""
     found = [name for name in names.terms(getattr(settings, key)) if name.startswith(names.HF)]
     return [(name, f"{key}_hf{'' if place == 0 else place + 1}") for place, name in enumerate(found)]
 
@@ -169,9 +198,7 @@ def _model(
     """Scores by a model on the run's mesh, its weights loaded here."""
     found = hf.find(name)
     reader = hf.Reader(found, data.tokenizer, lambda: data.chats)
-    model = jobs.computed(job, found.architecture)
-    loaded = hf_folders.import_weights(found.folder, model, job.mesh, jobs.frozen_dtype(job))
-    weights = jobs.without_output(loaded)
+    weights = load_weights(job, found)
     longest = [job.config.data.multiple]
     identity = names.identity(name)
 

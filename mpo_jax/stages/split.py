@@ -277,7 +277,7 @@ def with_reward(job: Job[Settings], model: ModelConfig, compiled: Programs, base
     if not scores.uses_own(job.settings.scorer):
         return lambda name, encoded, share: score(encoded)
     own = reward_scorer(job, model, compiled, base)
-    return lambda name, encoded, share: score(encoded, functools.partial(own, name, encoded, share))
+    return lambda name, encoded, share: score(encoded, {OWN: functools.partial(own, name, encoded, share)})
 
 
 def reward_scorer(job: Job[Settings], model: ModelConfig, compiled: Programs, base):

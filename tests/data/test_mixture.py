@@ -101,3 +101,32 @@ def test_scoring_and_samples_meet_every_row_once(parts):
 def test_a_weight_that_gives_no_row_is_told(parts):
     with pytest.raises(InputError, match=r"weight 0\.0001 of 1\.0001 gives none of the 80 rows of an epoch"):
         mixture.mix(parts, (1.0, 0.0001))
+
+
+def test_rows_that_are_read_once_are_a_fixed_part_of_each_source(parts):
+    """A weight of half the largest is half the prompts; more of it are some more; rows of a prompt stay together."""
+    tom, lily = parts
+    twice = encode.join(lily, lily)
+    half, three_quarters, whole = (mixture.once((tom, twice), (1.0, part)) for part in (0.5, 0.75, 1.0))
+    assert [len(each) for each in (half, three_quarters, whole)] == [60 + 20, 60 + 30, 60 + 40]
+    assert half.mixture is None and len(mixture.once((tom, lily), (10.0, 5.0))) == 70, "weights are relative"
+    for mixed in (half, three_quarters):
+        assert set(tom.prompt_id) <= set(mixed.prompt_id) <= set(whole.prompt_id)
+        counted = collections.Counter(mixed.prompt_id.tolist())
+        assert {counted[number] for number in set(lily.prompt_id.tolist()) & set(counted)} == {2}
+    assert set(half.prompt_id) < set(three_quarters.prompt_id)
+    with pytest.raises(InputError, match=r"weight 0\.001, of 1 for the source .* gives none of 20 prompts"):
+        mixture.once((tom, lily), (1.0, 0.001))
+
+
+def test_a_prompt_alone_that_two_sources_have_is_met_once(stories):
+    tokenizer = load_tokenizer(stories)
+    one, other = (
+        encode.encode(
+            [TextRecord(f"{name} went out.", None, None, n, "train") for n, name in enumerate(names)],
+            tokenizer, 0, Limits(64, 32),
+        )
+        for names in (("Tom", "Lily", "Ben"), ("Ben", "Sue"))
+    )  # fmt: skip
+    mixed = mixture.once((one, other), (1.0, 1.0))
+    assert len(mixed) == 4 and len(set(mixed.prompt_id)) == 4

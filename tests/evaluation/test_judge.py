@@ -368,6 +368,12 @@ def test_pairs_of_policies():
         judge.pairs_of(rows, ("ppo",), "")
     with pytest.raises(InputError, match="needs two"):
         judge.pairs_of(rows, ("mpo",), "")
+    rows[0]["replies"] |= {"sft best of 4": {}, "sft@greedy": {}, "mpo@greedy": {}}
+    assert judge.pairs_of(rows, (), "sft") == [
+        ("dpo", "sft"), ("mpo", "sft"), ("sft best of 4", "sft"), ("mpo@greedy", "sft@greedy"),
+    ]  # fmt: skip
+    assert judge.pairs_of(rows, ("dpo", "sft@greedy", "mpo@greedy"), "") == [("mpo@greedy", "sft@greedy")]
+    assert judge.pairs_of([{"replies": {"a@b": {}, "sft": {}}}], (), "sft") == [("a@b", "sft")], "a stage's own name"
 
 
 def test_verdict_lines_hold_what_was_answered():

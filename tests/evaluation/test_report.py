@@ -68,6 +68,7 @@ def workdir(tmp_path):
         {
             "prompts": 3,
             "baseline": "sft",
+            "truncation": "",
             "policies": {"sft": means, "mpo": means | {"kl": 1.5}},
             "comparisons": [vars(won) | {"sentence": statistics.sentence(won)}],
             "errors": {name: {"tokens": 0.25, "reward": 0.0125} for name in ("sft", "mpo")},

@@ -61,6 +61,11 @@ def interrupts(prompts, replies, records):
         time.sleep(0.5)
     return [float(len(reply)) for reply in replies]
 
+
+def right(prompts, replies, records):
+    open(os.environ["ASKED"], "a").write("".join(reply + "\\n" for reply in replies))
+    return [float(reply == record["columns"]["answer"]) for reply, record in zip(replies, records)]
+
 not_a_function = 3
 """
 HANGS = """
@@ -271,3 +276,13 @@ def test_a_server_that_is_not_there_is_told_in_a_line():
         InputError, match=rf"^'{url}': no answer in 3 attempts, the last: no connection \(Conn.*Error\); "
     ):
         asked(url)
+
+
+def test_a_function_scores_by_a_column_and_is_asked_anew_where_it_changed(module, tmp_path, monkeypatch):
+    seen = tmp_path / "seen"
+    monkeypatch.setenv("ASKED", str(seen))
+    with host.opened(f"{module}:right", limits(), tmp_path / "kept.sqlite") as score:
+        for answers, found in ((("4", "5"), [1, 0]), (("4", "6"), [1, 1]), (("4", "5"), [1, 0])):
+            records = [{"columns": {"answer": each}} for each in answers]
+            assert score(["2 + 2", "3 + 3"], ["4", "6"], records).tolist() == found
+    assert seen.read_text().split() == ["4", "6", "6"], "what was asked before is known"

@@ -62,10 +62,10 @@ def test_names_that_there_are(name):
         ("https://host/score?key=1", "it holds credentials or a query"),
         ("", "''; expected one of reward"),
         ({}, "expected a name, or names with their weights"),
-        ({"reward": 0.0}, "the weight of reward is 0.0; expected a number other than 0"),
-        ({"reward": True}, "the weight of reward is True"),
+        ({"reward": 0.0}, "expected a weight other than 0 for 'reward'"),
+        ({"reward": True}, "{'reward': True}; expected a weight other than 0"),
         ({"reward": 1.0, "vadr": 1.0}, "did you mean 'vader'?"),
-        ('{"reward": 1.0', "expected a name, or JSON such as"),
+        ('{"reward": 1.0', "expected a name, or names with weights as JSON"),
     ],
 )  # fmt: skip
 def test_what_is_refused(value, told):

@@ -154,3 +154,19 @@ def test_rloo_keeps_its_own_definition_and_ppo_whitens_unless_told_otherwise():
 def test_rules_are_hashable():
     """A jitted function closes over them."""
     assert hash(Rules()) == hash(Rules())
+
+
+def test_replies_lose_the_pad_tokens_that_they_end_with_and_no_other():
+    """By hand: of 3 4 9 5 9 the last goes; a reply of nothing else becomes empty, as those of the filler are."""
+    rollout = made_up()
+    tokens = np.array(rollout.batch.tokens)
+    tokens[0, P : P + 5] = [3, 4, 9, 5, 9]
+    tokens[1, P + R : P + 2 * R] = [9, 3, 9, 9, 9]
+    tokens[2, P + R : P + R + 2] = 9
+    tokens[0, P + R : P + R + 3] = 8
+    rollout = dataclasses.replace(rollout, batch=dataclasses.replace(rollout.batch, tokens=jnp.asarray(tokens)))
+    kept = np.asarray(experience.without_end(rollout, 9).batch.segments)
+    np.testing.assert_array_equal(kept[:, :P], rollout.batch.segments[:, :P])
+    assert kept[0, P:].tolist() == [2, 2, 2, 2, 0, 3, 3, 3, 0, 0]
+    assert kept[1, P + R :].tolist() == [3, 3, 0, 0, 0]
+    assert kept[2, P + R :].tolist() == [0] * R and kept[3, P:].tolist() == [0] * N * R

@@ -80,6 +80,13 @@ def ppo_by_a_sum(folder, shared) -> Job:
     return ppo(samples=2, algorithm="rloo", scorer={"reward": 1.0, other: 0.5, "vader": 0.1})(folder, shared)
 
 
+def ppo_by_tokens(folder, shared) -> Job:
+    """Of a model of others that reads the run's own tokens."""
+    job = ppo()(folder, shared)
+    other = f"hf:{reward_models.export(job, folder / 'own')}"
+    return ppo_job.replaced(job, {"scorer": other, "gold": other})
+
+
 def split_by_others(folder, shared) -> Job:
     other = f"hf:{reward_models.make(folder / 'other', 'llama')}"
     return sampling("split", pair_source="both", scorer=other, labeller=other)(folder, shared)
@@ -118,6 +125,7 @@ CASES: dict[str, Callable[..., Job]] = {
     "blend": on_split("blend", {"policies": "sft"}, policies=("sft",)),
     "ppo, two samples by another scorer": ppo(samples=2, algorithm="rloo", scorer="vader", gold="vader"),
     "ppo, by a sum": ppo_by_a_sum,
+    "ppo, by a model of the same tokens": ppo_by_tokens,
     "split, by others": split_by_others,
     "evaluate": on_split(
         "evaluate", {"policies": "init", "reward": "reward", "prompts": "prompts"},

@@ -6,6 +6,10 @@ without.
 
 from pathlib import Path
 
+import jax
+
+from mpo_jax.models import hf
+from mpo_jax.stages import job as jobs
 from tests.models.conftest import JSON
 from tests.stages.ppo_job import STORIES
 
@@ -38,6 +42,15 @@ def make(folder: Path, family: str, *, template: str = "", pad: str | None = PAD
         model.score.weight *= model.score.weight.shape[-1] ** -0.5
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def export(job, folder: Path) -> Path:
+    """A folder of the reward model that a job has, with the tokenizer of the run: as somebody else's."""
+    with jax.set_mesh(job.mesh):
+        model = jobs.model(job)
+        weights = jobs.load_weights(job, job.inputs["reward"], model)
+        hf.export_weights(folder, model, weights, job.config.model.path, head=True)
     return folder
 
 

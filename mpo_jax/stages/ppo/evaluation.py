@@ -9,47 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpo_jax import artifacts, processes, progress, sharding
+from mpo_jax import artifacts, processes, progress
 from mpo_jax import metrics as metrics_log
 from mpo_jax.data.encode import Encoded
-from mpo_jax.data.tokenizer import conventions
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.sampling import SamplingConfig
 from mpo_jax.stages import candidates, loop
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.ppo import experience as experiences
+from mpo_jax.stages.ppo.others import Ask, on_host
 from mpo_jax.stages.ppo.settings import Rules, Settings
 from mpo_jax.stages.programs import Programs
-from mpo_jax.stages.scores import Score
 from mpo_jax.types import PyTree, Rollout
-
-Ask = Callable[[PyTree, Rollout], np.ndarray]
-"""`(frozen, rollout) -> f32 [B,N]`: what others than the reward model alone say, NaN where a reply has no score."""
-
-
-def make_ask(score: Score, sampling: SamplingConfig, tokenizer, own: Any = None) -> Ask:
-    """Asks open scorers about a rollout; rows that only fill a batch are not asked about, and get 0. own: the jitted
-    scoring by the run's own reward model, where it has a part in the scores."""
-    known = conventions(tokenizer)
-
-    def ask(frozen: PyTree, rollout: Rollout) -> np.ndarray:
-        given = None if own is None else own(frozen, rollout)  # dispatched before the host waits for anything
-        real, rows = candidates.rows_of_rollout(processes.on_host(rollout), sampling, known)
-        found = np.zeros((len(real), sampling.n), np.float32)
-        found[real] = score(rows, None if given is None else lambda: np.asarray(processes.on_host(given))[real])
-        return found
-
-    return ask
-
-
-def own_scoring_step(model: ModelConfig, mesh):
-    """Jitted `experience.score`, for sums in which the reward model's scores are one part."""
-
-    def score(frozen, rollout):
-        return experiences.score(model, frozen, rollout)
-
-    return jax.jit(score, out_shardings=sharding.batch_sharding(mesh))
 
 
 def measuring_step(model: ModelConfig, rules: Rules):
@@ -104,7 +76,7 @@ def make_evaluation(
         table: list[dict[str, Any]] = []
         for rollout, scores, new in replied(params, frozen):
             if gold is not None:
-                found = gold(frozen, rollout)
+                found = on_host(gold(frozen, rollout))
                 known = (np.asarray(processes.on_host(rollout.batch.weight)) > 0)[:, None] & ~np.isnan(found)
                 new = new | {"gold_score": (found[known].sum(), known.sum())}
             sums = new if not sums else jax.tree.map(jnp.add, sums, new)

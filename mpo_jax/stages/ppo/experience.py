@@ -89,6 +89,18 @@ def score(model: ModelConfig, frozen: PyTree, rollout: Rollout) -> jax.Array:
     )
 
 
+def without_end(rollout: Rollout, token: int) -> Rollout:
+    """Replies without the tokens of this id that they end with, so that `score` reads each at the token before them."""
+    rows, responses, length = rollout.logps.shape
+    window = responses * length
+    segments = rollout.batch.segments[:, -window:].reshape(rows, responses, length)
+    said = (segments > 0) & (_response_tokens(rollout) != token)
+    kept = jax.lax.cummax(said.astype(jnp.int32), axis=2, reverse=True) > 0
+    trimmed = jnp.where(kept, segments, 0).reshape(rows, window)
+    segments = jnp.concatenate([rollout.batch.segments[:, :-window], trimmed], axis=1)
+    return dataclasses.replace(rollout, batch=dataclasses.replace(rollout.batch, segments=segments))
+
+
 def make(
     model: ModelConfig,
     rules: Rules,

@@ -6,7 +6,7 @@ PPO (Schulman et al. 2017, arXiv 1707.06347; for language models Ziegler et al. 
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,8 +24,9 @@ from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage
 from mpo_jax.stages.job import Job
-from mpo_jax.stages.ppo import replay
-from mpo_jax.stages.ppo.evaluation import Ask, make_ask, make_evaluation, measuring_step, own_scoring_step, reply
+from mpo_jax.stages.ppo import others, replay
+from mpo_jax.stages.ppo.evaluation import make_evaluation, measuring_step, reply
+from mpo_jax.stages.ppo.others import Ask
 from mpo_jax.stages.ppo.settings import Settings
 from mpo_jax.stages.ppo.update import (
     first_extra,
@@ -40,7 +41,7 @@ from mpo_jax.stages.ppo.update import (
     weighing_step,
 )
 from mpo_jax.stages.programs import Program, Programs
-from mpo_jax.types import PyTree, Rollout
+from mpo_jax.types import PyTree
 
 
 def check(job: Job[Settings]) -> None:
@@ -133,26 +134,11 @@ def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
     forward = shapes.forward(model, one.batch, trunks)
     measured = (params, frozen, one, asked)
     compiled["measure"] = Program(measuring_step(model, settings), measured, forward, held, "evaluation")
-    return compiled | asked_programs(job, model, frozen, {sampling.n: drawn, 1: one})
+    return compiled | others.programs(job, model, frozen, {sampling.n: drawn, 1: one})
 
 
 def _everywhere(job: Job, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.replicated(job.mesh))
-
-
-def asked_programs(job: Job[Settings], model: ModelConfig, frozen: PyTree, drawn: Mapping[int, Rollout]) -> Programs:
-    """Scoring, on the device, that is not part of another program: the reward model's where it is one part of a sum,
-    and that of models of others. drawn: shapes of rollouts, by their replies to a prompt."""
-    settings = job.settings
-    compiled: Programs = {}
-    if settings.asks and scores.uses_own(settings.scorer):
-        own = own_scoring_step(model, job.mesh)
-        for replies, rollout in drawn.items():
-            extent = shapes.forward(model, rollout.batch)
-            compiled[f"reward_of_{replies}"] = Program(own, (frozen, rollout), extent)
-    length, window = shapes.sampled_length(job, settings, 1)
-    read = {n: shapes.batch(job, settings.batch_size, length + (n - 1) * window, n * window) for n in drawn}
-    return compiled | scores.programs(job, "scorer", read) | scores.programs(job, "gold", {1: read[1]})
 
 
 def run(job: Job[Settings]) -> dict[str, Any]:
@@ -177,14 +163,7 @@ def _run(job: Job[Settings], stack: contextlib.ExitStack) -> dict[str, Any]:
     compiled = programs(job, steps)
 
     def asker(key: str) -> Callable[[SamplingConfig], Ask]:
-        """Opens the scorers of a setting."""
-        score = stack.enter_context(scores.opened(job, key, tokenizer, compiled, settings.batch_size, steady=True))
-
-        def of(how: SamplingConfig) -> Ask:
-            own = compiled[f"reward_of_{how.n}"].function if scores.uses_own(getattr(settings, key)) else None
-            return make_ask(score, how, tokenizer, own)
-
-        return of
+        return stack.enter_context(others.opened(job, key, tokenizer, compiled))
 
     asked = asker("scorer") if settings.asks else None
     gold = asker("gold")(one) if settings.gold else None

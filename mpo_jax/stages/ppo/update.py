@@ -17,7 +17,7 @@ from mpo_jax.stages import job as jobs
 from mpo_jax.stages import loop, nonfinite
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.ppo import experience as experiences
-from mpo_jax.stages.ppo.evaluation import Ask
+from mpo_jax.stages.ppo.others import Ask
 from mpo_jax.stages.ppo.replay import second_loss
 from mpo_jax.stages.ppo.settings import Rules, Settings
 from mpo_jax.stages.programs import Programs
@@ -97,7 +97,8 @@ def scored_on_device(compiled: Programs) -> Prepare:
 
 def scored_by_others(compiled: Programs, ask: Ask, statistics: np.ndarray | None) -> Prepare:
     """Others score too. They are asked while the device computes what the policy and its reference say of the rollout;
-    nothing newer than the rollout is waited for, and nothing is sampled ahead of the update."""
+    nothing newer than the rollout is waited for (not even that, if they are models on the device that read the run's
+    tokens), and nothing is sampled ahead of the update."""
     look, weigh = compiled["look"].function, compiled["experience"].function
 
     def experience(state: TrainState, frozen: PyTree, rollout: Rollout):
