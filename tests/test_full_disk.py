@@ -1,0 +1,90 @@
+"""A disk that is full in the midst of each stage of a whole graph, on a real file system: one line, and once there is
+room again the same command ends with the same numbers. Prints the table."""
+
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mpo_jax import artifacts
+from tests.tools import kills, processes
+from tests.tools.small_graph import write_rows
+
+SCRIPT, MOMENTS = "tests.tools.main", 3
+ROOM = 256 << 20
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A file system of 256 MiB; mounting one takes an administrator's rights."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def done(workdir: Path, stage: str) -> bool:
+    folder = kills.folder(workdir, stage)
+    return folder is not None and (folder / artifacts.MANIFEST).exists()
+
+
+def run_full(arguments: list[str], small: Path, workdir: Path, stage: str, wait: float) -> tuple[int, str]:
+    """Runs a command and, so many seconds after a stage has begun, fills the disk and keeps it full until the command
+    ends. Its exit code and what it printed of errors."""
+    ballast, log = small / "ballast", workdir.parent.parent / "full.log"
+    (process,) = processes.start(1, [*arguments, f"--workdir={workdir}", f"--stages={stage}"], log, SCRIPT)
+    deadline = time.monotonic() + kills.LIMIT
+    while kills.folder(workdir, stage) is None and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(wait)
+    with ballast.open("wb", buffering=0) as file:
+        while process.poll() is None and time.monotonic() < deadline:
+            if (left := shutil.disk_usage(small).free) > 0:
+                try:
+                    file.write(bytes(left))
+                except OSError:  # the run was quicker
+                    continue
+            time.sleep(0.002)
+    code = process.wait()
+    ballast.unlink()
+    text = log.with_suffix(".0").read_text()
+    return code, "\n".join(line for line in text.split("\n") if line.startswith(("error:", "Traceback")))
+
+
+@pytest.mark.slow
+def test_each_stage_of_a_graph_survives_a_full_disk(small, tmp_path, stories):
+    write_rows(tmp_path / "rows.jsonl")
+    arguments = [
+        "--config=tests/tools/small_graph.py",
+        f"--config.model.path={stories}",
+        f"--config.data.path={tmp_path / 'rows.jsonl'}",
+    ]
+    whole, workdir = tmp_path / "whole", small / "run"
+    processes.run(1, [*arguments, f"--workdir={whole}"], tmp_path / "whole.log", SCRIPT)
+    stages = list(artifacts.stage_folders(whole))
+    draw, rows, met = random.Random(0), [], 0
+    for stage in stages:
+        for _ in range(MOMENTS):
+            if done(workdir, stage):
+                break
+            code, told = run_full(arguments, small, workdir, stage, draw.random() * 6)
+            assert code in (0, 1) and "Traceback" not in told, told
+            one_line = "\n" not in told and ("the disk is full" in told or " are free; " in told)
+            assert code == 0 or one_line, told
+            met += code
+            rows.append((stage, "done before it was full" if code == 0 else told[:100]))
+        processes.run(1, [*arguments, f"--workdir={workdir}", f"--stages={stage}"], tmp_path / "again.log", SCRIPT)
+    print("\n".join(f"{stage:8} {told}" for stage, told in rows))
+    assert met >= len(stages), "hardly any stage met a full disk"
+    for stage in stages:
+        if (kills.folder(whole, stage) / artifacts.WEIGHTS).exists():
+            jax.tree.map(np.testing.assert_array_equal, kills.weights(workdir, stage), kills.weights(whole, stage))
+        assert not (kills.folder(workdir, stage) / artifacts.CHECKPOINTS).exists()
