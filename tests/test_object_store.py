@@ -166,8 +166,9 @@ def test_a_small_graph_where_no_folder_can_be_renamed(local, refusing):
 
 
 def kill_ten_times(start, gcs, seed: int) -> int:
-    """Runs what `start` starts and kills it, ten times, each after a number of calls to the store that is drawn, so that
-    a slow machine is killed at the same places. Every third time its host is gone with it. How often it was at work."""
+    """Runs what `start` starts and kills it, ten times, each after a number of calls to the store that is drawn, so
+    that a slow machine is killed at the same places. Every third time its host is gone too. How often it was at work.
+    """
     draw, killed = random.Random(seed), 0
     for kill in range(10):
         process, target = start(), gcs.calls + draw.randint(30, 500)
