@@ -81,6 +81,15 @@ def test_the_template_of_the_data_is_exported(stories, tmp_path):
     assert export.load_tokenizer(str(stories)).chat_template is None
 
 
+def test_into_an_object_store(workdir, gcs):
+    export.export(workdir.inputs["init"].folder, "gs://bucket/exported")
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
+        name.partition("/")[2] for name in gcs.names("exported/")
+    }
+    with pytest.raises(InputError, match=r"^--output=gs://bucket/exported: exists; choose another$"):
+        export.export(workdir.inputs["init"].folder, "gs://bucket/exported")
+
+
 def test_named_by_stages_json(workdir):
     assert finished.find(workdir.workdir / "mpo") == workdir.inputs["init"].folder
     with pytest.raises(InputError, match="no such stage; expected one of mpo"):

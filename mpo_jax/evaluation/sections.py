@@ -76,8 +76,9 @@ def preference(stage: Finished) -> dict[str, Any]:
     """What preference training is worth on held-out pairs."""
     summary = stage.manifest["summary"]
     error = pairs.standard_error(summary["judged"]["accuracy"], summary["heldout_pairs"])
-    source = stage.manifest["inputs"]["pairs"][0]
-    return {"name": stage.name, "source": f"{source['name']}/{source['part']}", "error": error, "summary": summary}
+    given = stage.manifest["inputs"].get("pairs") or [{"name": "the data", "part": ""}]
+    source = "/".join(filter(None, (given[0]["name"], given[0]["part"])))
+    return {"name": stage.name, "source": source, "error": error, "summary": summary}
 
 
 def split(stage: Finished) -> dict[str, Any]:

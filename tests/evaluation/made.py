@@ -54,7 +54,8 @@ def evaluation(folder, policies=("sft", "mpo"), verdict=None, lines=None) -> Non
     """The files of an evaluate stage whose policies' means are all alike."""
     means = {"tokens": 5.0, "finished": 1.0, "reward": 0.25, "kl": 0.0, "kl_error": 0.0}
     report = {
-        "prompts": 3, "baseline": policies[0], "truncation": "", "policies": dict.fromkeys(policies, means), "comparisons": [],
+        "prompts": 3, "baseline": policies[0], "truncation": "", "comparisons": [],
+        "policies": dict.fromkeys(policies, means),
         "errors": {name: {"tokens": 0.25, "reward": 0.0125} for name in policies}, "verdict": verdict, "frontier": {},
     }  # fmt: skip
     artifacts.write_json(epath.Path(folder) / artifacts.REPORT, report)
