@@ -2,8 +2,8 @@
 
 `python -m mpo_jax.plan --config=configs/tldr.py --topology=v5e:4x8 [--stages=dpo,mpo] [--json=plan.json]`. Each stage's
 own programs are compiled by libtpu for the topology; no TPU and no weights are needed. `--topology=cpu` compiles for
-this machine, `gpu:80GB` and `gpu:8x80GB` reckon by arithmetic. Exit code 0: every stage fits, 2: one does not, 1: an
-error in what was given.
+this machine, `gpu:80GB` and `gpu:8x80GB` reckon by arithmetic. `--tune` looks for faster settings. Exit code
+0: every stage fits, 2: one does not, 1: an error in what was given.
 """
 
 import json
