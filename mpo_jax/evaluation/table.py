@@ -32,7 +32,8 @@ def cell(report: Mapping[str, Any], name: str, key: str) -> str:
 
 def notes(report: Mapping[str, Any]) -> list[str]:
     """What a reader has to know of the KL's column, in sentences."""
-    found = [] if not report["truncation"] else [("no KL", report["truncation"])]
+    own = report.get("truncation", "")  # earlier versions leave it unsaid
+    found = [("no KL", own)] if own else []
     found += [(f"no KL of @{name}", words) for name, words in report.get("decodings", {}).items() if words]
     told = [
         f"{what}: replies were drawn with {words}; the log-ratio's mean over them is none"
