@@ -26,7 +26,8 @@ _ATOMIC = ocp_options.AtomicityOptions(ocp_options.AtomicityMode.COMMIT_FILE)
 _MARK = "commit_success.txt"
 """Orbax's own: the folder is whole."""
 _MARKED = "marked"
-"""Beside the steps: they are whole by their marks. Earlier versions renamed folders instead."""
+"""Beside the steps: they are whole by their marks. Earlier versions renamed folders instead. In an object store it also
+keeps the folder there when Orbax removes the only step, incomplete, while it looks for others."""
 _VOCAB_LEAVES = (("embed", "embedding"), ("lm_head", "kernel"))
 
 
@@ -172,14 +173,15 @@ _open: dict[str, Checkpoints] = {}
 def _mark_earlier(folder: epath.Path) -> None:
     """Gives steps that an earlier version left the marks that are looked for now: it wrote under another name, so that
     each was whole when it had its own."""
-    if (folder / _MARKED).exists():
-        return
     for steps in (folder / "last", folder / "best"):
+        if (steps / _MARKED).exists():
+            continue
         whole = [step for step in steps.iterdir() if step.name.isdigit()] if steps.exists() else []
         for step in () if is_remote(folder) else whole:  # in object stores it left marks already
             for place in [*(item for item in step.iterdir() if item.is_dir()), step]:
                 (place / _MARK).write_text("whole since its folder was renamed\n")
-    (folder / _MARKED).write_text("")
+        steps.mkdir(parents=True, exist_ok=True)
+        (steps / _MARKED).write_text("")
 
 
 def _manager(folder: epath.Path, keep: int | None, arrays: str) -> ocp.CheckpointManager:

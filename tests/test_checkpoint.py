@@ -420,7 +420,7 @@ def test_steps_that_an_earlier_version_made_whole_by_renaming_are_read(tmp_path)
     state = TrainState(jnp.int32(0), weights, {}, jax.random.key(0), {})
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {"at": 1})
-    for mark in [tmp_path / "marked", *tmp_path.rglob("commit_success.txt")]:
+    for mark in [*tmp_path.rglob("marked"), *tmp_path.rglob("commit_success.txt")]:
         mark.unlink()
     with Checkpoints(tmp_path) as again:
         assert again.latest_step() == 1 and again.restore(1, state)[1] == {"at": 1}
@@ -428,3 +428,13 @@ def test_steps_that_an_earlier_version_made_whole_by_renaming_are_read(tmp_path)
     (tmp_path / "last" / "2" / "commit_success.txt").unlink()  # as a kill leaves it
     with Checkpoints(tmp_path) as again:
         assert again.latest_step() == 1
+
+
+def test_a_first_save_that_was_killed_in_an_object_store_is_begun_again(gcs):
+    """Its step is removed, and with it the folder, which no other object held."""
+    gcs.put("killed_first/last/1/state/manifest.ocdbt", b"half of it")
+    gcs.put("killed_first/best/1/_CHECKPOINT_METADATA", b"{}")
+    for _ in range(2):
+        with Checkpoints("gs://bucket/killed_first") as checkpoints:
+            assert checkpoints.latest_step() is None
+    assert gcs.names("killed_first/") == ["killed_first/best/marked", "killed_first/last/marked"]
