@@ -20,7 +20,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from mpo_jax import command, graph, pipeline, processes, profiling, sharding, stopping
+from mpo_jax import command, graph, pipeline, processes, profiling, sharding, states, stopping
 from mpo_jax.artifacts import COMPILED
 from mpo_jax.data import parts
 from mpo_jax.data.reading import of_source
@@ -87,7 +87,7 @@ def dry_run(config: Run, workdir: epath.Path, only: list[str]) -> str:
         notes.append(f"not checked here: {error} (`mpo plan --topology=...` checks it for any slice)")
     pipeline.check(config, workdir, mesh, only, None if here else presets.find(config.model.path))
     nodes = graph.resolve(config, workdir, None if known else graph.UNKNOWN)
-    return "\n".join([pipeline.tree(config, nodes), *notes])
+    return "\n".join([states.tree(config, nodes), *notes])
 
 
 def run() -> None:

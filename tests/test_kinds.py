@@ -10,7 +10,7 @@ import jax
 import pytest
 from etils import epath
 
-from mpo_jax import artifacts, command, graph, metrics, pipeline, recipes, settings, sharding
+from mpo_jax import artifacts, command, graph, metrics, pipeline, recipes, settings, sharding, states
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import report
 from mpo_jax.ops.preferences import OBJECTIVES
@@ -230,7 +230,7 @@ def test_a_plugin_s_kind_objective_and_scorer_run(stories, tmp_path):
     config = kinds.read(small(stories, tmp_path, "tests.plugins.echo").to_dict())
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     nodes = pipeline.run(config, epath.Path(tmp_path / "run"), mesh)
-    assert {status.state for status in pipeline.statuses(config, nodes).values()} == {pipeline.DONE}
+    assert {status.state for status in states.statuses(config, nodes).values()} == {states.DONE}
     assert artifacts.read_json(nodes["echo"].folder / "echo.json") == ["dpo", "dpo"]
     manifest = artifacts.read_manifest(nodes["echo"].folder)
     assert (manifest["kind"], manifest["produces"], manifest["summary"]) == (

@@ -26,7 +26,7 @@ LAYERS = [
     {"evaluation"},
     {"stages"},
     {"graph"},
-    {"eta"},
+    {"eta", "states"},
     {"heading"},
     {"pipeline", "finished"},
     {"planning"},

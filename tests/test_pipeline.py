@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from etils import epath
 
-from mpo_jax import artifacts, graph, locks, pipeline, profiling, recipes, sharding, stopping
+from mpo_jax import artifacts, graph, locks, pipeline, profiling, recipes, sharding, states, stopping
 from mpo_jax.errors import INTERRUPTED, PREEMPTED, InputError, Stopped
 from mpo_jax.stages import kinds
 
@@ -44,10 +44,10 @@ class Run:
         return graph.resolve(self.read(), self.workdir)
 
     def states(self):
-        return {name: status.state for name, status in pipeline.statuses(self.read(), self.nodes()).items()}
+        return {name: status.state for name, status in states.statuses(self.read(), self.nodes()).items()}
 
     def tree(self):
-        return pipeline.tree(self.read(), self.nodes())
+        return states.tree(self.read(), self.nodes())
 
     def folder(self, name):
         return self.nodes()[name].folder
@@ -89,7 +89,7 @@ def run(tmp_path, stories, monkeypatch):
     return made
 
 
-def states(run, name):
+def saved_states(run, name):
     """Files of the states that a stage could resume from."""
     return sorted(path.name for path in (run.folder(name) / artifacts.CHECKPOINTS).glob("*/*/*"))
 
@@ -107,7 +107,7 @@ def test_a_finished_stage_drops_its_states(run):
     run.leaves = lambda folder: None
     leave_states(run.folder("sft"))  # as a version left them that kept them
     assert run() == ["reward", "split", "dpo"]
-    assert states(run, "sft") == []
+    assert saved_states(run, "sft") == []
 
 
 @pytest.mark.parametrize("at", ["write_manifest", "rmtree"])
@@ -123,7 +123,7 @@ def test_a_kill_about_the_end_of_a_stage_loses_nothing(run, monkeypatch, at):
         patched.setattr(where, at, killed)
         with pytest.raises(KeyboardInterrupt):
             run("sft")
-    assert states(run, "sft") == ["array"] * 3
+    assert saved_states(run, "sft") == ["array"] * 3
     assert run("sft") == (["sft"] if at == "write_manifest" else [])
     assert run.states()["sft"] == "done"
     assert not (run.folder("sft") / artifacts.CHECKPOINTS).exists()

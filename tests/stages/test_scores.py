@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mpo_jax import artifacts, graph, metrics, pipeline, recipes, sharding
+from mpo_jax import artifacts, graph, metrics, pipeline, recipes, sharding, states
 from mpo_jax.errors import InputError
 from mpo_jax.stages import kinds
 from tests.tools import reward_models
@@ -62,7 +62,7 @@ def run(config, folder):
     read = kinds.read(config.to_dict())
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     nodes = pipeline.run(read, epath.Path(folder / "run"), mesh)
-    assert {status.state for status in pipeline.statuses(read, nodes).values()} == {pipeline.DONE}
+    assert {status.state for status in states.statuses(read, nodes).values()} == {states.DONE}
     return nodes
 
 
