@@ -4,6 +4,7 @@ Finished stages are skipped, an unfinished one resumes, a changed one runs again
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import sys
@@ -132,6 +133,7 @@ def _run(
             artifacts.write_json(workdir / artifacts.STAGES_FILE, folders)
             if checked != _checked(workdir):
                 artifacts.write_json(workdir / artifacts.CACHE / artifacts.CHECKED, checked)
+    here = _Here(config, workdir, mesh, nodes, profile, wait)
     if jobs.is_first():
         done = [name for name in order if name not in waiting]
         jobs.say(heading.of_run(config, workdir, mesh, done, waiting, _left(config, workdir, mesh, waiting)))
@@ -140,7 +142,7 @@ def _run(
         try:
             stopping.obey()
             place = f"stage {number} of {len(order)}: {name}"
-            _bring_up(config, workdir, mesh, nodes, nodes[name], place, left, profile, wait)
+            _bring_up(here, nodes[name], place, left)
         except Stopped as stopped:
             where = f", at {stopped.where}" if stopped.where else ""
             jobs.say(f"told to stop in stage {name}{where}; the same command goes on from there")
@@ -150,28 +152,32 @@ def _run(
     return nodes
 
 
-def _bring_up(
-    config: Run,
-    workdir: epath.Path,
-    mesh,
-    nodes: Mapping[str, Node],
-    node: Node,
-    place: str,
-    left: Iterable[str],
-    profile: profiling.Wanted | None,
-    wait: bool,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Here:
+    """A run while it lasts, see `run`."""
+
+    config: Run
+    workdir: epath.Path
+    mesh: Any
+    nodes: Mapping[str, Node]
+    profile: profiling.Wanted | None
+    wait: bool
+
+
+def _bring_up(here: _Here, node: Node, place: str, left: Iterable[str]) -> None:
     """Runs a stage, unless it is done; no other run works on it meanwhile. place: which of the run's it is, in words.
     left: the stages that are to be made, this one among them."""
 
+    config, workdir, mesh = here.config, here.workdir, here.mesh
+
     def state() -> str:  # process 0's view of the file system is everybody's
-        return processes.told_by_first(lambda: statuses(config, nodes)[node.name].state.encode()).decode()
+        return processes.told_by_first(lambda: statuses(config, here.nodes)[node.name].state.encode()).decode()
 
     if state() == DONE:
         jobs.say(f"{place}: done before ({node.folder.name})")
         _drop_states(node.folder)  # what a kill may have left
         return
-    with locks.held(workdir / artifacts.LOCKS / f"{node.folder.name}.json", f"stage {node.name}", wait):
+    with locks.held(workdir / artifacts.LOCKS / f"{node.folder.name}.json", f"stage {node.name}", here.wait):
         if (found := state()) == DONE:
             jobs.say(f"{place}: done by another run meanwhile ({node.folder.name})")
             return
@@ -182,8 +188,8 @@ def _bring_up(
         began = time.perf_counter()
         if found == STALE:
             _set_aside(node, workdir)
-        with profiling.of_stage(profile, node.name, node.folder, isinstance(node.settings, Training)):
-            run_stage(config, workdir, mesh, nodes, node, resumed)
+        with profiling.of_stage(here.profile, node.name, node.folder, isinstance(node.settings, Training)):
+            run_stage(config, workdir, mesh, here.nodes, node, resumed)
         jobs.say(f"{node.name}: finished in {time.perf_counter() - began:.1f} s ({node.folder.name})")
 
 
