@@ -7,10 +7,13 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import shlex
+import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +31,7 @@ from mpo_jax import (
     processes,
     profiling,
     progress,
+    settings,
     states,
     stopping,
     store,
@@ -265,6 +269,9 @@ def run_stage(
             "packages": packages,
             "seconds": None if resumed else time.perf_counter() - began,
             "devices": eta.devices(mesh),
+            "command": shlex.join(sys.argv),
+            "commit": _commit(),
+            "changed": _changed(config, node),
             "data": [account.as_json() for account in job.accounts],
             "summary": summary,
         }
@@ -280,6 +287,27 @@ def _drop_states(folder: epath.Path) -> None:
     for name in (artifacts.CHECKPOINTS, artifacts.SHARDS):
         if jobs.is_first() and (folder / name).exists():
             (folder / name).rmtree()
+
+
+def _changed(config: Run, node: Node) -> dict[str, Any]:
+    """The settings of the run, and of the stage, that are not at their defaults."""
+    run = {key: value for key, value in settings.differing(config).items() if key != "stages"}
+    own = {key: value for key, value in settings.differing(node.settings).items() if key != "kind"}
+    return {"run": run, "stage": own}
+
+
+def _commit() -> str:
+    """Of the clone that the package runs from, or the archive that a script has sent; "" of an installed package."""
+    root = Path(mpo_jax.__file__).resolve().parent.parent
+    if (root / "COMMIT").is_file():
+        return (root / "COMMIT").read_text().strip()
+    if not (root / ".git").exists():
+        return ""
+    asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _version(package: str) -> str:

@@ -336,6 +336,18 @@ def chosen(section: Section) -> Iterator[tuple[str, Any]]:
                 yield from ((name, entry) for entry in mark.taken(value).values())
 
 
+def differing(section: Section) -> dict[str, Any]:
+    """The settings that are not at their default, by dotted key, as JSON holds them."""
+    found: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            found |= {f"{name}.{key}": each for key, each in differing(value).items()}
+        elif value != field.get_default(call_default_factory=True):
+            found[name] = plain(value)
+    return found
+
+
 def plain(value: Any) -> Any:
     """The value as dicts, lists, numbers and texts alone."""
     if isinstance(value, Section):

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import types
 from collections.abc import Callable
 
@@ -157,6 +158,15 @@ def test_data_that_was_found_right_is_not_opened_again(run, monkeypatch):
     assert run.folder("sft").name not in [path.name for path in run.workdir.iterdir()]
     with pytest.raises(InputError, match="worse"):
         again()
+
+
+def test_a_manifest_tells_where_it_comes_from(run):
+    run.config.seed = 7
+    run.config.stages.dpo.beta = 0.5
+    run()
+    made = run.manifest("dpo")
+    assert made["changed"]["stage"] == {"beta": 0.5} and made["changed"]["run"]["seed"] == 7
+    assert "pytest" in made["command"] and re.match("[0-9a-f]{40}", made["commit"] or "0" * 40)
 
 
 def test_finished_stages_are_skipped(run):

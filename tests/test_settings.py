@@ -240,3 +240,13 @@ def test_every_setting_has_a_line_of_help():
 def test_the_reference_page_is_that_of_the_sections():
     page = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
     assert page.read_text() == command.settings_page() + "\n", "mpo show --settings > docs/settings.md"
+
+
+def test_what_differs_from_the_defaults_is_told_by_its_key():
+    run = kinds.read(whole() | {"seed": 3})
+    before = settings.differing(run)
+    assert before["seed"] == 3 and "mesh.tensor" not in before
+    changed = settings.replaced(run, {"model.lora.rank": 8, "model.dtype": "float32"})
+    after = settings.differing(changed)
+    assert after == before | {"model.dtype": "float32", "model.lora.rank": 8}
+    assert settings.differing(settings.replaced(run.stages["dpo"], {"beta": 0.2}))["beta"] == 0.2

@@ -51,7 +51,7 @@ def page(workdir: epath.Path, shown: Mapping[str, Shown]) -> dict[str, Any]:
         "signs": lambda: signatures.of_stages(stages),
     }
     makers |= {part: functools.partial(_part, part, stages, shown) for part in PARTS}
-    values: dict[str, Any] = {"title": workdir.name, "provenance": stages, "left_out": damaged}
+    values: dict[str, Any] = {"title": workdir.name, "provenance": sections.provenance(stages), "left_out": damaged}
     for name, maker in makers.items():
         try:
             values[name] = maker()

@@ -2,6 +2,7 @@
 shown by."""
 
 import dataclasses
+import datetime
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -173,6 +174,46 @@ def data(stages: Iterable[Finished]) -> list[dict[str, Any]]:
         for account in stage.manifest.get("data", []):
             read.setdefault(Account(**account).text(), []).append(stage.name)
     return [{"text": text, "stages": ", ".join(dict.fromkeys(names))} for text, names in read.items()]
+
+
+def provenance(stages: list[Finished]) -> dict[str, Any] | None:
+    """Where a run's artifacts come from, and what each took. device_hours: None where a stage was resumed, since then
+    nobody knows how long it took in all."""
+    if not stages:
+        return None
+    rows = []
+    for stage in stages:
+        manifest, seconds = stage.manifest, stage.manifest.get("seconds")
+        count = int(manifest.get("devices", "1 x").split(" x ")[0].split()[0])
+        rows.append(
+            {
+                "name": stage.name,
+                "kind": stage.kind,
+                "key": manifest["key"],
+                "inputs": {role: given for role, given in manifest["inputs"].items() if given},
+                "seconds": seconds,
+                "device_hours": None if seconds is None else seconds * count / 3600,
+                "changed": manifest.get("changed", {}).get("stage", {}),
+                "made": (stage.folder / artifacts.MANIFEST).stat().mtime,
+            }
+        )
+    latest = [stage.manifest for _, stage in sorted(zip(rows, stages, strict=True), key=lambda each: -each[0]["made"])]
+
+    def told(key: str, default: Any = "") -> Any:  # earlier versions left some unsaid
+        return next((manifest[key] for manifest in latest if manifest.get(key)), default)
+
+    made = datetime.datetime.fromtimestamp(max(row["made"] for row in rows), datetime.UTC)
+    known = [row["device_hours"] for row in rows if row["device_hours"] is not None]
+    return {
+        "rows": rows,
+        "made": f"{made:%Y-%m-%d %H:%M} UTC",
+        "shared": told("shared"),
+        "packages": told("packages", {}),
+        "told": {key: told(key) for key in ("command", "commit", "devices") if told(key)},
+        "changed": told("changed", {"run": {}})["run"],
+        "device_hours": sum(known),
+        "unknown": len(rows) - len(known),
+    }
 
 
 def verdicts(stage: Finished) -> dict[str, Any]:

@@ -152,6 +152,17 @@ def test_samples_can_be_searched_and_lie_from_gain_to_loss(workdir, browser):
     assert browser.find_element("css selector", "#samples [role=status]").text == "1 of 60"
 
 
+def test_provenance_tells_command_settings_and_device_hours(workdir):
+    manifest = {"name": "dpo", "kind": "dpo", "key": "0123", "inputs": {}, "shared": "abcd", "packages": {"jax": "1"},
+                "seconds": 1800.0, "devices": "8 x TPU v5 lite", "command": "mpo run --config=<mine>", "commit": "f00d",
+                "changed": {"run": {"seed": 7}, "stage": {"beta": 0.5}}, "summary": {}}  # fmt: skip
+    artifacts.write_manifest(workdir / "dpo-0123", manifest)
+    page = report.write(workdir, kinds.shown()).read_text()
+    told = page[page.index('id="provenance"') :]
+    assert "mpo run --config=&lt;mine&gt;" in told and "f00d" in told and "8 x TPU v5 lite" in told
+    assert "seed=7" in told and "beta=0.5" in told and "<dd>4.00, without 5 stages whose time" in told
+
+
 def test_known_failures_stand_above_the_results(workdir):
     folder = workdir / "reward-0123"
     baselines = {"tfidf_bradley_terry": None, "shorter_wins": 0.5}
