@@ -165,13 +165,13 @@ def test_a_small_graph_where_no_folder_can_be_renamed(local, refusing):
     assert_equal(numbers(epath.Path(refusing / "run")), expected)
 
 
-def kill_ten_times(start, gcs, seed: int) -> int:
+def kill_ten_times(start, gcs, seed: int, most: int = 500) -> int:
     """Runs what `start` starts and kills it, ten times, each after a number of calls to the store that is drawn, so
     that a slow machine is killed at the same places. Every third time its host is gone with it. Gives how often it was
     at work."""
     draw, killed = random.Random(seed), 0
     for kill in range(10):
-        process, target = start(), gcs.calls + draw.randint(30, 500)
+        process, target = start(), gcs.calls + draw.randint(30, most)
         while gcs.calls < target and process.poll() is None:
             time.sleep(0.01)
         killed += process.poll() is None
@@ -211,7 +211,7 @@ def quickstart(tmp_path_factory) -> dict[str, object]:
 @pytest.mark.slow
 def test_the_quickstart_in_an_object_store_killed_ten_times(quickstart, gcs, tmp_path):
     arguments, log = [QUICKSTART, "--workdir=gs://bucket/quickstart"], tmp_path / "log"
-    assert kill_ten_times(lambda: processes.start(1, arguments, log)[0], gcs, 0) > 5
+    assert kill_ten_times(lambda: processes.start(1, arguments, log)[0], gcs, 0, most=2000) > 5
     processes.run(1, arguments, log)
     assert_equal(numbers(epath.Path("gs://bucket/quickstart")), quickstart)
 
