@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import pydantic
 
 from mpo_jax import settings as declared
+from mpo_jax import sharding
 from mpo_jax.artifacts import POLICY
 from mpo_jax.evaluation.sections import Shown
+from mpo_jax.models import lora
 from mpo_jax.run import StageSettings
 from mpo_jax.settings import Names, Numbers, role, setting
 from mpo_jax.stages import job as jobs
@@ -44,15 +46,11 @@ class Settings(StageSettings):
 
 
 def check(job: Job[Settings]) -> None:
-    """InputError under LoRA, where a mean of both factors is not the mean of their products."""
-    if job.config.model.lora.rank:
-        raise job.error(
-            "policies", f"adapters of rank {job.config.model.lora.rank}; expected whole weights (model.lora.rank=0)"
-        )
+    """Nothing beyond the settings' own checks."""
 
 
 def programs(job: Job[Settings]) -> Programs:
-    """None: each sum is one operation."""
+    """None: each sum is one operation, and adapters are small."""
     return {}
 
 
@@ -66,14 +64,26 @@ def mean(weights: PyTree, shares: tuple[float, ...]) -> PyTree:
 
 
 def run(job: Job[Settings]) -> dict[str, Any]:
-    """Writes the blended weights; two sets of weights lie in memory at a time."""
+    """Writes the blended weights; two sets of weights lie in memory at a time. Under LoRA it is the adapters' products
+    that are blended, as near as adapters of the same rank come to it; all of them lie in memory."""
     model = jobs.model(job)
     shares = job.settings.shares
     loaded = (jobs.load_weights(job, artifact, model) for artifact in job.inputs["policies"])
-    jobs.save_weights(job, mean(loaded, shares))
-    told = {artifact.name: share for artifact, share in zip(job.inputs["policies"], shares, strict=True)}
-    jobs.say(f"{job.name} is {', '.join(f'{share:g} {name}' for name, share in told.items())}")
-    return {"policies": told}
+    told: dict[str, Any] = {
+        "policies": {artifact.name: share for artifact, share in zip(job.inputs["policies"], shares, strict=True)}
+    }
+    words = f"{job.name} is {', '.join(f'{share:g} {name}' for name, share in told['policies'].items())}"
+    if model.lora is None:
+        jobs.save_weights(job, mean(loaded, shares))
+    else:
+        adapters = list(loaded)
+        where = jax.tree.map(lambda leaf: leaf.sharding, adapters[0]), sharding.replicated(job.mesh)
+        found, missing = jax.jit(lora.mean, static_argnums=1, out_shardings=where)(adapters, shares)
+        jobs.save_weights(job, found)
+        told["missing"] = float(missing)
+        words += f"; adapters of rank {model.lora.rank} come within {told['missing']:.2g} of its norm"
+    jobs.say(words)
+    return told
 
 
 STAGE = Stage(

@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from mpo_jax import artifacts, checkpoint, recipes
-from mpo_jax.errors import InputError
+from mpo_jax.models import lora
 from mpo_jax.stages import blend, kinds
 from mpo_jax.stages import job as jobs
 from tests.stages.ppo_job import beside, make_job, refused, replaced
@@ -59,16 +60,43 @@ def test_bad_settings(made, settings, message):
     refused(made, settings, message)
 
 
-def test_adapters_are_refused(made):
-    config = made.config.model_copy(
-        update={
-            "model": made.config.model.model_copy(
-                update={"lora": made.config.model.lora.model_copy(update={"rank": 4})}
-            )
-        }
-    )
-    with pytest.raises(InputError, match=r"stages\.soup\.policies: adapters of rank 4; expected whole weights"):
-        blend.STAGE.check(dataclasses.replace(made, config=config))
+def test_under_lora_the_products_are_blended(made, tmp_path):
+    job = replaced(made, {"model.lora.rank": 4, "model.lora.targets": ("q", "down")}, workdir=epath.Path(tmp_path))
+    model = jobs.model(job)
+    adapters = []
+    with jax.set_mesh(job.mesh):
+        for number, artifact in enumerate(job.inputs["policies"]):
+            drawn = lora.init(model, jax.random.key(number), job.mesh)
+            keys = iter(jax.random.split(jax.random.key(7 + number), 9))
+            drawn = jax.tree.map(lambda leaf, keys=keys: leaf + jax.random.normal(next(keys), leaf.shape), drawn)
+            folder = epath.Path(tmp_path) / artifact.name
+            checkpoint.save_weights(folder / artifacts.WEIGHTS, drawn)
+            adapters.append(dataclasses.replace(artifact, folder=folder))
+        job = dataclasses.replace(job, inputs={"policies": adapters})
+        parts = [jobs.load_weights(job, artifact, model) for artifact in adapters]
+        blend.STAGE.check(job)
+        for shares in ((0.25, 0.75), (1.0, 0.0)):
+            told = replaced(job, {"weights": shares}, folder=epath.Path(tmp_path) / f"soup{shares[0]}")
+            summary = blend.run(told)
+            found = checkpoint.restore_weights(told.folder / artifacts.WEIGHTS, parts[0])
+            missing = whole = 0.0
+            for name in ("q", "down"):
+                block = "attn" if name == "q" else "mlp"
+                one, two, ours = (product(each["lora"]["layers"][block][name]) for each in (*parts, found))
+                wanted = shares[0] * one + shares[1] * two
+                u, s, v = np.linalg.svd(wanted, full_matrices=False)  # the nearest of rank 4, in float64
+                nearest = np.einsum("lik,lk,lko->lio", u[:, :, :4], s[:, :4], v[:, :4])
+                np.testing.assert_allclose(ours, nearest, atol=2e-5)
+                missing, whole = missing + (s[:, 4:] ** 2).sum(), whole + (s**2).sum()
+            assert summary["missing"] == pytest.approx((missing / whole) ** 0.5, abs=1e-5)
+            assert (summary["missing"] < 1e-5) == (shares == (1.0, 0.0))
+
+
+def product(adapter) -> np.ndarray:
+    """a b of every layer, f64 [L,in,out]."""
+    a, b = (np.asarray(adapter[name], np.float64) for name in "ab")
+    layers, rank = b.shape[:2]
+    return a.reshape(layers, -1, rank) @ b.reshape(layers, rank, -1)
 
 
 def test_weights_of_a_flag():
