@@ -37,7 +37,8 @@ from mpo_jax import (
     store,
 )  # fmt: skip
 from mpo_jax.errors import InputError, Stopped
-from mpo_jax.evaluation import report
+from mpo_jax.evaluation import report, signatures
+from mpo_jax.evaluation.sections import Finished
 from mpo_jax.graph import Inputs, Node
 from mpo_jax.models import hf, hub
 from mpo_jax.models.presets import Preset
@@ -195,6 +196,15 @@ def _bring_up(here: _Here, node: Node, place: str, left: Iterable[str]) -> None:
         with profiling.of_stage(here.profile, node.name, node.folder, isinstance(node.settings, Training)):
             run_stage(config, workdir, mesh, here.nodes, node, resumed)
         jobs.say(f"{node.name}: finished in {time.perf_counter() - began:.1f} s ({node.folder.name})")
+        if jobs.is_first():
+            _warn(node)
+
+
+def _warn(node: Node) -> None:
+    """Tells known failures of the method that the figures of a stage show, where it ends rather than in the report."""
+    made = Finished(node.name, node.folder, artifacts.read_manifest(node.folder) or {"summary": {}})
+    for sign in signatures.of_stage(made):
+        progress.say(f"warning: {sign}", sys.stderr)
 
 
 def _left(config: Run, workdir: epath.Path, mesh, names: Iterable[str]) -> eta.Eta:

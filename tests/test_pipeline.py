@@ -25,6 +25,7 @@ class Run:
     ran: list
     whole: list
     leaves: Callable[[epath.Path], None] = lambda folder: None
+    summary: dict = dataclasses.field(default_factory=lambda: {"loss": 0.5})
 
     def __call__(self, *only, profile=None):
         self.ran.clear()
@@ -83,7 +84,7 @@ def run(tmp_path, stories, monkeypatch):
             raise Stopped(PREEMPTED, "batch 3 of 9")
         (job.folder / "result.txt").write_text(job.name)
         artifacts.write_text(job.folder / artifacts.SHARDS / "sample-0" / "0-3.npz", "kept")
-        return {"loss": 0.5}
+        return made.summary
 
     for name, kind in kinds.KINDS.items():
         monkeypatch.setitem(kinds.KINDS, name, dataclasses.replace(kind, run=stage, check=lambda job: None))
@@ -167,6 +168,13 @@ def test_a_manifest_tells_where_it_comes_from(run):
     made = run.manifest("dpo")
     assert made["changed"]["stage"] == {"beta": 0.5} and made["changed"]["run"]["seed"] == 7
     assert "pytest" in made["command"] and re.match("[0-9a-f]{40}", made["commit"] or "0" * 40)
+
+
+def test_a_known_failure_is_told_when_its_stage_ends(run, capsys):
+    baselines = {"tfidf_bradley_terry": None, "shorter_wins": 0.5}
+    run.summary = {"report": {"accuracy": 0.49, "accuracy_se": 0.05, "pairs": 104, "baselines": baselines}}
+    run("reward")
+    assert "warning: reward: The reward model is right on 0.490 ± 0.050 of 104" in capsys.readouterr().err
 
 
 def test_finished_stages_are_skipped(run):

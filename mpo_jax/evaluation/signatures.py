@@ -56,11 +56,11 @@ _Found = tuple[str, str] | None
 
 def weak_reward(summary: Mapping[str, Any], rows: Rows) -> _Found:
     """A reward model that is hardly better than guessing, or than word counts, has gaps that mean nothing."""
-    report = summary.get("report", {})
-    if "accuracy" not in report:
+    report = summary.get("report") or {}
+    if not {"accuracy", "accuracy_se", "pairs", "baselines"} <= set(report):
         return None
     accuracy, error = report["accuracy"], report["accuracy_se"]
-    words = report["baselines"]["tfidf_bradley_terry"]
+    words = report["baselines"].get("tfidf_bradley_terry")
     told = f"The reward model is right on {accuracy:.3f} ± {error:.3f} of {report['pairs']:,} held-out pairs"
     attempt = (
         "Its gaps say little about which pairs are easy: train it on more pairs or a larger model, look at the labels, "
@@ -92,7 +92,9 @@ def learned_by_heart(summary: Mapping[str, Any], rows: Rows) -> _Found:
 def few_prompts(summary: Mapping[str, Any], rows: Rows) -> _Found:
     """PPO that goes over few prompts again and again while its value learns nothing."""
     explained = [row["explained_variance"] for row in rows if "explained_variance" in row]
-    if not explained or summary.get("epochs", 0) <= EPOCHS or _end(explained) >= LEARNED:
+    if not explained or not {"epochs", "prompts"} <= set(summary) or summary["epochs"] <= EPOCHS:
+        return None
+    if _end(explained) >= LEARNED:
         return None
     told = f"It went {summary['epochs']:.1f} times over {summary['prompts']:,} prompts, and its value explains "
     told += f"{_end(explained):.2f} of the returns' variance at the end."
