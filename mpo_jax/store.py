@@ -16,6 +16,7 @@ import fsspec
 from etils import epath
 
 from mpo_jax.errors import InputError
+from mpo_jax.lines import split_lines
 
 SCRATCH = "MPO_SCRATCH"
 """The environment variable that names the scratch folder."""
@@ -200,7 +201,7 @@ def _in_threads(work: Callable[[Path, Path], None], pairs: list) -> None:
 def _file_system(path: str) -> str:
     """The type of the file system that a path lies in, "" where the system does not tell."""
     try:
-        lines = Path("/proc/self/mounts").read_text().splitlines()
+        lines = split_lines(Path("/proc/self/mounts").read_text())
     except OSError:
         return ""
     best = ("", "")

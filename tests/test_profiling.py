@@ -2,6 +2,8 @@
 
 import csv
 import io
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from mpo_jax import artifacts, profiling, sharding
 from mpo_jax.data.loader import Loader
 from mpo_jax.errors import InputError
 from mpo_jax.profiling import Operation, Wanted, operations, parse
-from mpo_jax.stages import rows
+from mpo_jax.stages import shards
 
 LOOPS = 5
 
@@ -155,14 +157,15 @@ def test_a_trace_without_operations_says_so():
 
 
 def test_batches_of_a_scoring_are_recorded(tmp_path):
-    """`rows.collect`, which every stage scores with."""
+    """`shards.over`, by which every stage scores."""
     from tests.stages.test_loop import random_rows
 
     encoded = random_rows()
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     loader = Loader(encoded, 4, mesh=mesh, max_buckets=1, shuffle=False)
-    step = jax.jit(lambda weights, batch: jnp.tile(batch.tokens.sum(axis=1)[:, None], (1, 2)).astype(jnp.float32))
+    step = jax.jit(lambda batch: jnp.tile(batch.tokens.sum(axis=1)[:, None], (1, 2)).astype(jnp.float32))
     with jax.set_mesh(mesh), profiling.of_stage(Wanted("dpo", 2, 1), "dpo", epath.Path(tmp_path), False):
-        found = rows.collect(step, {}, loader, 2)
-    assert found.shape == (len(encoded), 2) and not np.isnan(found).any()
+        job: Any = types.SimpleNamespace(config=types.SimpleNamespace(shard_seconds=60.0))  # nothing is kept
+        found = list(shards.over(job, loader, "score", None, lambda batch: {"numbers": np.asarray(step(batch))}))
+    assert len(found) == loader.steps_per_epoch and not np.isnan(found[0][1]["numbers"]).any()
     assert steps_in(tmp_path) == [2]

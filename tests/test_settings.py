@@ -132,7 +132,8 @@ def test_stages_that_are_none(value):
         ({"model.lora.targets": ["z"]},
          "model.lora.targets.0: 'z'; expected one of 'q', 'k', 'v', 'o', 'gate', 'up' or 'down'"),
         ({"model.lora.targets": []}, "model.lora.targets: (); expected a list that is not empty"),
-        ({"data.path": ""}, "data.path: empty; expected the data: a file, a folder, tfds:name or a hub name"),
+        ({"data.path": ""}, "data.path: empty; expected the data: a file or folder, here or at gs://, tfds:name or a "
+                            "hub name"),
         ({"data.shares.eval": 0.5}, "data.shares.eval: shares {'eval': 0.5, 'policy': 0.45, 'sft_reward': 0.45}; "
                                     "expected parts that add up to 1, found 1.4"),
         ({"model.remat": "ful"}, "model.remat: 'ful'; expected one of none, full, dots; did you mean 'full'?"),

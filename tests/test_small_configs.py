@@ -110,5 +110,5 @@ def test_sampling_alone_leaves_a_reply_to_every_prompt(runs):
 def test_pairs_have_to_be_brought():
     command = [sys.executable, "-m", "tests.tools.main", "--config=dpo", "--workdir=nowhere", "--dry_run"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
-    told = "error: data.path: empty; expected the data: a file, a folder, tfds:name or a hub name\n"
+    told = "error: data.path: empty; expected the data: a file or folder, here or at gs://, tfds:name or a hub name\n"
     assert (done.returncode, done.stderr) == (1, told)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.scene import ROOT
+from tests.tools.processes import plain_signals
 
 COMMIT = "c" * 40
 RUN = """#!/usr/bin/env bash
@@ -40,7 +41,7 @@ def program(path: Path, text: str) -> None:
 def begin(host: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(
         ["bash", str(host / "code/run_scripts/host.sh"), *words], env={**os.environ, "HOME": str(host)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=plain_signals,
     )  # fmt: skip
 
 
