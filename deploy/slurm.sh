@@ -61,11 +61,13 @@ submit() {
 
 # Signals to the steps, not to srun: that one would kill them.
 work() {
-  local code=0 steps
+  local code=0 steps told=0
+  # Before the steps begin: the notice may come while they do.
+  trap 'told=1; echo "told to stop; the run saves" >&2; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
   srun --kill-on-bad-exit=0 --wait=600 bash "$CODE/run_scripts/host.sh" start "$COMMIT" \
     --distributed --config="$CONFIG" --workdir="$WORKDIR" "$@" &
   steps=$!
-  trap 'echo "told to stop; the run saves" >&2; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+  if ((told)); then scancel --signal=TERM "$SLURM_JOB_ID"; fi
   wait "$steps" || code=$?
   while kill -0 "$steps" 2>/dev/null; do # a signal ends `wait`, not the steps
     code=0

@@ -79,10 +79,12 @@ run() {
 
 # Runs in a session of its own, so that the end of a connection is not the end of the run; writes the exit code.
 keep() {
-  local id="$1" code=0 child
+  local id="$1" code=0 child="" told=0
+  # Before the run begins: a signal may come while it does.
+  trap 'told=1; [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null' TERM
   bash "$self" start "${@:2}" &
   child=$!
-  trap 'kill -TERM "$child" 2>/dev/null' TERM
+  if ((told)); then kill -TERM "$child"; fi
   wait "$child" || code=$?
   while kill -0 "$child" 2>/dev/null; do # a signal ends `wait`, not the run
     code=0
