@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests.deploy.scene import ROOT, make
-from tests.tools.processes import plain_signals
+from tests.tools.processes import PLAIN_SIGNALS
 
 GKE = "run_scripts/gke.sh"
 GIVEN = {"IMAGE": "eu-docker.pkg.dev/ours/images/mpo_jax", "BUCKET": "things", "NAME": "mine"}
@@ -118,8 +118,8 @@ def slurm(tmp_path):
 
     def begin(**more: str) -> subprocess.Popen:
         return subprocess.Popen(
-            ["bash", str(ROOT / "deploy/slurm.sh"), "--config.data.limit=9"], env={**given, **more}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=plain_signals,
+            [*PLAIN_SIGNALS, "bash", str(ROOT / "deploy/slurm.sh"), "--config.data.limit=9"], env={**given, **more}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     begin.called = lambda: (tmp_path / "called").read_text()  # type: ignore[attr-defined]

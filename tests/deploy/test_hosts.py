@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.scene import ROOT
-from tests.tools.processes import plain_signals
+from tests.tools.processes import PLAIN_SIGNALS
 
 COMMIT = "c" * 40
 RUN = """#!/usr/bin/env bash
@@ -40,8 +40,8 @@ def program(path: Path, text: str) -> None:
 
 def begin(host: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(
-        ["bash", str(host / "code/run_scripts/host.sh"), *words], env={**os.environ, "HOME": str(host)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=plain_signals,
+        [*PLAIN_SIGNALS, "bash", str(host / "code/run_scripts/host.sh"), *words], env={**os.environ, "HOME": str(host)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
 

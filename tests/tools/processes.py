@@ -1,7 +1,6 @@
 """A command enters; it runs in several processes over loopback, each with its CPU devices, as on several hosts."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +13,11 @@ ENVIRONMENT = {
     "JAX_NUM_CPU_DEVICES": "1",
     "PYTHONUNBUFFERED": "1",
 }
+
+
+PLAIN_SIGNALS = ["env", "--default-signal=TERM,INT,HUP"]
+"""Before a script: its traps then hear the signals that whoever runs the tests ignores, as nohup does; a shell can't
+trap what was ignored when it began."""
 
 
 def free_port() -> int:
@@ -55,11 +59,3 @@ def run(count: int, arguments: list[str], log: Path, script: str = "mpo_jax.main
     codes = finish(start(count, arguments, log, script, devices))
     for index, code in enumerate(codes):
         assert code == 0, log.with_suffix(f".{index}").read_text()[-4000:]
-
-
-def plain_signals() -> None:
-    """For `preexec_fn`: a script's traps hear the signals that whoever runs the tests ignores or blocks, as nohup does;
-    a shell can't trap what was ignored when it began."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
