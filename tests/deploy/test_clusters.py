@@ -118,7 +118,8 @@ def slurm(tmp_path):
 
     def begin(**more: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [*PLAIN_SIGNALS, "bash", str(ROOT / "deploy/slurm.sh"), "--config.data.limit=9"], env={**given, **more}, text=True,
+            [*PLAIN_SIGNALS, "bash", str(ROOT / "deploy/slurm.sh"), "--config.data.limit=9"],
+            env={**given, **more}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 

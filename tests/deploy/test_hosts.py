@@ -40,7 +40,8 @@ def program(path: Path, text: str) -> None:
 
 def begin(host: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [*PLAIN_SIGNALS, "bash", str(host / "code/run_scripts/host.sh"), *words], env={**os.environ, "HOME": str(host)}, text=True,
+        [*PLAIN_SIGNALS, "bash", str(host / "code/run_scripts/host.sh"), *words],
+        env={**os.environ, "HOME": str(host)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
