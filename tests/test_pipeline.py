@@ -161,13 +161,14 @@ def test_data_that_was_found_right_is_not_opened_again(run, monkeypatch):
         again()
 
 
-def test_a_manifest_tells_where_it_comes_from(run):
+def test_a_manifest_tells_where_it_comes_from(run, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mpo", "run", "--config=a b"])
     run.config.seed = 7
     run.config.stages.dpo.beta = 0.5
     run()
     made = run.manifest("dpo")
     assert made["changed"]["stage"] == {"beta": 0.5} and made["changed"]["run"]["seed"] == 7
-    assert "pytest" in made["command"] and re.match("[0-9a-f]{40}", made["commit"] or "0" * 40)
+    assert made["command"] == "mpo run '--config=a b'" and re.match("[0-9a-f]{40}", made["commit"] or "0" * 40)
 
 
 def test_a_known_failure_is_told_when_its_stage_ends(run, capsys):
