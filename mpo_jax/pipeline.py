@@ -152,7 +152,9 @@ def _run(
             where = f", at {stopped.where}" if stopped.where else ""
             jobs.say(f"told to stop in stage {name}{where}; the same command goes on from there")
             raise
-    if jobs.is_first():
+    if jobs.is_first() and _is_shown(workdir, nodes):  # drawing it takes longer than much of a warm start
+        jobs.say(f"report: {workdir / artifacts.REPORT_PAGE}, as it was; `mpo report {workdir}` writes it again")
+    elif jobs.is_first():
         _report(workdir)
     return nodes
 
@@ -231,6 +233,15 @@ def _models(config: Run) -> list[str]:
     named = [names.terms(value) for stage in config.stages.values() for value in names.settings_of(stage).values()]
     scorers = {name.removeprefix(names.HF) for terms in named for name in terms if name.startswith(names.HF)}
     return [config.model.path, *sorted(scorers)]
+
+
+def _is_shown(workdir: epath.Path, nodes: Mapping[str, Node]) -> bool:
+    """Whether the report is there and younger than every finished stage."""
+    page = workdir / artifacts.REPORT_PAGE
+    if not page.exists():
+        return False
+    made = [node.folder / artifacts.MANIFEST for node in nodes.values()]
+    return all(path.stat().mtime < page.stat().mtime for path in made if path.exists())
 
 
 def _report(workdir: epath.Path) -> None:

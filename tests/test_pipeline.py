@@ -171,6 +171,26 @@ def test_a_manifest_tells_where_it_comes_from(run, monkeypatch):
     assert made["command"] == "mpo run '--config=a b'" and re.match("[0-9a-f]{40}", made["commit"] or "0" * 40)
 
 
+def test_the_report_is_drawn_again_when_a_stage_was_made_since(run, monkeypatch):
+    drawn = []
+
+    def write(workdir, shown):
+        drawn.append(workdir)
+        artifacts.write_text(workdir / artifacts.REPORT_PAGE, "page")
+        later = (workdir / artifacts.REPORT_PAGE).stat().mtime + 5
+        os.utime(workdir / artifacts.REPORT_PAGE, (later, later))
+        return workdir / artifacts.REPORT_PAGE
+
+    monkeypatch.setattr(pipeline.report, "write", write)
+    for _ in range(2):
+        run()
+    assert len(drawn) == 1
+    later = (run.workdir / artifacts.REPORT_PAGE).stat().mtime + 5
+    os.utime(run.folder("dpo") / artifacts.MANIFEST, (later, later))  # as after a kill before the page
+    run()
+    assert len(drawn) == 2
+
+
 def test_a_known_failure_is_told_when_its_stage_ends(run, capsys):
     baselines = {"tfidf_bradley_terry": None, "shorter_wins": 0.5}
     run.summary = {"report": {"accuracy": 0.49, "accuracy_se": 0.05, "pairs": 104, "baselines": baselines}}
