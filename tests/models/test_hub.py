@@ -21,7 +21,7 @@ def server(stories):
 
 def environment(server, home: Path, token: str = fake_hub.TOKEN) -> dict[str, str]:
     return {
-        **os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN": token, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0",
+        **os.environ, "HF_ENDPOINT": server.address, "HF_TOKEN": token, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
     }  # fmt: skip
 

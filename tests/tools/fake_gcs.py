@@ -22,6 +22,8 @@ from typing import Any
 
 import google_crc32c
 
+from tests.tools.loopback import Loopback
+
 BUCKET = "bucket"
 
 
@@ -122,23 +124,20 @@ class Bucket:
         return upload["made"], len(upload["content"])
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(Loopback):
     """`with Server() as server:` serves. fail_every: of so many calls, one fails; 0: none. `failed`: how many have."""
-
-    daemon_threads = True
 
     def __init__(self, fail_every: int = 0):
         self.bucket, self.lock = Bucket(), threading.Lock()
         self.fail_every, self.calls, self.failed = fail_every, 0, 0
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
 
     @property
     def environment(self) -> dict[str, str]:
         """What tells a process of it."""
-        url = f"http://127.0.0.1:{self.server_address[1]}"
         return {
-            "STORAGE_EMULATOR_HOST": url,
-            "TENSORSTORE_GCS_HTTP_URL": url,
+            "STORAGE_EMULATOR_HOST": self.address,
+            "TENSORSTORE_GCS_HTTP_URL": self.address,
             "NO_GCE_CHECK": "true",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks Google what kind of bucket this is
         }
@@ -155,14 +154,6 @@ class Server(http.server.ThreadingHTTPServer):
     def put(self, name: str, content: bytes) -> None:
         with self.lock:
             self.bucket.put(name, content, {}, {})
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
     def handle_error(self, request, client_address):
         """A client that was killed in the middle is no news; what is wrong here is."""

@@ -6,16 +6,15 @@ import hashlib
 import http.server
 import json
 import re
-import threading
 from pathlib import Path
+
+from tests.tools.loopback import Loopback
 
 NAME, TOKEN = "owner/model", "hf_secret_of_this_test"
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """`with Server(folder) as server:` serves; HF_ENDPOINT is `url`. `publish` makes a new revision of the files."""
-
-    daemon_threads = True
+class Server(Loopback):
+    """`with Server(folder) as server:` serves; HF_ENDPOINT is `address`. `publish` makes a new revision."""
 
     def __init__(self, folder: Path):
         self.served: collections.Counter[str] = collections.Counter()
@@ -23,24 +22,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.moving = False  # whether the main branch has a new revision whenever it is asked for
         self.cut = ""  # the file whose next download breaks off in the middle
         self.publish({file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()})
-        super().__init__(("127.0.0.1", 0), _Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        super().__init__(_Handler)
 
     def publish(self, files: dict[str, bytes]) -> str:
         self.main = hashlib.sha1(str(len(self.revisions)).encode()).hexdigest()
         self.revisions[self.main] = files
         return self.main
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -42,7 +42,7 @@ class JudgeServer(loopback.Server):
     ):
         super().__init__(_Handler)
         self.verdict, self.faults, self.delay, self.retry_after = verdict, faults, delay, retry_after
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.url = f"{self.address}/v1"
         self.attempts: Counter[str] = Counter()  # of each question
         self.answered: Counter[str] = Counter()  # of each question, whole answers sent
         self.given: Counter[str] = Counter()  # of each fault

@@ -1,18 +1,20 @@
-"""A handler of POSTs enters; a server on loopback leaves, which counts how many calls it answers at once."""
+"""A handler enters; a server on loopback leaves. One of POSTs counts how many calls it answers at once."""
 
 import http.server
 import threading
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """`with Server(Handler) as server:` serves; `most_active`: how many calls were under way at once, at most."""
+class Loopback(http.server.ThreadingHTTPServer):
+    """`with Loopback(Handler) as server:` serves at `address`."""
 
     daemon_threads = True
 
-    def __init__(self, handler: type["Handler"]):
+    def __init__(self, handler: type[http.server.BaseHTTPRequestHandler]):
         super().__init__(("127.0.0.1", 0), handler)
-        self.lock = threading.Lock()
-        self.active = self.most_active = 0
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -21,6 +23,15 @@ class Server(http.server.ThreadingHTTPServer):
     def __exit__(self, *_):
         self.shutdown()
         self.server_close()
+
+
+class Server(Loopback):
+    """`most_active`: how many calls were under way at once, at most."""
+
+    def __init__(self, handler: type["Handler"]):
+        super().__init__(handler)
+        self.lock = threading.Lock()
+        self.active = self.most_active = 0
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -20,7 +20,7 @@ class ScorerServer(loopback.Server):
     ):
         super().__init__(_Handler)
         self.score, self.faults, self.delay = score, faults, delay
-        self.url = f"http://127.0.0.1:{self.server_port}/score"
+        self.url = f"{self.address}/score"
         self.calls = 0
         self.asked: list[tuple[str, str]] = []
         self.sizes: list[int] = []
