@@ -52,7 +52,7 @@ class Checkpoints:
             with contextlib.suppress(Exception):
                 abandoned.close()
         _open[self._name] = self
-        processes.first(functools.partial(_mark_earlier, folder))
+        processes.first(functools.partial(_prepare, folder))
         self._last = _manager(folder / "last", keep, "state")
         self._best = _manager(folder / "best", None, "params")
         # A best that no saved state knows of comes from steps that will be taken again.
@@ -170,23 +170,31 @@ class Checkpoints:
 _open: dict[str, Checkpoints] = {}
 
 
-def _mark_earlier(folder: epath.Path) -> None:
+def _prepare(folder: epath.Path) -> None:
+    """Removes what killed saves left, before the managers are made: Orbax's own removal goes on in a thread, beside
+    which a step that is being deleted looks incomplete and would be removed twice."""
+    for steps in (folder / "last", folder / "best"):
+        if not (steps / _MARKED).exists():
+            _mark_earlier(steps)
+        for place in steps.iterdir():
+            if place.is_dir():
+                _drop_half(place)
+
+
+def _mark_earlier(steps: epath.Path) -> None:
     """Gives steps that an earlier version left the marks that are looked for now: it wrote under another name, so that
     each was whole when it had its own."""
-    for steps in (folder / "last", folder / "best"):
-        if (steps / _MARKED).exists():
-            continue
-        whole = [step for step in steps.iterdir() if step.name.isdigit()] if steps.exists() else []
-        for step in () if is_remote(folder) else whole:  # in object stores it left marks already
-            for place in [*(item for item in step.iterdir() if item.is_dir()), step]:
-                (place / _MARK).write_text("whole since its folder was renamed\n")
-        steps.mkdir(parents=True, exist_ok=True)
-        (steps / _MARKED).write_text("")
+    whole = [step for step in steps.iterdir() if step.name.isdigit()] if steps.exists() else []
+    for step in () if is_remote(steps) else whole:  # in object stores it left marks already
+        for place in [*(item for item in step.iterdir() if item.is_dir()), step]:
+            (place / _MARK).write_text("whole since its folder was renamed\n")
+    steps.mkdir(parents=True, exist_ok=True)
+    (steps / _MARKED).write_text("")
 
 
 def _manager(folder: epath.Path, keep: int | None, arrays: str) -> ocp.CheckpointManager:
     """arrays: the item that holds them."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, atomicity_options=_ATOMIC)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, atomicity_options=_ATOMIC)
     handlers, handler = ocp.handlers.DefaultCheckpointHandlerRegistry(), sealed.Handler()
     for arguments in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
         handlers.add(arrays, arguments, handler)

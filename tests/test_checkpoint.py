@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -232,6 +233,21 @@ def test_the_best_that_a_state_names_outlives_later_ones_until_the_next_state(tm
     again = Checkpoints(tmp_path)
     np.testing.assert_array_equal(again.restore_best(30, tiny(0).params)["w"], np.full(4, 32.0))
     again.close()
+
+
+def test_what_a_kill_left_is_gone_once_the_folder_is_open_and_no_thread_removes_it_later(tmp_path):
+    """A thread that removed it meanwhile met the steps that were being deleted: `save_best` failed in rare runs."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, tiny(1), {})
+    checkpoints.close()
+    half = [tmp_path / kind / "7" / "params" / "ocdbt.process_0" / "d" for kind in ("last", "best")]
+    for place in half:
+        place.mkdir(parents=True)
+    threads = set(threading.enumerate())
+    with Checkpoints(tmp_path) as again:
+        assert again.latest_step() == 1
+        assert not any((tmp_path / kind / "7").exists() for kind in ("last", "best"))
+        assert not [t for t in set(threading.enumerate()) - threads if "_SignalingThread" in type(t).__name__]
 
 
 def poll(call) -> None:
