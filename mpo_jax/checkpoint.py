@@ -53,8 +53,9 @@ class Checkpoints:
                 abandoned.close()
         _open[self._name] = self
         processes.first(functools.partial(_prepare, folder))
-        self._last = _manager(folder / "last", keep, "state")
-        self._best = _manager(folder / "best", None, "params")
+        self._arrays = sealed.Handler(), sealed.Handler()
+        self._last = _manager(folder / "last", keep, "state", self._arrays[0])
+        self._best = _manager(folder / "best", None, "params", self._arrays[1])
         # A best that no saved state knows of comes from steps that will be taken again.
         known = self.latest_step()
         for step in self._best.all_steps():
@@ -132,6 +133,8 @@ class Checkpoints:
             self.wait()
             self._prune_best()
         finally:
+            for arrays in self._arrays:
+                arrays.settle()  # whoever opens the folder next may remove what is incomplete
             if _open.get(self._name) is self:
                 del _open[self._name]
             self._best.close()
@@ -192,10 +195,10 @@ def _mark_earlier(steps: epath.Path) -> None:
     (steps / _MARKED).write_text("")
 
 
-def _manager(folder: epath.Path, keep: int | None, arrays: str) -> ocp.CheckpointManager:
-    """arrays: the item that holds them."""
+def _manager(folder: epath.Path, keep: int | None, arrays: str, handler: sealed.Handler) -> ocp.CheckpointManager:
+    """arrays: the item that holds them, by the handler."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, atomicity_options=_ATOMIC)
-    handlers, handler = ocp.handlers.DefaultCheckpointHandlerRegistry(), sealed.Handler()
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for arguments in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
         handlers.add(arrays, arguments, handler)
     return ocp.CheckpointManager(folder, options=options, handler_registry=handlers)

@@ -5,6 +5,7 @@ Every process sums up what it has written itself, in the background and before t
 step waits for it, no byte travels to another host, and a complete checkpoint has all its checksums.
 """
 
+import contextlib
 import functools
 import json
 
@@ -22,11 +23,21 @@ _ALL = "checksums.json"
 class Handler(ocp.PyTreeCheckpointHandler):
     """Orbax's own, with checksums."""
 
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._written: list[ocp.future.Future] = []
+
     async def async_save(self, directory, *arguments, **options):
         """As Orbax does; complete when this process's checksums are written too."""
-        written = await super().async_save(directory, *arguments, **options)
+        self._written = await super().async_save(directory, *arguments, **options) or []
         place = epath.Path(getattr(directory, "path", directory))  # Orbax may not have made it yet
-        return [ocp.future.ChainedFuture(written or [], functools.partial(_seal_own, place))]
+        return [ocp.future.ChainedFuture(self._written, functools.partial(_seal_own, place))]
+
+    def settle(self) -> None:
+        """Until nothing is written any more, as Orbax doesn't wait where another item of the save has failed."""
+        for writing in self._written:
+            with contextlib.suppress(Exception):
+                writing.result()
 
     def finalize(self, directory: epath.Path) -> None:
         """As Orbax does, on process 0 once all have written; then come the checksums of what is left."""
