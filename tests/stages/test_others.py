@@ -12,7 +12,7 @@ import pytest
 from mpo_jax import artifacts, metrics
 from mpo_jax.stages import buckets, candidates, scores
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages.ppo import others, stage
+from mpo_jax.stages.ppo import evaluation, others, stage
 from tests.stages import ppo_job
 from tests.tools import reward_models
 
@@ -74,3 +74,38 @@ def test_a_template_of_its_own_makes_other_tokens(tmp_path, stories):
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": reward_models.CHATML}))
     assert scores.of_tokens(job, "scorer") == {}
     assert scores.of_tokens(dataclasses.replace(job, preset=object()), "scorer") == {}, "a plan knows no tokenizer"
+
+
+def test_evaluation_samples_the_next_replies_while_others_score_the_last(tmp_path, stories):
+    """The order in which the device and the scorer are asked; and the replies of a batch are the batch's own."""
+    job = ppo_job.make_job(tmp_path, stories, eval_prompts=24, scorer="vader")
+    told: list[str] = []
+    with jax.set_mesh(job.mesh):
+        model = jobs.model(job)
+        how = dataclasses.replace(stage.sampling_config(job), n=1)
+        tokenizer = jobs.load_tokenizer(job, model)
+        _, heldout = buckets.prompts_for(job, model, tokenizer, 24)
+        compiled = stage.programs(job)
+        sampler = compiled["rollout"]
+
+        def draw(*arguments):
+            told.append("draw")
+            return sampler.function(*arguments)
+
+        def ask(_, rollout):
+            told.append("ask")
+            return np.full(rollout.logps.shape[:2], len(told), np.float32)
+
+        compiled["rollout"] = dataclasses.replace(sampler, function=draw)
+        params = {"policy": jobs.load_weights(job, job.inputs["init"], model)}
+        frozen = stage.load_frozen(job, model)
+        params["value"] = stage.critic(job, model, params["policy"])
+        seen = list(evaluation.reply(job, compiled, how, heldout, ask)(params, frozen))
+        weights = frozen["base"] | params["policy"]
+        loader = candidates.prompt_loader(job, heldout, job.settings.batch_size, shuffle=False)
+        with loader.sample(job.settings.eval_batches) as stream:
+            alone = [jax.device_get(sampler.function(weights, batch, job.seed, 0)) for batch in stream]
+    batches = len(alone)
+    assert batches > 1 and told == ["draw", *["draw", "ask"] * (batches - 1), "ask"]
+    for replied, expected in zip(seen, alone, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(replied.rollout), expected)

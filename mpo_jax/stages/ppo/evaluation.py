@@ -45,19 +45,29 @@ def reply(
     job: Job[Settings], compiled: Programs, sampling: SamplingConfig, prompts: Encoded, ask: Ask | None
 ) -> Callable[[PyTree, PyTree], Iterator[Replied]]:
     """`(params, frozen) ->` one reply to each of a fair sample of held-out prompts, a batch at a time. ask: None where
-    the reward model alone scores."""
+    the reward model alone scores; else the next batch is sampled while others score."""
     loader = candidates.prompt_loader(job, prompts, job.settings.batch_size, shuffle=False)
     draw = compiled.get("evaluation_rollout", compiled["rollout"]).function
     measure = compiled["measure"].function
 
     def replied(params: PyTree, frozen: PyTree) -> Iterator[Replied]:
         with loader.sample(job.settings.eval_batches) as stream:
-            for batch in progress.each(stream, "evaluate", loader.sampled(job.settings.eval_batches)):
-                rollout = draw(frozen["base"] | params["policy"], batch, job.seed, 0)
+            weights = frozen["base"] | params["policy"]
+            drawn = _ahead(draw(weights, batch, job.seed, 0) for batch in stream)
+            for rollout in progress.each(drawn, "evaluate", loader.sampled(job.settings.eval_batches)):
                 sums, scores = measure(params, frozen, rollout, None if ask is None else ask(frozen, rollout))
                 yield Replied(rollout, scores, sums)
 
     return replied
+
+
+def _ahead(drawn: Iterator[Rollout]) -> Iterator[Rollout]:
+    """The same, each handed on when the device has been told to draw the one after it."""
+    held = next(drawn, None)
+    while held is not None:
+        following = next(drawn, None)
+        yield held
+        held = following
 
 
 def make_evaluation(
