@@ -4,6 +4,7 @@ Only the template can open a turn. Control tokens that a message spells out are 
 is applied, and encoded as the text they are (`transformers.utils.chat_template_utils`, whose ids these are).
 """
 
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -98,6 +99,18 @@ def dressed(tokenizer, name: str, end_of_turn: str = ""):
         )
     setattr(other, END_OF_TURN, end_of_turn)
     return other
+
+
+def written(tokenizer) -> str:
+    """All text of the tokenizer's templates, and what the one in use makes of a short conversation: a control token
+    that stands in neither is written nowhere. "" without a template."""
+    if not has_template(tokenizer):
+        return ""
+    sources = json.dumps(tokenizer.chat_template, ensure_ascii=False)
+    asked = [{"role": "user", "content": _PROBE[0]}, {"role": "assistant", "content": _PROBE[1]}]
+    with contextlib.suppress(Exception):  # a template that wants other turns: it is told where it meets the data
+        sources += _apply(tokenizer, asked, None, {})
+    return sources
 
 
 def facts(tokenizer) -> Facts:

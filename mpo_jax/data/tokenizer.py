@@ -84,10 +84,25 @@ def fingerprint(tokenizer) -> str:
 
 
 def check_vocabulary(tokenizer, vocab_size: int, folder: str) -> None:
-    """InputError if the tokenizer can name an id that the model does not have."""
+    """InputError if the tokenizer can make an id that the model does not have.
+
+    Special tokens that nothing writes may lie beyond it: text never becomes one, and `transformers` gives some
+    tokenizers more of them than their folder names (an `unk_token` beside a vocabulary of bytes)."""
     largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        largest = max(_made(tokenizer))
     if largest >= vocab_size:
         raise InputError(
             f"{folder}: the tokenizer's largest id is {largest}, the model's vocab_size {vocab_size}; "
             "take the model's own tokenizer"
         )
+
+
+def _made(tokenizer) -> set[int]:
+    """Ids that come about: all but the special tokens that are not used by name and that no template writes."""
+    special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, getattr(model, "unk_token", None)}
+    written = template.written(tokenizer)
+    idle = {number for number, content in special.items() if content not in used and content not in written}
+    return set(tokenizer.get_vocab().values()) - idle

@@ -1,5 +1,6 @@
 """Texts enter, drawn by hypothesis and real ones; boundaries, BOS, EOS, masks, limits and the cache are checked."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from mpo_jax import artifacts
 from mpo_jax.data.encode import Limits, cache_key, encode, encode_prompts, encode_replies, write
@@ -250,3 +252,28 @@ def test_bad_tokenizers(shared, tmp_path, stories):
     check_vocabulary(stories, 512, "model")
     with pytest.raises(InputError, match="largest id is 511, the model's vocab_size 500"):
         check_vocabulary(stories, 500, "model")
+
+
+def test_a_special_token_beyond_the_vocabulary_is_refused_only_where_something_writes_it(stories):
+    """Those of a folder whose `transformers` class adds an unk_token, and those that people add and never use."""
+    other = copy.deepcopy(stories)
+    other.add_tokens([AddedToken("<|idle|>", special=True)])
+    assert max(other.get_vocab().values()) == 512
+    check_vocabulary(other, 512, "model")
+    told = pytest.raises(InputError, match="largest id is 512, the model's vocab_size 512")
+    for change in ({"pad_token": "<|idle|>"}, {"eos_token": "<|idle|>"}):
+        used = copy.deepcopy(other)
+        for name, token in change.items():
+            setattr(used, name, token)
+        with told:
+            check_vocabulary(used, 512, "model")
+    for source in ("{% for m in messages %}<|idle|>{{ m.content }}{% endfor %}",
+                   "{% for m in messages %}{{ '<|' + 'idle' + '|>' + m.content }}{% endfor %}"):  # fmt: skip
+        used = copy.deepcopy(other)
+        used.chat_template = source
+        with told:
+            check_vocabulary(used, 512, "model")
+    ordinary = copy.deepcopy(stories)
+    ordinary.add_tokens(["a word of its own"])
+    with told:
+        check_vocabulary(ordinary, 512, "model")
