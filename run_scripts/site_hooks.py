@@ -1,8 +1,8 @@
 """Pages of the documentation enter, as they read on the forge; what MkDocs makes a site of leaves.
 
 README, CONTRIBUTING and CHANGELOG, which lie outside `docs`, become pages beside the others, and links to and from them
-are bent accordingly. Formulas, which the forge takes as `$`...`$` and as blocks of ```math, become MathML: browsers draw
-it without a script. MkDocs calls the functions by their names.
+are bent accordingly. Formulas, which the forge takes as `$`...`$` and as blocks of ```math, become MathML, which a
+browser draws without a script. MkDocs calls the functions by their names.
 """
 
 import re
