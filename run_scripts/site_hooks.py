@@ -12,8 +12,13 @@ import latex2mathml.converter
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
-"""File at the root -> page."""
+OUTSIDE = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "CONTRIBUTING.md",
+    "CHANGELOG.md": "CHANGELOG.md",
+    "CITATION.cff": "CITATION.cff",
+}
+"""File at the root -> page, or file, of the site."""
 _LINK = re.compile(r"\]\((?!\w+://)([^)#\s]+)")
 _CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.DOTALL | re.MULTILINE)
 _BLOCK = re.compile(r"^```math\n(.*?)^```", re.DOTALL | re.MULTILINE)

@@ -110,7 +110,8 @@ def test_the_tutorial_literally(folder):
     assert (folder / "runs/mine/report.html").exists()
     card = (folder / "exported/README.md").read_text()
     assert "## Results" in card and "| **mpo** |" in card
-    for text in guides.snippets("tutorial.md"):
+    (own,) = re.findall(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL)
+    for text in [*guides.snippets("tutorial.md"), own.replace("FOLDER", "exported")]:
         said = subprocess.run([sys.executable, "-c", text], cwd=folder, env=plain(), capture_output=True, text=True)
         assert said.returncode == 0 and said.stdout.strip(), said.stderr[-2000:]
 
