@@ -55,7 +55,8 @@ def export(stage: epath.PathLike, output: epath.PathLike, adapter: bool = False,
             hf.export_weights(target, model, merged, base, head=head, stop_ids=jobs.stop_ids(job))
     if (text := template.chosen(job.config.data.template)) is not None:
         (target / "chat_template.jinja").write_text(text)  # which transformers takes before all others
-    card = model_card.text(job.folder, manifest, base, hf.resolve(base), head=head, adapter=adapter)
+    chat = text is not None or bool(load_tokenizer(base).chat_template)
+    card = model_card.text(job.folder, manifest, base, hf.resolve(base), head=head, adapter=adapter, chat=chat)
     (target / "README.md").write_text(card)
     if verify:
         _verify(target, model, base, merged, adapter, head)

@@ -39,6 +39,8 @@ def main() -> None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(COMMANDS)}"
         sys.exit(f"error: mpo: no command {name!r}; {hint}")
+    if os.getcwd() not in sys.path and "" not in sys.path:  # as for `python -m`: scorers and plugins may lie here
+        sys.path.append(os.getcwd())
     if name == "run":
         allocator.restart()
     sys.argv = [f"mpo {name}", *sys.argv[2:]]

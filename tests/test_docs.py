@@ -15,6 +15,8 @@ from mpo_jax.stages import kinds
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OWN = ("mine.py", "mine.py:tiny", "mixed.py")
+"""Configs that a page tells its reader to write; tests/test_guides.py runs them."""
 CODE = re.compile(r"```(?:bash|sh)\n(.*?)```|`([^`\n]+)`", re.DOTALL)
 
 
@@ -83,7 +85,7 @@ def test_commands_have_the_flags_and_settings_that_they_are_shown_with(page, nam
         if head.startswith("config."):
             assert known(head.removeprefix("config.").split(".")), f"{page.name}: no setting {head}"
         elif head == "config":
-            assert value in ("mine.py", "...") or command.config_file(value.split(":")[0])
+            assert value in ("...", *OWN) or command.config_file(value.split(":")[0])
         else:
             assert head in defined | {"help"} or head.removeprefix("no") in defined, (
                 f"{page.name}: {name} has no --{head}"

@@ -33,9 +33,10 @@ def text(
     base_folder: epath.PathLike,
     head: bool = False,
     adapter: bool = False,
+    chat: bool = False,
 ) -> str:
     """The card of the stage that lies in `folder`. base: the base model as the config names it; base_folder: where it
-    lies. head: a reward model. adapter: LoRA adapters alone."""
+    lies. head: a reward model. adapter: LoRA adapters alone. chat: whether the tokenizer has a chat template."""
     folder = epath.Path(folder)
     config = artifacts.read_json(folder / artifacts.CONFIG)
     finished, _ = report.finished(folder.parent)
@@ -56,8 +57,11 @@ def text(
         datasets=_datasets(config),
         licence=_licence(base_folder),
         manifest=manifest,
+        chat=chat,
         settings=config["stages"][manifest["name"]],
-        stages=own,
+        seed=config.get("seed", 0),
+        provenance=sections.provenance(own),
+        held_out=(manifest.get("summary") or {}).get("report") if head else None,
         data=sections.data(own),
         edges=[(source, stage.name) for stage in own for source in _sources(stage)],
         evaluations=[found for stage in finished if (found := _evaluated(stage, manifest)) is not None],

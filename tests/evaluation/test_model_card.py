@@ -1,6 +1,10 @@
 """A finished run's stage enters; its card is read by the hub's own library, says what the run knows, and names no
 folder of the machine."""
 
+import ast
+import itertools
+import re
+
 import huggingface_hub
 import pytest
 from etils import epath
@@ -32,6 +36,8 @@ def run(tmp_path):
         kind = stages.get(name, {"kind": "evaluate"})["kind"]
         manifest = {"name": name, "kind": kind, "key": "0123", "inputs": given, "made": f"{name}-1", "shared": "abcd"}
         manifest |= {"packages": {"jax": "1"}, "summary": {}, "data": [account] if name == "sft" else []}
+        manifest |= {"seconds": 1800.0, "devices": "2 x cpu", "commit": "0a1b2c3"}
+        manifest["changed"] = {"run": {"model.path": "/home/somebody/base"}, "stage": {"epochs": 2.0, "init": "base"}}
         artifacts.write_manifest(folder, manifest)
     artifacts.write_json(workdir / artifacts.STAGES_FILE, {name: f"{name}-0123" for name in inputs})
     return workdir / "mpo-0123"
@@ -64,6 +70,33 @@ def test_adapters_and_reward_models(run, tmp_path):
     assert "library_name: peft" in adapter and "--enable-lora --lora-modules mpo=FOLDER" in adapter
     head = card(run, "org/base-1B", tmp_path, head=True)
     assert "AutoModelForSequenceClassification" in head and "vllm" not in head and "reward-model" in head
+
+
+@pytest.mark.parametrize(("head", "adapter", "chat"), list(itertools.product((False, True), repeat=3)))
+def test_the_snippet_is_python_and_gets_an_answer(run, tmp_path, head, adapter, chat):
+    if head and adapter:
+        return  # which no export leaves
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", card(run, "org/base", tmp_path, head=head, adapter=adapter, chat=chat), re.M | re.S
+    )
+    ast.parse(code)
+    assert ("apply_chat_template" in code) == chat and ("generate" in code) != head
+    assert code.count("import AutoTokenizer") + code.count(", AutoTokenizer") == 1
+
+
+def test_how_it_was_made_is_told(run, tmp_path):
+    text = card(run, "org/base", tmp_path)
+    assert "| `sft` | sft | `0123` | 1.00 | `epochs=2.0`, `init=base` |" in text
+    assert "| `mpo` | ppo | `0123` | 1.00 | `epochs=2.0` |" in text, "what a stage rests on stands in the picture"
+    assert "Seed 0, devices 2 x cpu, commit 0a1b2c3." in text and "`model.path=base`" in text
+    assert "intervals are over prompts" in text
+
+
+def test_a_reward_models_results_are_those_on_held_out_pairs(run, tmp_path):
+    manifest = artifacts.read_manifest(run)
+    report = {"accuracy": 0.66, "accuracy_se": 0.02, "pairs": 414, "baselines": {"shorter_wins": 0.48}}
+    text = model_card.text(run, manifest | {"summary": {"report": report}}, "org/base", tmp_path, head=True)
+    assert "Right on 0.660 ± 0.020 of 414 held-out pairs" in text and "shorter wins 0.480" in text
 
 
 def test_results_of_another_making_are_not_its_own(run, tmp_path):
