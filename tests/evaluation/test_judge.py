@@ -184,7 +184,7 @@ def test_an_interrupt_ends_the_asking_behind_the_calls_in_flight(tmp_path):
 
 @pytest.mark.parametrize("bound", [1, 5])
 def test_concurrency_is_bounded_and_used(tmp_path, bound):
-    with JudgeServer(by_quality, delay=0.02) as server:
+    with JudgeServer(by_quality, delay=0.1) as server:
         judged(server, tmp_path / "c.sqlite", rows=made_rows(12), concurrency=bound)
     assert server.most_active == bound
 
