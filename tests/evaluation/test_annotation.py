@@ -164,7 +164,7 @@ def test_page_never_names_a_policy(page):
         assert not re.search(rb"\b(mpo|sft)\b", body)
     task = json.loads(call(address, "/api/task?annotator=ada")[2])
     assert task["prompt"] == items[0].prompt and sorted(task["replies"]) == sorted(items[0].texts)
-    assert set(task) == {"question", "total", "done", "number", "prompt", "replies", "choice", "comment"}
+    assert set(task) == {"question", "total", "done", "before", "number", "prompt", "replies", "choice", "comment"}
 
 
 def test_judgement_is_kept_and_can_be_changed(page):
@@ -288,7 +288,7 @@ def test_token_s_address_opens_the_page(guarded):
     status, headers, _ = call(address, f"/?token={TOKEN}")
     cookie = headers["Set-Cookie"]
     assert status == 303 and headers["Location"] == "/"  # the token leaves the address bar
-    assert "HttpOnly" in cookie and "SameSite=strict" in cookie
+    assert "HttpOnly" in cookie and "SameSite=lax" in cookie
     bring = {"Cookie": cookie.split(";")[0]}
     assert call(address, "/", headers=bring)[0] == 200
     assert call(address, "/", headers=bring | {"Host": "our-host.example:8008"})[0] == 200
