@@ -5,12 +5,12 @@ it to the network, to those who bring the token. `--export=FILE.csv` (or .jsonl)
 """
 
 import socket
-from typing import Any
 
 from absl import flags
 from etils import epath
 
 from mpo_jax import artifacts, command
+from mpo_jax.database import alone
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import annotation, judge
 
@@ -33,12 +33,10 @@ def replies_of(run: epath.Path, evaluation: str = "") -> epath.Path:
 
 def bind(host: str | None, port: int, token: str) -> tuple[str, socket.socket]:
     """The address to serve at, and a socket that listens there. InputError for the network without a good token."""
-    from mpo_jax.evaluation.annotation_page import LOOPBACK
-
     host = host or ("0.0.0.0" if token else "127.0.0.1")
     if token and (len(token) < _SHORTEST_TOKEN or not token.isascii() or not token.isalnum()):
         raise InputError(f"--token: expected at least {_SHORTEST_TOKEN} letters and digits")
-    if host not in LOOPBACK and not token:
+    if host not in annotation.LOOPBACK and not token:
         raise InputError(f"--host: {host} is beyond this machine; give a --token too")
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -48,14 +46,6 @@ def bind(host: str | None, port: int, token: str) -> tuple[str, socket.socket]:
     except OSError as error:
         raise InputError(f"--port: {host}:{port} can't be served ({error.strerror}); try --port=0") from error
     return host, listener
-
-
-def serve(application: Any, listener: socket.socket) -> None:
-    """Until it is told to stop (Ctrl-C, SIGTERM)."""
-    import uvicorn
-
-    server = uvicorn.Server(uvicorn.Config(application, log_level="warning", ws="none", server_header=False))
-    server.run(sockets=[listener])
 
 
 def export(file: epath.Path, run: epath.Path) -> None:
@@ -93,19 +83,21 @@ def work() -> None:
         export(epath.Path(given.export), run)
         return
     try:
-        from mpo_jax.evaluation import annotation_page
+        from mpo_jax.evaluation import annotation_page, annotation_server
     except ImportError as error:
         raise InputError(f'{error.name} is not installed; pip install "mpo_jax[annotate]"') from error
     pairs = judge.pairs_of(rows, given.policies, "")
     items = annotation.items(rows, pairs, given.seed, given.count)
+    file = run / artifacts.ANNOTATIONS
     host, listener = bind(given.host, given.port, given.token)
-    with annotation.Store(run / artifacts.ANNOTATIONS) as store:
+    with alone(file, "--run"), annotation.Store(file) as store:
         application = annotation_page.create(items, store, given.seed, given.question, given.token)
         shown = {"0.0.0.0": socket.gethostname(), "::1": "[::1]"}.get(host, host)
         address = f"http://{shown}:{listener.getsockname()[1]}/"
         query = f"?token={given.token}" if given.token else ""
         print(f"{len(items)} comparisons at {address}{query} (Ctrl-C ends)", flush=True)
-        serve(application, listener)
+        annotation_server.serve(application, listener)
+        print(f"{len(store.all())} judgements kept; `mpo report {run}` puts them into the report")
 
 
 def run() -> None:

@@ -5,6 +5,7 @@ When to wait, to try again and to stop is decided here, for the judge's endpoint
 
 import asyncio
 import email.utils
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -118,8 +119,10 @@ def retry_after(who: str, headers: Mapping[str, str]) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
+    if math.isnan(seconds):
+        return None
     if seconds > _LONGEST_WAIT:
         raise InputError(f"{who}: the server asks to wait {seconds:,.0f} s; answers so far are kept, run again then")
     return max(seconds, 0.0)

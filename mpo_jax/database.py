@@ -4,10 +4,14 @@ There it is a copy on this host's disk, sent home from time to time and at its e
 killed loses nothing where the copy survives it, and with its host what came after the last sending: SECONDS at most.
 """
 
+import contextlib
+import fcntl
+import os
+import socket
 import sqlite3
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,6 +22,28 @@ from mpo_jax.errors import InputError
 
 SECONDS = 60.0
 """How often what was added is sent home."""
+
+
+@contextlib.contextmanager
+def alone(path: epath.PathLike, flag: str) -> Iterator[None]:
+    """Holds the lock of a database while the context lasts; it ends with its process at the latest.
+
+    InputError, which begins with the flag, where another process has it. Of a database whose home can hold none, it is
+    this host's lock: hosts merge what they send.
+    """
+    file = Path(path) if store.holds_databases(path) else store.copy_of(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file.with_name(f".{file.name}.lock"), "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            who = lock.read(200).strip() or "another process"
+            raise InputError(f"{flag}: {path} is in use by {who}; end that first") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield
 
 
 class Database:

@@ -89,6 +89,8 @@ def _keys(run: Run, inputs: Mapping[str, Inputs]) -> dict[str, tuple[str, str]]:
         parts = {"format": FORMAT, "settings": content, "inputs": keys, "shared": hashes[read]}
         if plugged := kinds.plugged(stage):
             parts["plugins"] = plugged
+        if beside := kinds.of(stage).content(stage):
+            parts["content"] = beside
         found[name] = checkpoint.hash_settings(parts)[:12], hashes[read]
     return found
 

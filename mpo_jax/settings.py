@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -294,7 +295,9 @@ def _either(names: list[str], given: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
+    """A value in few characters, without the password of an address."""
+    text = re.sub(r"(://[^\s?#]*)[?#][^\s'\"]*", r"\1?...", " ".join(repr(value).split()))
+    text = re.sub(r"//\S*@", "//...@", text)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

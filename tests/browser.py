@@ -83,6 +83,25 @@ def overflow(browser) -> int:
     return browser.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
+def axe(browser) -> list[str]:
+    """What axe-core finds wrong with the page as it is shown that keeps somebody from using it."""
+    from axe_core_python.selenium import Axe
+
+    found = Axe().run(browser)["violations"]
+    return [
+        f"{each['id']}: {node['html'][:120]}"
+        for each in found
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]
+
+
+def dark(browser, wanted: bool) -> None:
+    """Whether the reader prefers dark pages."""
+    features = [{"name": "prefers-color-scheme", "value": "dark" if wanted else "light"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator:
     with chromium() as driver:

@@ -15,7 +15,7 @@ LAYERS = [
     {"settings"},
     {"ops"},
     {"sharding", "allocator", "processes", "stopping"},
-    {"optim", "metrics", "profiling", "asking", "database", "locks"},
+    {"optim", "metrics", "profiling", "asking", "posting", "database", "locks"},
     {"models"},
     {"scoring"},
     {"sampling"},

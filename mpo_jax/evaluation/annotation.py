@@ -18,8 +18,13 @@ from etils import epath
 
 from mpo_jax.database import Database
 from mpo_jax.errors import InputError
+from mpo_jax.posting import readable
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""What the page is served to without a token."""
 CHOICES = ("first", "second", "tie")
+WITHDRAWN = ""
+"""The choice of a judgement that its annotator took back. Its row stays, so that no other copy brings the old one."""
 LONGEST_NAME, LONGEST_COMMENT = 60, 5000
 """Characters."""
 
@@ -83,11 +88,12 @@ def items(rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]], s
 
 def item(row: Mapping[str, Any], left: str, right: str) -> Item | None:
     """The comparison of two policies on a line of replies.jsonl; None where they reply alike."""
-    texts = (row["replies"][left]["text"], row["replies"][right]["text"])
+    texts = (readable(row["replies"][left]["text"]), readable(row["replies"][right]["text"]))
+    prompt = readable(row["prompt"])
     if texts[0] == texts[1]:
         return None
-    key = hashlib.sha256(json.dumps([row["prompt"], left, right, *texts]).encode()).hexdigest()[:24]
-    return Item(key, row["prompt_id"], row["prompt"], left, right, texts)
+    key = hashlib.sha256(json.dumps([prompt, left, right, *texts]).encode()).hexdigest()[:24]
+    return Item(key, row["prompt_id"], prompt, left, right, texts)
 
 
 def left_first(item: Item, annotator: str, seed: int) -> bool:
@@ -96,9 +102,10 @@ def left_first(item: Item, annotator: str, seed: int) -> bool:
 
 
 def checked_name(name: Any) -> str:
-    """An annotator's name. InputError unless it is 1 to 60 printable characters."""
+    """An annotator's name. InputError unless it is 1 to 60 printable characters. U+FFFD stands for bytes of an address
+    that were no text: nobody's name."""
     cleaned = name.strip() if isinstance(name, str) else ""
-    if not 1 <= len(cleaned) <= LONGEST_NAME or not cleaned.isprintable():
+    if not 1 <= len(cleaned) <= LONGEST_NAME or not cleaned.isprintable() or "\ufffd" in cleaned:
         raise InputError(f"annotator: expected a name of 1 to {LONGEST_NAME} printable characters")
     return cleaned
 
@@ -122,20 +129,24 @@ class Store(Database):
         self.changed()
 
     def get(self, annotator: str, item: str) -> Judgement | None:
-        found = self._read("where annotator = ? and item = ?", (annotator, item))
+        found = self._read("and annotator = ? and item = ?", (annotator, item))
         return found[0] if found else None
 
-    def judged(self, annotator: str) -> set[str]:
-        """Keys of the items that an annotator has judged."""
-        found = self._connection.execute("select item from judgements where annotator = ?", (annotator,))
-        return {row[0] for row in found}
+    def judged(self, annotator: str) -> list[str]:
+        """Keys of the items that an annotator has judged, the latest last."""
+        found = self._connection.execute(
+            "select item from judgements where annotator = ? and choice <> ? order by at, rowid", (annotator, WITHDRAWN)
+        )
+        return [row[0] for row in found]
 
     def all(self) -> list[Judgement]:
         return self._read("order by at, annotator", ())
 
     def _read(self, rest: str, values: tuple) -> list[Judgement]:
+        """Of what was not taken back."""
         names = ", ".join(field.name for field in dataclasses.fields(Judgement))
-        return [Judgement(*row) for row in self._connection.execute(f"select {names} from judgements {rest}", values)]
+        query = f"select {names} from judgements where choice <> ? {rest}"
+        return [Judgement(*row) for row in self._connection.execute(query, (WITHDRAWN, *values))]
 
 
 def judge(
@@ -146,14 +157,23 @@ def judge(
         raise InputError(f"choice: expected one of {', '.join(CHOICES)}")
     if not isinstance(comment, str) or len(comment) > LONGEST_COMMENT:
         raise InputError(f"comment: expected text of at most {LONGEST_COMMENT:,} characters")
+    if comment != readable(comment):
+        raise InputError("comment: holds half a surrogate pair; expected text")
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e6:
         raise InputError("seconds: expected a number from 0")
     shown = (item.left, item.right) if left_first(item, annotator, seed) else (item.right, item.left)
     better = "tie" if choice == "tie" else shown[CHOICES.index(choice)]
+    return _judgement(item, annotator, shown[0], better, comment, float(seconds), now)
+
+
+def withdrawn(item: Item, annotator: str, now: str = "") -> Judgement:
+    """What takes the place of a judgement that its annotator takes back."""
+    return _judgement(item, annotator, item.left, WITHDRAWN, "", 0.0, now)
+
+
+def _judgement(item: Item, annotator: str, first: str, choice: str, comment: str, seconds: float, now: str):
     at = now or datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-    return Judgement(
-        annotator, item.key, item.prompt_id, item.left, item.right, shown[0], better, comment, float(seconds), at
-    )
+    return Judgement(annotator, item.key, item.prompt_id, item.left, item.right, first, choice, comment, seconds, at)
 
 
 def as_jsonl(judgements: Sequence[Judgement]) -> str:

@@ -3,17 +3,21 @@
 What a browser is told: the prompt and two replies, never which policy wrote which. What it may ask is checked three
 times: the Host (a page elsewhere can't reach a server on loopback by a name of its own), the token where one is set,
 and, for what writes, the Origin and a JSON body.
+
+The token's cookie is SameSite=Lax: a link in a mail is a navigation from elsewhere, behind which a browser keeps back a
+Strict cookie, also from the page that the link redirects to. Lax gives it to such navigations alone, which read; what
+writes is a POST, to which no page elsewhere can add it, and whose Origin is checked besides.
 """
 
 import hmac
 import importlib.resources
 import json
-import urllib.parse
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -21,10 +25,13 @@ from starlette.types import ASGIApp
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import annotation
 from mpo_jax.evaluation.annotation import Item, Store
+from mpo_jax.posting import readable
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 COOKIE = "annotate_token"
 _LARGEST_BODY = 64 * 1024
+_HISTORY = 200
+"""Judgements that an annotator can step back through."""
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 _ASSETS = {
     "/": ("index.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
@@ -48,27 +55,32 @@ def create(items: Sequence[Item], store: Store, seed: int, question: str, token:
         *(Route(path, _asset(*asset)) for path, asset in _ASSETS.items()),
         Route("/api/task", page.task),
         Route("/api/judgement", page.judgement, methods=["POST"]),
+        Route("/api/withdrawal", page.withdrawal, methods=["POST"]),
     ]
-    return _Guard(Starlette(routes=routes, exception_handlers={InputError: _refused}), token)
+    handlers: dict[Any, Any] = {InputError: _refused, ClientDisconnect: _gone, Exception: _failed}
+    return _Guard(Starlette(routes=routes, exception_handlers=handlers), token)
 
 
 class _Page:
     def __init__(self, items: Sequence[Item], store: Store, seed: int, question: str):
-        self._items, self._store, self._seed, self._question = items, store, seed, question
+        self._items, self._store, self._seed, self._question = items, store, seed, readable(question)
+        self._numbers = {item.key: number for number, item in enumerate(items)}
 
     async def task(self, request: Request) -> Response:
         """What to judge: the item of a number (to look at again), or the annotator's next."""
         annotator = annotation.checked_name(request.query_params.get("annotator"))
-        judged = self._store.judged(annotator)
+        judged = [self._numbers[key] for key in self._store.judged(annotator) if key in self._numbers]
         wanted = request.query_params.get("number")
         if wanted is None:
-            number = next((n for n, item in enumerate(self._items) if item.key not in judged), None)
+            known = set(judged)
+            number = next((n for n in range(len(self._items)) if n not in known), None)
         else:
             number = self._number(int(wanted) if wanted.isascii() and wanted.isdigit() and len(wanted) < 10 else None)
         found: dict[str, Any] = {
             "question": self._question,
             "total": len(self._items),
-            "done": sum(item.key in judged for item in self._items),
+            "done": len(judged),
+            "before": judged[-_HISTORY:],
             "number": number,
         }
         if number is not None:
@@ -91,6 +103,15 @@ class _Page:
                 item, annotator, self._seed, body.get("choice"), body.get("comment", ""), body.get("seconds", 0)
             )
         )
+        return JSONResponse({"kept": True})
+
+    async def withdrawal(self, request: Request) -> Response:
+        """Takes a judgement back; an item that the annotator has not judged stays so."""
+        body = await _json(request)
+        annotator = annotation.checked_name(body.get("annotator"))
+        item = self._items[self._number(body.get("number"))]
+        if self._store.get(annotator, item.key) is not None:
+            self._store.put(annotation.withdrawn(item, annotator))
         return JSONResponse({"kept": True})
 
     def _number(self, number: Any) -> int:
@@ -135,18 +156,23 @@ class _Guard:
     def _refusal(self, request: Request) -> Response | None:
         """The answer to a request that may not pass."""
         host = request.headers.get("host", "")
-        if not self._token and _name(host) not in LOOPBACK:
+        found = _HOST.fullmatch(host)
+        if found is None:
+            return _error(400, "the Host header names no host")
+        if not self._token and found[1].strip("[]").lower() not in annotation.LOOPBACK:
             return _error(403, "this page is served to this machine alone")
         if self._token and not self._brings_token(request):
             given = request.query_params.get("token", "")
             if request.method == "GET" and request.url.path == "/" and self._same(given):
                 answer = RedirectResponse("/", 303)
-                answer.set_cookie(COOKIE, self._token, httponly=True, samesite="strict")
+                secure = request.url.scheme == "https"  # as a proxy on this machine says by X-Forwarded-Proto
+                answer.set_cookie(COOKIE, self._token, httponly=True, samesite="lax", secure=secure)
                 return answer
             return _error(401, "a token is needed: open the address that the annotate command printed")
         if request.method not in ("GET", "HEAD"):
-            origin = urllib.parse.urlsplit(request.headers.get("origin", ""))
-            if origin.netloc != host or request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
+            origin = request.headers.get("origin", "").lower()
+            own = (f"http://{host.lower()}", f"https://{host.lower()}")
+            if origin not in own or request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
                 return _error(403, "a page elsewhere may not write here")
             if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 return _error(415, "expected a JSON body")
@@ -158,11 +184,6 @@ class _Guard:
 
     def _same(self, given: str) -> bool:
         return hmac.compare_digest(given.encode(), self._token.encode())
-
-
-def _name(host: str) -> str:
-    """The host without its port: "[::1]:8008" is "::1"."""
-    return urllib.parse.urlsplit(f"//{host}").hostname or ""
 
 
 async def _json(request: Request) -> dict[str, Any]:
@@ -187,3 +208,13 @@ def _error(code: int, words: str) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     return _error(400, str(error))
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """Whoever asked has hung up, or was too slow: nobody reads this."""
+    return _error(400, "the request ended early")
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """The server's own log has the error; the page tells its annotator that nothing was kept."""
+    return _error(500, "the server could not do it; its log says why")

@@ -11,11 +11,9 @@ import numpy as np
 from etils import epath
 
 from mpo_jax import artifacts
-from mpo_jax.evaluation import annotation, judge, statistics
+from mpo_jax.evaluation import agreement, annotation, judge, statistics
+from mpo_jax.evaluation.agreement import Agreement, Key
 from mpo_jax.evaluation.annotation import Judgement
-
-_LEAST = 2
-"""Items that two or more annotators must share before their agreement is a number."""
 
 
 def results(
@@ -24,8 +22,7 @@ def results(
     """The table of all judgements on these rows of replies.jsonl; None where there is none.
 
     pairs: a comparison for each two policies, with its sentence, ties, and how often the reward model's preference is
-    the people's. alpha: Krippendorff's, over left better < tie < right better (ordinal), None where no two annotators
-    share items or nobody ever differs in what they choose.
+    the people's. agreement: see `alpha`, as plain data.
     """
     known = set(rows[0]["replies"])
     pairs = [pair for pair in sorted({(j.left, j.right) for j in judgements}) if known.issuperset(pair)]
@@ -47,7 +44,7 @@ def results(
             table | dataclasses.asdict(comparison) | {"sentence": statistics.sentence(comparison)}
             for table, comparison in zip(tables, comparisons, strict=True)
         ],
-        "alpha": alpha(valid),
+        "agreement": None if (found := alpha(valid)) is None else dataclasses.asdict(found),
         "position_bias": float(np.mean([j.choice == j.first for j in decided])) if decided else None,
         "annotators": [
             {
@@ -65,38 +62,49 @@ def results(
     }
 
 
-def section(workdir: epath.Path, stages: Mapping[str, epath.Path]) -> dict[str, Any] | None:
-    """What the report shows: the results on every evaluation's replies. stages: name -> folder of every finished
-    stage. None where nobody judged."""
+def judged(workdir: epath.Path) -> list[Judgement]:
+    """What people have judged of a run so far."""
     file = workdir / artifacts.ANNOTATIONS
     if not file.exists():
-        return None
+        return []
     with annotation.Store(file) as store:
-        judgements = store.all()
+        return store.all()
+
+
+def section(judgements: Sequence[Judgement], stages: Mapping[str, epath.Path]) -> dict[str, Any] | None:
+    """What the report shows: the results on every evaluation's replies. stages: name -> folder of every finished
+    stage. None where nobody judged."""
     found = []
     for name, folder in stages.items():
-        if (folder / artifacts.REPLIES_FILE).exists():
+        if judgements and (folder / artifacts.REPLIES_FILE).exists():
             table = results(judge.read_replies(folder / artifacts.REPLIES_FILE), judgements)
             found += [{"name": name} | table] if table is not None else []
     return {"stages": found} if found else None
 
 
-def alpha(judgements: Sequence[Judgement]) -> float | None:
-    """Krippendorff's alpha for ordinal data: 1 perfect agreement, 0 that of chance, below 0 worse. None also where the
-    krippendorff package (extra "annotate") is not installed."""
-    try:
-        import krippendorff
-    except ImportError:
-        return None
-    annotators = sorted({judgement.annotator for judgement in judgements})
-    found = sorted({judgement.item for judgement in judgements})
-    table = np.full((len(annotators), len(found)), np.nan)
+def outcomes(rows: Sequence[Mapping[str, Any]], judgements: Sequence[Judgement]) -> dict[Key, float]:
+    """What people said of these rows of replies.jsonl, several of them averaged, as `agreement.of_lines` gives it."""
+    known = set(rows[0]["replies"])
+    pairs = {(j.left, j.right) for j in judgements if known.issuperset((j.left, j.right))}
+    shown = {item.key for row in rows for pair in pairs if (item := annotation.item(row, *pair)) is not None}
+    said: dict[Key, list[float]] = {}
     for judgement in judgements:
-        table[annotators.index(judgement.annotator), found.index(judgement.item)] = judgement.outcome
-    shared = table[:, np.isfinite(table).sum(axis=0) >= 2]
-    if shared.shape[1] < _LEAST or len(np.unique(shared[np.isfinite(shared)])) < 2:
-        return None
-    return float(krippendorff.alpha(reliability_data=shared, level_of_measurement="ordinal"))
+        if judgement.item in shown:
+            key = (judgement.left, judgement.right, judgement.prompt_id)
+            key, outcome = agreement.turned(key, judgement.outcome)
+            said.setdefault(key, []).append(outcome)
+    return {key: float(np.mean(verdicts)) for key, verdicts in said.items()}
+
+
+def alpha(judgements: Sequence[Judgement]) -> Agreement | None:
+    """The agreement among annotators, over left better < tie < right better; None where it is not defined."""
+    annotators = {name: place for place, name in enumerate(sorted({each.annotator for each in judgements}))}
+    prompts = {each.item: each.prompt_id for each in judgements}
+    places = {item: place for place, item in enumerate(prompts)}
+    table = np.full((len(annotators), len(places)), np.nan)
+    for judgement in judgements:
+        table[annotators[judgement.annotator], places[judgement.item]] = judgement.outcome
+    return agreement.alpha(table, list(prompts.values()))
 
 
 def _pair_table(left, right, judgements, lookup, resamples, seed) -> dict[str, Any]:

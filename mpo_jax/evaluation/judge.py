@@ -96,17 +96,21 @@ def by_scores(
     """The same table from scores in the replies ("reward", "gold"): the order in which they stand plays no part."""
     tables = []
     for left, right in pairs:
-        scores = [[row["replies"][name].get(key) for name in (left, right)] for row in rows]
-        valid = [None not in pair for pair in scores]
+        both = _by_score(rows, left, right, key)
+        valid = [None not in pair for pair in both]
         if not any(valid):
             raise InputError(f"judge {key!r}: the replies of {left} and {right} hold no {key} scores")
-        both = [
-            (FIRST, SECOND) if valid and a > b else (SECOND, FIRST) if valid and a < b else (TIE, TIE) if valid
-            else (None, None)
-            for (a, b), valid in zip(scores, valid, strict=True)
-        ]  # fmt: skip
         tables.append(_pair_table(rows, left, right, by, both, valid, resamples, seed))
     return _whole(by, tables, asked=False)
+
+
+def _by_score(rows: Sequence[Row], left: str, right: str, key: str) -> list[tuple[str | None, str | None]]:
+    """What scores say of each prompt, as of a judge that was asked in both orders; None where one has no score."""
+    scores = [[row["replies"][name].get(key) for name in (left, right)] for row in rows]
+    return [
+        (None, None) if None in (a, b) else (FIRST, SECOND) if a > b else (SECOND, FIRST) if a < b else (TIE, TIE)
+        for a, b in scores
+    ]
 
 
 def _pair_table(
@@ -133,7 +137,9 @@ def _pair_table(
     single = [verdict for pair, here in zip(both, asked, strict=True) if here for verdict in pair]
     twice = [pair for pair, good, here in zip(both, valid, asked, strict=True) if good and here]
     decided = [verdict for verdict in single if verdict in (FIRST, SECOND)]
+    counts = [_counts(pair) if here else np.zeros(len(_COUNTED)) for pair, here in zip(both, asked, strict=True)]
     return {
+        "counts": np.array(counts),
         "comparison": statistics.compare(left, right, by, outcome, lengths, resamples, seed),
         "identical": len(rows) - sum(asked),
         "answers": len(single),
@@ -155,6 +161,7 @@ def _whole(by: str, tables: Sequence[dict[str, Any]], asked: bool) -> dict[str, 
     """Plain data: the pairs with Holm's correction, and the judge's own habits over all of them. asked: whether it
     answered questions, in which a reply stands first."""
     comparisons = statistics.holm([table.pop("comparison") for table in tables])
+    by_prompt = dict(zip(_COUNTED, sum(table.pop("counts") for table in tables).T, strict=True))
     total = {key: sum(table[key] for table in tables)
              for key in ("answers", "invalid_answers", "decided", "first", "twice", "agreed")}  # fmt: skip
     return {
@@ -166,13 +173,27 @@ def _whole(by: str, tables: Sequence[dict[str, Any]], asked: bool) -> dict[str, 
         "habits": total
         | {
             "asked": asked,
+            "ties": int(by_prompt["ties"].sum()),
             "position_bias": _share(total["first"], total["decided"]),
-            "position_bias_interval": statistics.share_interval(total["first"], total["decided"])
-            if total["decided"]
-            else None,
+            "position_bias_interval": statistics.ratio_interval(by_prompt["first"], by_prompt["decided"]),
             "agreement": _share(total["agreed"], total["twice"]),
+            "flipped": _share(total["twice"] - total["agreed"], total["twice"]),
+            "flipped_interval": statistics.ratio_interval(by_prompt["flipped"], by_prompt["twice"]),
         },
     }
+
+
+_COUNTED = ("first", "decided", "ties", "flipped", "twice")
+"""What is counted of each prompt, over all pairs of policies: verdicts for the reply shown first, for either, for none;
+whether the verdict turned with the order, of prompts whose both orders could be read."""
+
+
+def _counts(pair: tuple[str | None, str | None]) -> np.ndarray:
+    """f64 [_COUNTED] of one prompt and pair of policies."""
+    twice = None not in pair
+    decided = sum(verdict in (FIRST, SECOND) for verdict in pair)
+    flipped = twice and not _same(*pair)
+    return np.array([pair.count(FIRST), decided, pair.count(TIE), flipped, twice], np.float64)
 
 
 def _outcome(left_first: str | None, right_first: str | None) -> float:
@@ -192,6 +213,17 @@ def _length_preference(outcome: np.ndarray, lengths: np.ndarray) -> float | None
 
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
+
+
+def score_lines(rows: Sequence[Row], pairs: Sequence[tuple[str, str]], key: str) -> list[dict[str, Any]]:
+    """The lines of `verdict_lines` for scores, which nobody was asked for: both orders of what they say."""
+    return [
+        {"prompt_id": row["prompt_id"], "left": left, "right": right, "first": first, "verdict": verdict,
+         "answer": None}
+        for left, right in pairs
+        for row, both in zip(rows, _by_score(rows, left, right, key), strict=True)
+        for first, verdict in zip((left, right), both, strict=True)
+    ]  # fmt: skip
 
 
 def verdict_lines(questions: Sequence[Question], answers: Sequence[str | None]) -> list[dict[str, Any]]:

@@ -1,24 +1,30 @@
 """Questions enter; answers of an endpoint that speaks OpenAI's chat-completions protocol leave, paid or from a cache.
 
-The `openai` package (extra "judge") does the protocol; when to wait and to try again, `asking` decides, so that every
-attempt counts towards the ceiling.
+`posting` bounds each call in time and size; when to wait and to try again, `asking` decides, so that every attempt
+counts towards the ceiling. What the endpoint says is kept and shown without the API key, should it repeat that.
 """
 
 import asyncio
 import json
-import os
-import urllib.parse
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import annotated_types
+import pydantic
 
-from mpo_jax import progress
-from mpo_jax.asking import RETRIED, Again, Asker, retry_after
+from mpo_jax import posting, progress
+from mpo_jax import settings as declared
+from mpo_jax.asking import Again, Asker
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import judge_cache
 from mpo_jax.evaluation.judge_cache import Cache
 from mpo_jax.settings import Amount, Count, Positive, Section, Whole, setting
+
+LARGEST = 1 << 22
+"""Bytes of an answer, at most."""
+_MOST_TOKENS = 10_000_000
+"""Of a call. No endpoint's figure above it is believed."""
 
 
 class Endpoint(Section):
@@ -37,7 +43,7 @@ class Endpoint(Section):
     concurrency: Annotated[int, annotated_types.Interval(ge=1, le=1024)] = setting(
         8, "calls at a time", operational=True
     )
-    seconds: Positive = setting(120.0, "that a call may take", unit="seconds", operational=True)
+    seconds: Positive = setting(120.0, "that a call may take in all", unit="seconds", operational=True)
     attempts: Count = setting(6, "at a question, before the stage stops", operational=True)
     max_calls: Whole = setting(
         0, "ceiling of the stage, failed attempts included; 0: none", unit="calls", operational=True
@@ -49,13 +55,14 @@ class Endpoint(Section):
         1.0, "before the second attempt at a question, doubled from there", unit="seconds", operational=True
     )
 
+    @pydantic.model_validator(mode="after")
+    def _address(self):
+        if told := posting.wrong_address(self.base_url):
+            raise declared.wrong("base_url", told)
+        return self
+
     def check(self) -> None:
         """InputError for what can't be asked."""
-        address = urllib.parse.urlsplit(self.base_url)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise InputError(f"base_url: {self.base_url!r}; expected an address such as https://HOST/v1")
-        if address.username or address.password or address.query:
-            raise InputError("base_url: it holds credentials or a query, which would be written into the run")
         if not self.model:
             raise InputError("model: empty; expected the name under which the endpoint serves it")
 
@@ -79,40 +86,53 @@ def ask(endpoint: Endpoint, texts: list[str], cache: Cache, run: str) -> list[st
     request or stays silent, and a ceiling that is reached; what was answered until then is kept.
     """
     endpoint.check()
+    texts = [posting.readable(text) for text in texts]
     keys = {text: endpoint.cache_key(text) for text in texts}
     open_texts = [text for text, key in keys.items() if cache.get(key) is None]
     if open_texts:
-        asyncio.run(_Asker(endpoint, cache, run, keys).all(open_texts))
+        with ThreadPoolExecutor(endpoint.concurrency, thread_name_prefix="judge") as threads:
+            asyncio.run(_Asker(endpoint, cache, run, keys, threads).all(open_texts))
     return [str(cache.get(keys[text])) for text in texts]
 
 
 class _Asker:
     """What one run asks an endpoint, and what it may spend on it."""
 
-    def __init__(self, endpoint: Endpoint, cache: Cache, run: str, keys: Mapping[str, str]):
-        self._endpoint, self._cache, self._run, self._keys = endpoint, cache, run, keys
-        self._client = _client(endpoint)
+    def __init__(
+        self, endpoint: Endpoint, cache: Cache, run: str, keys: Mapping[str, str], threads: ThreadPoolExecutor
+    ):
+        self._endpoint, self._cache, self._run, self._keys, self._threads = endpoint, cache, run, keys, threads
+        self._place = posting.Place(
+            f"judge at {endpoint.base_url}",
+            f"{endpoint.base_url.rstrip('/')}/chat/completions",
+            _key(endpoint),
+            endpoint.seconds,
+            LARGEST,
+            self._hint,
+        )
 
     async def all(self, texts: list[str]) -> None:
         endpoint = self._endpoint
         with progress.work("judge", len(texts)) as here:
             asker = Asker(
-                f"judge at {endpoint.base_url}",
+                self._place.who,
                 self._one,
                 concurrency=endpoint.concurrency,
                 attempts=endpoint.attempts,
                 backoff=endpoint.backoff,
                 done=here.add,
             )
-            async with self._client:
-                await asker.all(texts)
+            await asker.all(texts)
 
     async def _one(self, text: str) -> None:
         """One attempt at a question; its answer is kept."""
         self._check_ceiling()
         self._cache.charge_call(self._run)
-        answer, prompt_tokens, answer_tokens = await self._call(text)
-        self._cache.put(self._run, self._keys[text], self._endpoint.model, answer, prompt_tokens, answer_tokens)
+        body = await posting.post(self._place, json.dumps(self._endpoint.request(text)).encode(), self._threads)
+        said, usage = _read(body)
+        answer = posting.hidden(posting.readable(said), self._place.secret)
+        tokens = _tokens(usage, text, said, self._endpoint.answer_tokens)
+        self._cache.put(self._run, self._keys[text], self._endpoint.model, answer, *tokens)
 
     def _check_ceiling(self) -> None:
         calls, tokens = self._cache.spent(self._run)
@@ -124,51 +144,53 @@ class _Asker:
                     "answers so far are kept, raise it and run the same command again"
                 )
 
-    async def _call(self, text: str) -> tuple[str, int, int]:
-        """The answer, the question's tokens, the answer's."""
-        import openai
-
+    def _hint(self, status: int, said: bytes) -> str:
+        """What to do about a refusal, or what the endpoint says of it."""
+        if status in (401, 403):
+            return "; check the API key in the variable that key_variable names"
+        if status == 404:
+            return "; check base_url and model"
         try:
-            raw = await self._client.chat.completions.with_raw_response.create(**self._endpoint.request(text))
-        except openai.APITimeoutError as error:
-            raise Again(f"nothing within {self._endpoint.seconds:g} s") from error
-        except openai.APIStatusError as error:
-            code = error.status_code
-            if code in RETRIED or code >= 500:
-                raise Again(f"status {code}", retry_after("judge", error.response.headers)) from error
-            raise InputError(f"judge at {self._endpoint.base_url}: refused with status {code}{_hint(error)}") from error
-        except openai.APIConnectionError as error:
-            raise Again(f"no connection ({type(error.__cause__ or error).__name__})") from error
-        return _read(raw.content)
+            told = json.loads(said)["error"]["message"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return ""
+        told = posting.hidden(" ".join(told.split()), self._place.secret) if isinstance(told, str) else ""
+        return f": {posting.readable(told)[:300]}" if told else ""
 
 
-def _client(endpoint: Endpoint):
-    try:
-        import openai
-    except ImportError as error:
-        raise InputError('judge: the openai package is not installed; pip install "mpo_jax[judge]"') from error
-    key = os.environ.get(endpoint.key_variable, "") if endpoint.key_variable else "none"
-    if not key:
+def _key(endpoint: Endpoint) -> str:
+    """The API key, "" where the server wants none."""
+    key = posting.secret(endpoint.key_variable)
+    if endpoint.key_variable and not key:
         raise InputError(f"key_variable: the environment variable {endpoint.key_variable} is not set")
-    return openai.AsyncOpenAI(api_key=key, base_url=endpoint.base_url, timeout=endpoint.seconds, max_retries=0)
+    return key
 
 
-def _read(body: bytes) -> tuple[str, int, int]:
-    """The answer's text and both token counts; `Again` for what is not a whole reply. A reply without text is one."""
+def _read(body: bytes) -> tuple[str, Any]:
+    """The answer's text, and what the endpoint says that it cost; `Again` for what is not a whole reply. A reply
+    without text is one."""
     try:
         reply = json.loads(body)
         text = reply["choices"][0]["message"]["content"]
-        usage = reply.get("usage") or {}
-        return str(text or ""), int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Again("a reply that is not one of the protocol, or cut off") from error
+        usage = reply.get("usage")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        text, usage = 0, None
+    if not isinstance(text, str | None):
+        raise Again("a reply that is not one of the protocol, or cut off")
+    return text or "", usage
 
 
-def _hint(error: Any) -> str:
-    """What to do about a refusal; what the server says of it, unless it may repeat the key."""
-    if error.status_code in (401, 403):
-        return "; check the API key in the variable that key_variable names"
-    if error.status_code == 404:
-        return "; check base_url and model"
-    said = error.body.get("message") if isinstance(error.body, dict) else None
-    return f": {' '.join(said.split())[:300]}" if isinstance(said, str) else ""
+def _tokens(usage: Any, question: str, answer: str, limit: int) -> tuple[int, int]:
+    """Tokens of the question and of the answer, as the endpoint counts them. Where its figure is none, or none that
+    could be, the most that there can be: one for each byte, and for the answer, whose thoughts may be unseen, `limit`
+    at least. So no figure makes the ceiling give way."""
+
+    def figure(name: str, most: int) -> int:
+        given = usage.get(name) if isinstance(usage, dict) else None
+        known = isinstance(given, int) and not isinstance(given, bool) and 1 <= given <= _MOST_TOKENS
+        return int(given) if given is not None and known else most
+
+    return (
+        figure("prompt_tokens", len(question.encode())),
+        figure("completion_tokens", max(limit, len(answer.encode("utf-8", "replace")))),
+    )

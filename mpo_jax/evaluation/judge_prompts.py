@@ -5,6 +5,7 @@ line "Verdict: A", "Verdict: B" or "Verdict: tie".
 """
 
 import dataclasses
+import hashlib
 import importlib.resources
 import re
 from collections.abc import Mapping, Sequence
@@ -36,14 +37,14 @@ class Question:
     text: str
 
 
+def version(name: str) -> str:
+    """What a prompt is known by: the hash of its text. InputError where there is none."""
+    return hashlib.sha256(_source(name).encode()).hexdigest()[:12]
+
+
 def load(name: str) -> jinja2.Template:
     """One of `PROMPTS`, or a file. InputError for a file that is missing, broken, or leaves out one of the three."""
-    if name in PROMPTS:
-        source = importlib.resources.files("mpo_jax.evaluation").joinpath("prompts", f"{name}.jinja").read_text("utf-8")
-    elif epath.Path(name).is_file():
-        source = epath.Path(name).read_text()
-    else:
-        raise InputError(f"judge prompt {name!r}: no such file, nor one of {', '.join(PROMPTS)}")
+    source = _source(name)
     environment = jinja2.sandbox.SandboxedEnvironment(
         undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=False
     )
@@ -58,6 +59,18 @@ def load(name: str) -> jinja2.Template:
         if mark not in shown:
             raise InputError(f"judge prompt {name}: it does not show {{{{ {key} }}}}")
     return template
+
+
+def _source(name: str) -> str:
+    """The text of one of `PROMPTS`, or of a file."""
+    if name in PROMPTS:
+        return importlib.resources.files("mpo_jax.evaluation").joinpath("prompts", f"{name}.jinja").read_text("utf-8")
+    if not epath.Path(name).is_file():
+        raise InputError(f"judge prompt {name!r}: no such file, nor one of {', '.join(PROMPTS)}")
+    try:
+        return epath.Path(name).read_text()
+    except UnicodeDecodeError as error:
+        raise InputError(f"judge prompt {name}: not UTF-8 at byte {error.start}") from error
 
 
 def questions(

@@ -45,7 +45,8 @@ def page(workdir: epath.Path, shown: Mapping[str, Shown]) -> dict[str, Any]:
     makers: dict[str, Callable[[], Any]] = {
         "graph": lambda: _graph(stages),
         "training": lambda: list(sections.training(stages, shown)),
-        "human": lambda: human.section(workdir, {stage.name: stage.folder for stage in stages}),
+        "human": lambda: human.section(human.judged(workdir), {stage.name: stage.folder for stage in stages}),
+        "agreements": lambda: sections.agreements(stages, human.judged(workdir)),
         "validation": lambda: validation.section(stages),
         "data": lambda: sections.data(stages),
         "signs": lambda: signatures.of_stages(stages),

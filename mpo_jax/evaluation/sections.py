@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from mpo_jax import artifacts, metrics
 from mpo_jax.data.account import Account
-from mpo_jax.evaluation import figures, pairs, statistics, table, verdict
+from mpo_jax.evaluation import agreement, figures, human, judge, pairs, statistics, table, verdict
+from mpo_jax.evaluation.annotation import Judgement
 
 _SAMPLES, _OPEN = 60, 3
 """Prompts whose replies are shown side by side, and how many of them at once."""
@@ -219,3 +220,23 @@ def provenance(stages: list[Finished]) -> dict[str, Any] | None:
 def verdicts(stage: Finished) -> dict[str, Any]:
     """A judge's table."""
     return {"name": stage.name} | artifacts.read_json(stage.folder / artifacts.JUDGE_TABLE)
+
+
+def agreements(stages: Iterable[Finished], judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
+    """How far each two judges of the same evaluation agree, the run's judge stages and people: see
+    `agreement.between`."""
+    stages = list(stages)
+    judges: dict[str, dict[str, Any]] = {}
+    for stage in stages:
+        read = stage.manifest.get("inputs", {}).get("evaluate", [])
+        if read and (stage.folder / artifacts.VERDICTS_FILE).exists():
+            name = f"{stage.name}, by {artifacts.read_json(stage.folder / artifacts.JUDGE_TABLE)['by']}"
+            lines = artifacts.read_lines(stage.folder / artifacts.VERDICTS_FILE)
+            judges.setdefault(read[0]["key"], {})[name] = agreement.of_lines(lines)
+    found = []
+    for stage in stages:
+        asked = judges.get(stage.manifest["key"], {})
+        if asked and judgements:
+            asked |= {"people": human.outcomes(judge.read_replies(stage.folder / artifacts.REPLIES_FILE), judgements)}
+        found += [{"evaluation": stage.name} | each for each in agreement.between(asked)]
+    return found

@@ -100,9 +100,31 @@ def bootstrap_interval(outcomes, resamples: int = 2000, level: float = 0.95, see
         unseen = 1 - tail ** (1 / prompts)
         return float(values[0] * (1 - unseen)), float(values[0] * (1 - unseen) + unseen)
     draws = np.random.default_rng(seed).multinomial(prompts, counts / prompts, size=resamples)
-    expanded = special.ndtr(math.sqrt(prompts / (prompts - 1)) * special.stdtrit(prompts - 1, tail))
-    low, high = np.quantile(draws @ values / prompts, [expanded, 1 - expanded])
+    return expanded_quantiles(draws @ values / prompts, prompts, level)
+
+
+def expanded_quantiles(resampled, prompts: int, level: float = 0.95) -> tuple[float, float]:
+    """The interval of a statistic that was resampled over `prompts` prompts, at Hesterberg's expanded level."""
+    expanded = special.ndtr(math.sqrt(prompts / (prompts - 1)) * special.stdtrit(prompts - 1, (1 - level) / 2))
+    low, high = np.quantile(resampled, [expanded, 1 - expanded])
     return float(low), float(high)
+
+
+def ratio_interval(
+    parts, wholes, resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float] | None:
+    """The interval of sum(parts) / sum(wholes), [prompts] each, resampled over prompts, whose verdicts are not
+    independent. None where the whole is 0. Where all prompts' shares are equal, as `bootstrap_interval` has it."""
+    table = np.stack([np.asarray(parts, np.float64), np.asarray(wholes, np.float64)], 1)
+    table = table[table[:, 1] > 0]
+    if not len(table):
+        return None
+    prompts, shares = len(table), table[:, 0] / table[:, 1]
+    if prompts == 1 or np.ptp(shares) == 0:
+        return bootstrap_interval(shares[:1].repeat(prompts), resamples, level, seed)
+    kinds, counts = np.unique(table, axis=0, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(prompts, counts / prompts, size=resamples) @ kinds
+    return expanded_quantiles(draws[:, 0] / draws[:, 1], prompts, level)
 
 
 def sign_test(outcomes) -> float:

@@ -115,11 +115,30 @@ def checked(name: str, scores: Any, replies: Sequence[str]) -> list[float | None
     for place, score in enumerate(scores):
         if score is None:
             continue
-        number = not isinstance(score, bool | str | bytes) and np.ndim(score) == 0 and np.isreal(score)
-        if not number or not np.isfinite(np.float32(score)):
+        if not _finite(score):
             reply = " ".join(replies[place].split())
             raise InputError(
-                f"{name!r}: gave {score!r} to reply {place} of {len(replies)}, {reply[:60]!r}; expected a finite "
+                f"{name!r}: gave {_shown(score)} to reply {place} of {len(replies)}, {reply[:60]!r}; expected a finite "
                 "number, or None for no score"
             )
     return [None if score is None else float(score) for score in scores]
+
+
+def _shown(score: Any) -> str:
+    """What was given, in few characters: 10**4000 has too many."""
+    try:
+        told = " ".join(repr(score).split())
+    except ValueError:  # an integer of more digits than Python prints
+        told = "a huge number"
+    return told if len(told) <= 60 else f"{told[:57]}..."
+
+
+def _finite(score: Any) -> bool:
+    """Whether it is a number, and finite as float32."""
+    if isinstance(score, bool | str | bytes) or np.ndim(score) != 0 or not np.isreal(score):
+        return False
+    try:
+        with np.errstate(over="ignore"):
+            return bool(np.isfinite(np.float32(score)))
+    except (TypeError, ValueError, OverflowError):  # a dict, a date, 10**400
+        return False

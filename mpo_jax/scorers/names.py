@@ -8,7 +8,6 @@ import difflib
 import hashlib
 import importlib
 import re
-import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError, core_schema
 
-from mpo_jax import fingerprints
+from mpo_jax import fingerprints, posting
 from mpo_jax.errors import InputError
 from mpo_jax.models import hf
 from mpo_jax.scorers import sentiment
@@ -80,17 +79,7 @@ def _form(name: str) -> str | None:
         return "" if _PLACE.fullmatch(name) else f"expected {FORMS[1]}, as in python:my_package.my_module:my_function"
     if not name.startswith(("http://", "https://")):
         return None
-    try:
-        address = urllib.parse.urlsplit(name)
-        if not address.hostname or address.port == 0:
-            return "expected an address such as http://HOST:PORT/PATH"
-    except ValueError as error:
-        return f"expected an address such as http://HOST:PORT/PATH ({error})"
-    if address.username or address.password or address.query or address.fragment:
-        return (
-            "it holds credentials or a query, which would be written into the run; a token comes from the environment"
-        )
-    return ""
+    return posting.wrong_address(name)
 
 
 def _likely(name: str, names: list[str]) -> str:

@@ -5,7 +5,7 @@ A kind is one `Stage`, in a file of its own. Nothing outside that file names the
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import annotated_types
@@ -31,6 +31,7 @@ class Stage:
     check: raises InputError for a job that can't be meant; nothing is loaded, compiled or written.
     rows: (job, pairs of the data, share of them that is easy) -> rows read in an epoch, for the plan's estimates.
     shown: what the report makes of it.
+    content: what else enters a stage's key, such as the text of a file of the package that a setting names.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Stage:
     check: Callable[[Job], None]
     rows: Callable[[Job, int, float], float]
     shown: Shown = Shown()  # noqa: RUF009, it is frozen
+    content: Callable[[Any], Mapping[str, Any]] = lambda settings: {}
 
     @property
     def roles(self) -> dict[str, Role]:

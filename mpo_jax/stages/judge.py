@@ -4,6 +4,7 @@ The judge: an endpoint that speaks the chat-completions protocol, one of the run
 evaluation has computed. All go through the same table.
 """
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -100,17 +101,31 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     how = {"resamples": settings.bootstrap, "seed": job.seed}
     if settings.judge in ("reward", "gold"):
         by = {"reward": "the reward model", "gold": "the gold labeller"}[settings.judge]
-        table = judge.by_scores(replies, pairs, by, settings.judge, **how)
+        lines = judge.score_lines(replies, pairs, settings.judge)
+        make = functools.partial(judge.by_scores, replies, pairs, by, settings.judge)
+        more: dict[str, Any] = {}
     else:
-        questions = judge_prompts.questions(replies, pairs, judge_prompts.load(settings.prompt_file or settings.rubric))
+        prompt = settings.prompt_file or settings.rubric
+        questions = judge_prompts.questions(replies, pairs, judge_prompts.load(prompt))
         by, answers, spent = (_ask_policy if settings.judge == "local" else _ask_endpoint)(job, questions)
-        if jobs.is_first():
-            artifacts.write_lines(job.folder / artifacts.VERDICTS_FILE, judge.verdict_lines(questions, answers))
-        table = judge.by_answers(replies, pairs, by, questions, answers, **how) | spent
+        lines = judge.verdict_lines(questions, answers)
+        make = functools.partial(judge.by_answers, replies, pairs, by, questions, answers)
+        name = "a file" if settings.prompt_file else settings.rubric
+        more = spent | {"prompt": name, "prompt_version": judge_prompts.version(prompt)}
+    if jobs.is_first():  # before the table: an unreadable judge is to be looked at
+        artifacts.write_lines(job.folder / artifacts.VERDICTS_FILE, lines)
+    table = make(**how) | more
     if jobs.is_first():
         artifacts.write_json(job.folder / artifacts.JUDGE_TABLE, table)
     jobs.say("\n".join(pair["sentence"] for pair in table["pairs"]))
     return table
+
+
+def content(settings: Settings) -> dict[str, str]:
+    """The version of a prompt that comes with the package: another text is another judge. A file's text counts by
+    itself."""
+    asked = settings.judge in ("endpoint", "local") and not settings.prompt_file
+    return {"rubric": judge_prompts.version(settings.rubric)} if asked else {}
 
 
 def _ask_endpoint(job: Job[Settings], questions: list[Question]) -> tuple[str, list[str | None], dict[str, Any]]:
@@ -148,6 +163,7 @@ STAGE = Stage(
     run=run,
     programs=programs,
     check=check,
+    content=content,
     rows=lambda job, pairs, easy: 2.0 * job.config.stages[job.settings.evaluate].count,
     shown=Shown(part="judge", make=sections.verdicts),
 )

@@ -39,7 +39,9 @@ def run_folder(folder: Path, lines, name="evaluate") -> Path:
     stage = folder / f"{name}-0123456789ab"
     stage.mkdir(parents=True, exist_ok=True)
     (stage / "replies.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    artifacts.write_manifest(epath.Path(stage), {"name": name, "kind": "evaluate", "key": "0123456789ab"})
+    artifacts.write_json(epath.Path(stage) / artifacts.CONFIG, {"stages": {}})
+    manifest = {"name": name, "kind": "evaluate", "key": "0123456789ab", "inputs": {}}
+    artifacts.write_manifest(epath.Path(stage), manifest)
     (folder / "stages.json").write_text(json.dumps({name: stage.name}))
     return folder
 

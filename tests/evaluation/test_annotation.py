@@ -115,7 +115,7 @@ def test_results_by_hand():
     assert (pair["left"], pair["right"], pair["prompts"], pair["judgements"], pair["ties"]) == ("mpo", "sft", 10, 20, 3)
     assert pair["win_rate"] == pytest.approx((0.5 + 5 + 0.75 + 0.5) / 10)
     assert [(a["name"], a["judgements"], a["ties"]) for a in found["annotators"]] == [("ada", 10, 2), ("bob", 10, 1)]
-    assert 0.5 < found["alpha"] < 1
+    assert 0.5 < found["agreement"]["alpha"] < 1 and found["agreement"]["units"] == 10
     assert pair["sentence"].startswith("mpo preferred to sft in 68 % ±")
     assert human.results(made.rows(10, seed=0, text=lambda name, number: f"{name} anew {number}"), given) is None
     assert human.results(rows, []) is None
@@ -134,12 +134,13 @@ def test_alpha_at_its_landmarks():
                 for item, won in zip(items, better, strict=True)]  # fmt: skip
 
     better = random.random(300) < 0.5
-    assert human.alpha(given("a", as_shown("a", better)) + given("b", as_shown("b", better))) == pytest.approx(1)
+    alike = human.alpha(given("a", as_shown("a", better)) + given("b", as_shown("b", better)))
+    assert alike.alpha == pytest.approx(1) and 0.95 < alike.low < alike.high == 1
     by_chance = given("a", random.choice(["first", "second", "tie"], 300)) + given(
         "b", random.choice(["first", "second", "tie"], 300)
     )
-    assert abs(human.alpha(by_chance)) < 0.12
-    assert human.alpha(given("a", as_shown("a", better)) + given("b", as_shown("b", ~better))) < -0.9
+    assert abs(human.alpha(by_chance).alpha) < 0.12
+    assert human.alpha(given("a", as_shown("a", better)) + given("b", as_shown("b", ~better))).alpha < -0.9
     assert human.alpha(given("a", as_shown("a", better))) is None
 
 
@@ -164,7 +165,7 @@ def test_page_never_names_a_policy(page):
         assert not re.search(rb"\b(mpo|sft)\b", body)
     task = json.loads(call(address, "/api/task?annotator=ada")[2])
     assert task["prompt"] == items[0].prompt and sorted(task["replies"]) == sorted(items[0].texts)
-    assert set(task) == {"question", "total", "done", "number", "prompt", "replies", "choice", "comment"}
+    assert set(task) == {"question", "total", "done", "before", "number", "prompt", "replies", "choice", "comment"}
 
 
 def test_judgement_is_kept_and_can_be_changed(page):
@@ -288,7 +289,7 @@ def test_token_s_address_opens_the_page(guarded):
     status, headers, _ = call(address, f"/?token={TOKEN}")
     cookie = headers["Set-Cookie"]
     assert status == 303 and headers["Location"] == "/"  # the token leaves the address bar
-    assert "HttpOnly" in cookie and "SameSite=strict" in cookie
+    assert "HttpOnly" in cookie and "SameSite=lax" in cookie
     bring = {"Cookie": cookie.split(";")[0]}
     assert call(address, "/", headers=bring)[0] == 200
     assert call(address, "/", headers=bring | {"Host": "our-host.example:8008"})[0] == 200

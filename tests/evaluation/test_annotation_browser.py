@@ -1,6 +1,8 @@
 """The annotation page in a real headless Chromium: judged by keyboard and by mouse, left, come back to, shared."""
 
+import http.server
 import re
+import urllib.parse
 
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
@@ -13,6 +15,7 @@ from mpo_jax.evaluation import annotation, annotation_page
 from mpo_jax.evaluation.annotation import Store
 from tests import browser as browsers
 from tests.evaluation import made
+from tests.tools import loopback
 from tests.tools.pages import served
 
 HOSTILE = (
@@ -120,6 +123,75 @@ def test_back_changes_a_judgement(judged_page):
     assert text(browser, "count") == "2 of 20 judged"
 
 
+def test_by_keyboard_a_judgement_is_taken_back_also_after_a_reload(judged_page):
+    browser, address, items, store = judged_page
+    sign_in(browser, address, "ada")
+    for _ in range(3):
+        judge(browser, lambda: press(browser, Keys.ARROW_LEFT))
+    bar = browser.find_element(By.ID, "progress")
+    assert (bar.get_attribute("aria-valuenow"), bar.get_attribute("aria-valuemax")) == ("3", "20")
+    assert not browser.find_element(By.ID, "withdraw").is_enabled(), "nothing was chosen here yet"
+    browser.refresh()
+    until(browser, lambda: text(browser, "count") == "3 of 20 judged")
+    for number in (2, 1):
+        press(browser, "u")
+        until(browser, lambda number=number: items[number].prompt in text(browser, "prompt"))
+    judge(browser, lambda: press(browser, "z"))
+    assert text(browser, "count") == "2 of 20 judged" and items[1].prompt in text(browser, "prompt")
+    assert not browser.find_elements(By.CSS_SELECTOR, ".choice.chosen")
+    assert [each.item for each in store.all()] == [items[0].key, items[2].key]
+    judge(browser, lambda: press(browser, "t"))
+    assert store.get("ada", items[1].key).choice == "tie" and items[3].prompt in text(browser, "prompt")
+    for number in (1, 2, 0):
+        press(browser, "u")
+        until(browser, lambda number=number: items[number].prompt in text(browser, "prompt"))
+    assert not browser.find_element(By.ID, "back").is_enabled()
+    assert browsers.complaints(browser) == []
+
+
+def test_everything_is_reached_by_the_tab_key_alone(judged_page):
+    browser, address, _, store = judged_page
+    sign_in(browser, address, "ada")
+    reached = []
+    for _ in range(12):
+        press(browser, Keys.TAB)
+        reached.append(browser.switch_to.active_element.get_attribute("id"))
+        if reached[-1] == "second":
+            break
+    found = [name for name in reached if name]
+    assert found[-6:] == ["prompt", "reply-first", "reply-second", "first", "tie", "second"]
+    judge(browser, lambda: press(browser, Keys.ENTER))
+    assert len(store.all()) == 1
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_axe_finds_nothing_serious(judged_page, tmp_path, mode):
+    """Signing in, judging, looking back and having judged all, at a desk and on a phone."""
+    browser, address, items, _ = judged_page
+    browsers.dark(browser, mode == "dark")
+    try:
+        for size in (browsers.WIDE, browsers.PHONE):
+            browsers.resize(browser, size)
+            browser.get(address)
+            browser.execute_script("localStorage.clear()")
+            browser.get(address)
+            assert browsers.axe(browser) == [], (mode, size, "sign in")
+            sign_in(browser, address, f"ada {size[0]}")
+            assert browsers.axe(browser) == [], (mode, size, "judging")
+            judge(browser, lambda: press(browser, "t"))
+            press(browser, "u")
+            until(browser, lambda: items[0].prompt in text(browser, "prompt"))
+            assert browsers.axe(browser) == [] and browsers.overflow(browser) <= 0, (mode, size, "looking back")
+            browsers.screenshot(browser, tmp_path / f"{mode}_{size[0]}.png")
+            press(browser, "n")
+            until(browser, lambda: items[1].prompt in text(browser, "prompt"))
+            for _ in range(19):
+                judge(browser, lambda: press(browser, "t"))
+            assert browsers.axe(browser) == [], (mode, size, "all judged")
+    finally:
+        browsers.dark(browser, False)
+
+
 def test_two_annotators_at_once(judged_page):
     browser, address, items, store = judged_page
     with browsers.chromium() as other:
@@ -131,8 +203,8 @@ def test_two_annotators_at_once(judged_page):
         judge(other, lambda: press(other, "t"))
         assert text(browser, "count") == "3 of 20 judged" and text(other, "count") == "4 of 20 judged"
         assert text(other, "who") == "as Björn <b>"
-    assert store.judged("ada") == {item.key for item in items[:3]}
-    assert store.judged("Björn <b>") == {item.key for item in items[:4]}
+    assert store.judged("ada") == [item.key for item in items[:3]]
+    assert store.judged("Björn <b>") == [item.key for item in items[:4]]
 
 
 def test_replies_of_html_and_script_are_text(tmp_path, browser):
@@ -189,6 +261,57 @@ def test_page_with_a_token(tmp_path, browser):
             judge(browser, lambda: press(browser, "t"))
             assert TOKEN not in browser.execute_script("return document.cookie")
     assert store_choices(tmp_path) == ["tie"]
+
+
+MAIL = "<!doctype html><title>mail</title><p>You are invited: <a id='link' href='{}'>judge replies</a></p>"
+
+
+@pytest.fixture
+def mail():
+    """A page of another site: `localhost`, where the judging page is at `127.0.0.1`."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            link = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query).get("to", [""])[0]
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(MAIL.format(link).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with loopback.Loopback(Handler) as server:
+        yield server.address.replace("127.0.0.1", "localhost")
+
+
+def test_an_invitation_opens_from_a_mail(tmp_path, browser, mail):
+    """A link on a page of another site; the browser keeps a Strict cookie back behind it."""
+    with Store(tmp_path / artifacts.ANNOTATIONS) as store:
+        items = annotation.items(made.rows(3), [("mpo", "sft")], seed=0)
+        with served(annotation_page.create(items, store, 0, "Which?", TOKEN), "0.0.0.0") as address:
+            browser.get(address)
+            browser.delete_all_cookies()
+            browser.get(f"{mail}/?{urllib.parse.urlencode({'to': f'{address}/?token={TOKEN}'})}")
+            browser.find_element(By.ID, "link").click()
+            until(browser, lambda: browser.title == "Which reply is better?")
+            assert TOKEN not in browser.current_url
+            browser.execute_script("localStorage.clear()")
+            sign_in(browser, address, "ada")
+            judge(browser, lambda: press(browser, "t"))
+            browser.get(f"{mail}/?{urllib.parse.urlencode({'to': address})}")
+            browser.find_element(By.ID, "link").click()  # and again without the token
+            until(browser, lambda: browser.title == "Which reply is better?")
+            browser.get(mail)
+            answer = browser.execute_async_script(POST, f"{address}/api/judgement")
+            assert answer != "kept" and len(store.all()) == 1, "a page elsewhere writes nothing with the cookie"
+
+
+POST = """
+const done = arguments[1], body = JSON.stringify({ annotator: "eve", number: 1, choice: "first" });
+fetch(arguments[0], { method: "POST", mode: "no-cors", credentials: "include", body })
+  .then((answer) => done(answer.ok ? "kept" : `refused ${answer.type}`), (error) => done(`failed ${error}`));
+"""
 
 
 def test_fits_a_desk_and_a_phone(judged_page, tmp_path):

@@ -184,7 +184,7 @@ def test_an_interrupt_ends_the_asking_behind_the_calls_in_flight(tmp_path):
 
 @pytest.mark.parametrize("bound", [1, 5])
 def test_concurrency_is_bounded_and_used(tmp_path, bound):
-    with JudgeServer(by_quality, delay=0.02) as server:
+    with JudgeServer(by_quality, delay=0.1) as server:
         judged(server, tmp_path / "c.sqlite", rows=made_rows(12), concurrency=bound)
     assert server.most_active == bound
 
@@ -279,7 +279,32 @@ def test_judge_that_always_takes_the_first_is_exposed():
     pair, habits = table["pairs"][0], table["habits"]
     assert habits["position_bias"] == 1.0 and habits["position_bias_interval"][0] > 0.9
     assert habits["agreement"] == 0.0
+    assert habits["flipped"] == 1.0 and 0.9 < habits["flipped_interval"][0] < habits["flipped_interval"][1] == 1
     assert pair["win_rate"] == 0.5 and pair["ties"] == 60 and pair["first_twice"] == 59
+
+
+def test_verdicts_that_turn_with_the_order_are_counted_over_prompts():
+    """By hand: of 299 prompts, every third is decided by where a reply stands, every fifth of the others is a tie."""
+    rows = made_rows(300)
+
+    def sways(first, second):
+        number = int(first.split()[2])
+        a, b = number_in(first, "quality"), number_in(second, "quality")
+        return f"Verdict: {'A' if number % 3 == 0 else 'tie' if number % 5 == 0 or a == b else 'A' if a > b else 'B'}"
+
+    table = biased(sways)
+    habits = table["habits"]
+    numbers = [row["prompt_id"] for row in rows if row["prompt_id"] != 7]
+    swayed = sum(number % 3 == 0 for number in numbers)
+    alike = {row["prompt_id"] for row in rows
+             if len({number_in(reply["text"], "quality") for reply in row["replies"].values()}) == 1}  # fmt: skip
+    ties = [number for number in numbers if number % 3 and (number % 5 == 0 or number in alike)]
+    assert habits["flipped"] == pytest.approx(swayed / 299) and habits["agreement"] == pytest.approx(
+        1 - habits["flipped"]
+    )
+    assert habits["ties"] == 2 * len(ties)
+    low, high = habits["flipped_interval"]
+    assert low < habits["flipped"] < high and high - low == pytest.approx(2 * 1.96 * (2 / 9 / 299) ** 0.5, rel=0.15)
 
 
 def test_judge_that_always_takes_the_longer_is_exposed():

@@ -5,15 +5,16 @@ import socket
 import threading
 from collections.abc import Iterator
 
-import uvicorn
+from mpo_jax.evaluation import annotation_server
 
 
 @contextlib.contextmanager
-def served(application, host="127.0.0.1") -> Iterator[str]:
+def served(application, host="127.0.0.1", **bounds) -> Iterator[str]:
+    """bounds: of the server, `seconds` and `most`."""
     listener = socket.socket()
     listener.bind((host, 0))
     listener.listen()
-    server = uvicorn.Server(uvicorn.Config(application, log_level="warning", ws="none"))
+    server = annotation_server.server(application, **bounds)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

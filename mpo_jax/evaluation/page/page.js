@@ -6,7 +6,7 @@ const $ = (id) => document.getElementById(id);
 const KEYS = { ArrowLeft: "first", a: "first", ArrowRight: "second", b: "second", t: "tie" };
 let annotator = localStorage.getItem("annotator") || "";
 let number = null; // of the item on the page
-let before = []; // numbers of the items judged since the page was loaded, the latest last
+let before = []; // numbers of the items that the annotator has judged, the latest last; the server knows them
 let shownAt = 0;
 let busy = false; // from a choice until the next item is there, so that no key press counts twice
 
@@ -46,7 +46,10 @@ async function load(wanted) {
   if (wanted !== null) query.set("number", wanted);
   const task = await call(`/api/task?${query}`);
   number = task.number;
+  before = task.before;
   $("bar").style.width = `${(100 * task.done) / task.total}%`;
+  $("progress").setAttribute("aria-valuemax", task.total);
+  $("progress").setAttribute("aria-valuenow", task.done);
   $("count").textContent = `${task.done} of ${task.total} judged`;
   $("who").textContent = `as ${annotator}`;
   $("leave").hidden = false;
@@ -57,8 +60,8 @@ async function load(wanted) {
   $("reply-second").textContent = task.replies[1];
   $("comment").value = task.comment;
   for (const name of ["first", "second", "tie"]) $(name).classList.toggle("chosen", task.choice === name);
-  $("back").disabled = before.length === 0;
-  $("forward").disabled = task.choice === null;
+  $("back").disabled = before.length === 0 || before[0] === number;
+  $("forward").disabled = $("withdraw").disabled = task.choice === null;
   show("task");
   for (const name of ["prompt", "reply-first", "reply-second"]) $(name).scrollTop = 0;
   window.scrollTo(0, 0);
@@ -66,16 +69,22 @@ async function load(wanted) {
   shownAt = performance.now();
 }
 
+const send = (path, content) => call(path, {
+  method: "POST",
+  headers: { "Content-Type": "application/json" },
+  body: JSON.stringify({ annotator, number, ...content }),
+});
+
 const choose = (choice) => once(async () => {
-  await call("/api/judgement", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({
-      annotator, number, choice, comment: $("comment").value, seconds: (performance.now() - shownAt) / 1000,
-    }),
+  await send("/api/judgement", {
+    choice, comment: $("comment").value, seconds: (performance.now() - shownAt) / 1000,
   });
-  before = before.filter((other) => other !== number).concat(number);
   await load(null);
+});
+
+const withdraw = () => once(async () => {
+  await send("/api/withdrawal", {});
+  await load(number);
 });
 
 const back = () => once(async () => {
@@ -88,7 +97,6 @@ const forward = () => once(() => load(null));
 
 function signIn() {
   annotator = "";
-  before = [];
   $("who").textContent = $("count").textContent = "";
   $("leave").hidden = true;
   show("sign-in");
@@ -106,6 +114,7 @@ for (const choice of ["first", "second", "tie"]) $(choice).addEventListener("cli
 $("back").addEventListener("click", back);
 $("review").addEventListener("click", back);
 $("forward").addEventListener("click", forward);
+$("withdraw").addEventListener("click", withdraw);
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
@@ -122,8 +131,9 @@ document.addEventListener("keydown", (event) => {
   } else if (key === "c") {
     event.preventDefault();
     $("comment").focus();
-  } else if (key === "u") back();
+  } else if (key === "u" && !$("back").disabled) back();
   else if (key === "n" && !$("forward").disabled) forward();
+  else if (key === "z" && !$("withdraw").disabled) withdraw();
 });
 
 if (annotator) once(() => load(null));
