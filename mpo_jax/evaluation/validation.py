@@ -20,36 +20,6 @@ _FEWEST = 20
 """Pairs with a known confidence, below which their correlation is not worth a line."""
 
 
-def by_gap_decile(gap: np.ndarray) -> list[dict[str, float]]:
-    """Pairs in ten equal parts by the size of their gap, smallest first: how often the label agrees, and how often it
-    would if the reward model knew its own certainty (the mean of sigmoid(|gap|)). gap: [pairs], chosen - rejected."""
-    gap = np.asarray(gap, np.float64)
-    order = np.argsort(np.abs(gap), kind="stable")
-    rows = []
-    for part in np.array_split(order, 10):
-        if len(part):
-            share = pair_tables.accuracy(gap[part])
-            rows.append(
-                {
-                    "from": float(np.abs(gap[part]).min()),
-                    "to": float(np.abs(gap[part]).max()),
-                    "pairs": len(part),
-                    "accuracy": share,
-                    "standard_error": pair_tables.standard_error(share, len(part)),
-                    "predicted": float(np.mean(1 / (1 + np.exp(-np.abs(gap[part]))))),
-                }
-            )
-    return rows
-
-
-def calibration_error(rows: Sequence[Mapping[str, float]]) -> float:
-    """Mean distance of predicted from observed agreement over the deciles, weighted by their pairs (Guo et al. 2017,
-    equation 3)."""
-    pairs = np.array([row["pairs"] for row in rows])
-    distance = np.array([abs(row["predicted"] - row["accuracy"]) for row in rows])
-    return float((pairs * distance).sum() / pairs.sum())
-
-
 def with_confidence(gap: np.ndarray, confidence: np.ndarray) -> dict[str, float] | None:
     """Spearman's rank correlation of the gap with the annotator's confidence in the chosen reply, with its two-sided
     p-value; None where too few confidences are known (finite), or all are the same."""
@@ -127,13 +97,13 @@ def _labelled(settings: Mapping[str, Any]) -> bool:
 def _split(folder: epath.Path) -> dict[str, Any]:
     gap = artifacts.read_gaps(folder).gap
     confidence = artifacts.read_array(folder / artifacts.PAIR_ROWS / "confidence.npy")
-    rows = by_gap_decile(gap)
+    rows = pair_tables.by_gap_decile(gap)
     share = pair_tables.accuracy(gap)
     return {
         "pairs": len(gap),
         "accuracy": share,
         "standard_error": pair_tables.standard_error(share, len(gap)),
         "deciles": rows,
-        "calibration_error": calibration_error(rows),
+        "calibration_error": pair_tables.calibration_error(rows),
         "confidence": with_confidence(gap, confidence),
     }
