@@ -51,6 +51,15 @@ def standard_error(share: float, count: int) -> float:
     return math.sqrt(max(share * (1 - share), 0.0) / max(count, 1))
 
 
+def of_bucket(judged: Mapping[str, float], bucket: str, pairs: int) -> tuple[float, float, int] | None:
+    """A bucket's accuracy with its standard error and number of pairs. judged: an evaluation on `pairs` pairs; None
+    where it has none of the bucket."""
+    if f"{bucket}_accuracy" not in judged:
+        return None
+    count, share = round(judged[f"{bucket}_share"] * pairs), judged[f"{bucket}_accuracy"]
+    return share, standard_error(share, count), count
+
+
 def calibration(gap: np.ndarray) -> list[dict[str, float]]:
     """Predicted against observed preference, in bins of the predicted probability that the surer side wins.
 

@@ -19,7 +19,7 @@ from mpo_jax.errors import InputError
 from mpo_jax.evaluation import figures, human, sections, signatures, validation
 from mpo_jax.evaluation.sections import Finished, Shown
 
-PARTS = ("evaluations", "preferences", "splits", "judge")
+PARTS = ("evaluations", "preferences", "splits", "judge", "rewards")
 """Of the page, to which kinds of stages add: see `sections.Shown`."""
 
 
@@ -63,7 +63,8 @@ def page(workdir: epath.Path, shown: Mapping[str, Shown]) -> dict[str, Any]:
 
 def _part(part: str, stages: list[Finished], shown: Mapping[str, Shown]) -> list[Any]:
     known = ((stage, shown.get(stage.kind, Shown())) for stage in stages)
-    return [kind.make(stage) for stage, kind in known if kind.part == part and kind.make is not None]
+    made = (kind.make(stage) for stage, kind in known if kind.part == part and kind.make is not None)
+    return [each for each in made if each is not None]
 
 
 def finished(workdir: epath.Path) -> tuple[list[Finished], list[str]]:

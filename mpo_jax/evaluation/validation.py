@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from markupsafe import Markup
 
 from mpo_jax import artifacts, metrics
 from mpo_jax.evaluation import figures
@@ -79,13 +78,13 @@ def section(stages: Iterable[Finished]) -> dict[str, Any] | None:
     return {"splits": splits, "curves": curves} if splits or curves else None
 
 
-def _drawn(points: Sequence[Mapping[str, float]]) -> Markup:
+def _drawn(points: Sequence[Mapping[str, float]]) -> figures.Drawn:
     """The curve as a picture that stands in the page itself."""
     lines = {
         "reward model": [(point["step"], point["reward"]) for point in points],
         "gold": [(point["step"], point["gold"]) for point in points],
     }
-    return Markup(figures.lines(lines, "step", "mean score of held-out replies", marker="o"))
+    return figures.lines(lines, "step", "mean score of held-out replies", marker="o")
 
 
 def _labelled(settings: Mapping[str, Any]) -> bool:

@@ -20,8 +20,8 @@ from mpo_jax import settings as declared
 from mpo_jax.artifacts import DATA, PAIRS, POLICY
 from mpo_jax.data import encode
 from mpo_jax.data.division import REPORT, SELECT
+from mpo_jax.evaluation import drift, sections
 from mpo_jax.evaluation import pairs as pair_tables
-from mpo_jax.evaluation import sections
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import losses, masks
@@ -223,7 +223,8 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     params = jobs.load_weights(job, job.inputs["init"], model)
     extra = {"reference": jobs.load_weights(job, job.inputs["reference"], model)} if settings.reference_every else {}
     training = loop.supervised(job, compiled, params, {"base": base}, training_rows, heldout_rows, steps, extra)
-    params, summary = loop.train(_telling_apart(training), steps, job.folder, job.mesh)
+    watched = min(len(heldout), settings.eval_batches * settings.batch_size)
+    params, summary = loop.train(_telling_apart(training, watched), steps, job.folder, job.mesh)
     jobs.save_weights(job, params)
     evaluate = compiled["evaluate"].function
     judged = loop.evaluate(evaluate, params, {"base": base}, reported_rows, settings.eval_batches)
@@ -231,7 +232,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
         "pairs": len(train),
         "judged": told_apart(judged),
         "heldout_pairs": min(len(reported), settings.eval_batches * settings.batch_size),
-        "watched_pairs": min(len(heldout), settings.eval_batches * settings.batch_size),
+        "watched_pairs": watched,
         "heldout": encode.rows_fingerprint(reported),
     }
     jobs.say(table(finished(job, summary["heldout"]) | {job.name: summary}, job))
@@ -243,10 +244,12 @@ def buckets_of(job: Job[Settings], half: str) -> np.ndarray | None:
     return buckets.heldout_buckets(job.inputs["pairs"], half) if "pairs" in job.inputs else None
 
 
-def _telling_apart(training: loop.Trainer) -> loop.Trainer:
+def _telling_apart(training: loop.Trainer, watched: int) -> loop.Trainer:
+    """watched: pairs of each evaluation."""
     evaluate = training.evaluate
     assert evaluate is not None
-    return dataclasses.replace(training, evaluate=lambda *given: told_apart(evaluate(*given)))
+    known = {"watched_pairs": watched}
+    return dataclasses.replace(training, evaluate=lambda *given: told_apart(evaluate(*given)), known=known)
 
 
 def by_gap(job: Job[Settings]) -> dict[str, Any]:
@@ -307,6 +310,7 @@ STAGE = Stage(
     rows=buckets.rows_of("pairs"),
     shown=Shown(
         curves=(("loss", "loss"), ("reward_margin", "reward margin")),
+        pictures=drift.pictures,
         figures=("steps", "pairs", "judged.accuracy"),
         part="preferences",
         make=sections.preference,

@@ -16,6 +16,7 @@ from mpo_jax.data import division, encode
 from mpo_jax.data.division import REPORT, SELECT
 from mpo_jax.data.encode import Encoded
 from mpo_jax.evaluation import pairs as pair_tables
+from mpo_jax.evaluation import reward_model
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import losses
@@ -164,5 +165,10 @@ STAGE = Stage(
     programs=programs,
     check=loop.check,
     rows=rows_of_share,
-    shown=Shown(curves=(("loss", "loss"), ("accuracy", "accuracy")), figures=("steps", "report.accuracy")),
+    shown=Shown(
+        curves=(("loss", "loss"), ("accuracy", "accuracy")),
+        figures=("steps", "report.accuracy"),
+        part="rewards",
+        make=reward_model.section,
+    ),
 )

@@ -193,12 +193,16 @@ def test_a_damaged_stage_costs_its_section_alone(workdir, capsys):
 
 
 def test_dpo_stages_stand_beside_each_other(workdir):
-    judged = {"accuracy": 0.75, "reward_margin": 0.25, "kl_chosen": 1.0, "kl_rejected": -2.0}
+    judged = {"accuracy": 0.75, "reward_margin": 0.25, "kl_chosen": 1.0, "kl_rejected": -2.0,
+              "easy_accuracy": 0.9, "easy_share": 0.48}  # fmt: skip
     manifest = {"name": "dpo", "kind": "dpo", "key": "0123", "inputs": {"pairs": [{"name": "split", "part": "easy"}]},
                 "summary": {"pairs": 1200, "judged": judged, "heldout_pairs": 75}}  # fmt: skip
     artifacts.write_manifest(workdir / "dpo-0123", manifest | {"shared": "abcd", "packages": {}})
     page = report.write(workdir, kinds.shown()).read_text()
-    assert "<th>dpo</th><td>1,200 of split/easy</td><td>0.750 ± 0.050</td><td>0.250</td><td>1.00</td>" in page
+    told = (
+        "<th>dpo</th><td>1,200 of split/easy</td><td>0.750 ± 0.050</td><td>0.900 ± 0.050</td><td>–</td><td>0.250</td>"
+    )
+    assert f"{told}<td>1.00</td>" in page
     assert "Left out" not in page
 
 
