@@ -59,10 +59,11 @@ def lines(
             *zip(*points, strict=True), label=name, markersize=5, **_style(number, bool(marked)),
             markevery=1 if marker else max(1, len(points) // _MARKED),
         )  # fmt: skip
+    axes.margins(y=0.12 if levels else 0.05)  # room for the words above a level
     for name, level in (levels or {}).items():
         axes.axhline(level, color=_INK, linestyle=(0, (1, 2)), linewidth=1)
         axes.annotate(
-            name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color=_INK
+            name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color=_INK
         )
     if xlabel == "step":
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
@@ -90,7 +91,7 @@ def _style(number: int, marked: bool) -> dict[str, Any]:
 
 
 def shares(
-    rows: Sequence[Mapping[str, float]], expected: Points, xlabel: str, ylabel: str, expected_label: str
+    rows: Sequence[Mapping[str, float]], expected: Points, xlabel: str, ylabel: str, expected_label: str, caption: str
 ) -> Drawn:
     """Shares with their intervals, and a dashed line of what was expected. rows: of x, share, low, high and pairs."""
     figure, axes = plots.new(5.2, 3.0)
@@ -103,7 +104,13 @@ def shares(
     axes.legend(frameon=False, labelcolor=_INK)
     columns = ("x", "share", "low", "high", "pairs")
     svg = _svg(figure, f"{ylabel} against {xlabel}, with 95 % intervals, beside {expected_label}")
-    return Drawn.of(svg, f"{ylabel} by {xlabel}", columns, ([row[key] for key in columns] for row in rows))
+    return Drawn.of(svg, caption, columns, ([row[key] for key in columns] for row in rows))
+
+
+def alone(drawn: Drawn) -> str:
+    """A figure as a file of its own: its ink is black, since no page gives it another."""
+    named = str.replace(drawn, "<svg ", '<svg color="#1d2430" ', 1)  # Markup's own would escape it
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{named}'
 
 
 def interval(mean: float, low: float, high: float, span: tuple[float, float], null: float) -> str:

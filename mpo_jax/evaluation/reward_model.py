@@ -76,11 +76,15 @@ def _reliability(rows: Sequence[Mapping[str, float]]) -> list[figures.Drawn]:
     if not rows:
         return []
     xlabel, ylabel = "predicted probability of the surer side", "share in which it is preferred"
-    return [figures.shares(rows, [(0.5, 0.5), (1.0, 1.0)], xlabel, ylabel, "perfect calibration")]
+    return [figures.shares(rows, [(0.5, 0.5), (1.0, 1.0)], xlabel, ylabel, "perfect calibration", "reliability")]
 
 
 def _by_gap(rows: Sequence[Mapping[str, float]]) -> list[figures.Drawn]:
     if not rows:
         return []
     expected = [(row["x"], row["predicted"]) for row in rows]
-    return [figures.shares(rows, expected, "size of the gap, reward units", "accuracy", "as the gap predicts")]
+    return [
+        figures.shares(
+            rows, expected, "size of the gap, reward units", "accuracy", "as the gap predicts", "accuracy by gap"
+        )
+    ]
