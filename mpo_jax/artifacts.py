@@ -40,6 +40,7 @@ DATA = "data"
 
 STAGES_FILE = "stages.json"  # name -> folder of every stage
 REPORT_PAGE = "report.html"
+REPORT_TEXT, FIGURES = "report.md", "figures"  # beside it: the same as tables, and every figure with its numbers
 COMPILED = "compiled"  # programs, for the next start
 CACHE = "cache"  # encoded rows, reference log-probs
 LOCKS = "locks"  # who is at work on which stage

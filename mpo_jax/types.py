@@ -32,6 +32,7 @@ class Batch:
     ref_logps: f32 [B,2], summed reference log-probs of chosen and rejected, where they were computed beforehand.
     margin: f32 [B], how much better the annotator called the chosen reply, where the data says so (0 where it doesn't).
     label: f32 [B], 1 for a good first reply, 0 for a bad one, where replies are labelled.
+    bucket: i32 [B], an index into BUCKETS or LEFT_OUT, where a split has divided the pairs.
     """
 
     tokens: jax.Array
@@ -44,6 +45,7 @@ class Batch:
     ref_logps: jax.Array | None = None
     margin: jax.Array | None = None
     label: jax.Array | None = None
+    bucket: jax.Array | None = None
 
 
 @record

@@ -18,7 +18,7 @@ from mpo_jax.data.encode import Encoded
 from mpo_jax.data.plan import FILLER, Bucket, Plan, batch_plan, ordered_plan, padding_efficiency
 from mpo_jax.data.rows import FIELDS, prompt_slots, tight_rows
 from mpo_jax.errors import InputError
-from mpo_jax.types import Batch
+from mpo_jax.types import LEFT_OUT, Batch
 
 FORMS = {"tight": tight_rows, "slots": prompt_slots}
 
@@ -29,7 +29,7 @@ class Loader:
     batch_size: rows of a global batch. form: "tight" (prompt and responses) or "slots" (prompts alone, left-padded).
     mesh: rows go over its data and fsdp axes and are repeated over its tensor axis; None: one device.
     ref_logps: f32 [rows, 2], put into the batches where given; margins, where the data has any, always are.
-    label: f32 [rows], put into the batches where given.
+    label: f32 [rows], put into the batches where given. bucket: int [rows], likewise.
     weight: f32 [rows], 0 or more, how much each counts; None: all 1. order: int [rows], in which training meets them,
     in every epoch alike; None: at random.
     multiple: what every row length is a multiple of; max_length caps it.
@@ -54,6 +54,7 @@ class Loader:
         max_length: int | None = None,
         ref_logps: np.ndarray | None = None,
         label: np.ndarray | None = None,
+        bucket: np.ndarray | None = None,
         weight: np.ndarray | None = None,
         order: np.ndarray | None = None,
     ):
@@ -63,6 +64,8 @@ class Loader:
             raise InputError(f"ref_logps has shape {np.shape(ref_logps)}, expected {(len(encoded), 2)}")
         if label is not None and np.shape(label) != (len(encoded),):
             raise InputError(f"label has shape {np.shape(label)}, expected {(len(encoded),)}")
+        if bucket is not None and np.shape(bucket) != (len(encoded),):
+            raise InputError(f"bucket has shape {np.shape(bucket)}, expected {(len(encoded),)}")
         if weight is not None and not (np.shape(weight) == (len(encoded),) and (np.asarray(weight) >= 0).all()):
             raise InputError(f"weight has shape {np.shape(weight)}, expected {(len(encoded),)}, 0 or more each")
         if mesh is not None:
@@ -74,6 +77,7 @@ class Loader:
                 )
         self.encoded, self.batch_size = encoded, batch_size
         self._build, self._ref_logps, self._weight, self._label = FORMS[form], ref_logps, weight, label
+        self._bucket = bucket
         self._margin = None if np.isnan(encoded.margin).all() else np.nan_to_num(encoded.margin)
         self._sharding = None if mesh is None else sharding.batch_sharding(mesh)
         pieces = encoded.piece_lens
@@ -188,6 +192,8 @@ class Loader:
             shapes["margin"] = ((size,), np.float32)
         if self._label is not None:
             shapes["label"] = ((size,), np.float32)
+        if self._bucket is not None:
+            shapes["bucket"] = ((size,), np.int32)
         return shapes
 
     def _host_rows(self, rows: np.ndarray, length: int) -> dict[str, np.ndarray]:
@@ -201,6 +207,8 @@ class Loader:
             arrays["margin"] = np.where(rows != FILLER, self._margin[rows], 0).astype(np.float32)
         if self._label is not None:
             arrays["label"] = np.where(rows != FILLER, self._label[rows], 0).astype(np.float32)
+        if self._bucket is not None:
+            arrays["bucket"] = np.where(rows != FILLER, self._bucket[rows], LEFT_OUT).astype(np.int32)
         return arrays
 
     def _arrays(self, build: Callable[[slice], dict[str, np.ndarray]], bucket: Bucket) -> dict[str, jax.Array]:

@@ -4,16 +4,22 @@ import html
 import io
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
+from markupsafe import Markup
 
 from mpo_jax.evaluation import plots
 
 _INK = "#010203"  # drawn with, then replaced by the page's text colour
-_COLOURS = ("#3b82c4", "#d9772b", "#3f9e62", "#b5519c", "#8a7a2e", "#6d6ad1")
+_COLOURS = ("#3b82c4", "#c96a1e", "#379158", "#b5519c", "#8a7a2e", "#6d6ad1", "#d0524e", "#2b8f93")
+"""With a contrast of 3 and more to the page's ground, light and dark."""
 _DASHES = ("-", "--", ":", "-.")
-"""Of lines; a colour that comes again has other dashes."""
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+"""Curves that stand in one figure differ in colour, dashes and marker, so that no reader has to tell colours apart."""
+_MARKED, _FEW = 8, 3
+"""Markers along a curve, about, and the curves whose legend has room inside the axes."""
 _BOX, _GAP, _LANE = (128, 46), (52, 18), 8
 """Width and height of a stage's box, the space between boxes, and the height of an edge that passes by, pixels."""
 
@@ -21,27 +27,90 @@ Points = Sequence[tuple[float, float]]
 _numbers = itertools.count()
 
 
-def lines(curves: Mapping[str, Points], xlabel: str, ylabel: str, marker: str = "") -> str:
-    """A line through each named run of (x, y) points."""
+class Drawn(Markup):
+    """A figure as SVG, with a caption and the numbers that it shows: a row's cells stand under `columns`."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+    @classmethod
+    def of(cls, svg: str, caption: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Self:
+        made = cls(svg)
+        made.caption, made.columns, made.rows = caption, tuple(columns), tuple(tuple(row) for row in rows)
+        return made
+
+
+def lines(
+    curves: Mapping[str, Points],
+    xlabel: str,
+    ylabel: str,
+    marker: str = "",
+    levels: Mapping[str, float] | None = None,
+) -> Drawn:
+    """A line through each named run of (x, y) points. marker: not empty: each point is marked. levels: values with a
+    name, each a horizontal line."""
     from matplotlib import ticker
 
     figure, axes = plots.new(5.2, 3.0)
-    for (dashes, colour), (name, points) in zip(
-        itertools.cycle(itertools.product(_DASHES, _COLOURS)), curves.items(), strict=False
-    ):
-        shape = marker or ("o" if len(points) == 1 else "")
-        hollow = dashes != _DASHES[0]
+    for number, (name, points) in enumerate(curves.items()):
+        marked = marker or len(points) == 1 or len(curves) > 1
         axes.plot(
-            *zip(*points, strict=True), label=name, color=colour, linestyle=dashes, marker=shape,
-            markerfacecolor="none" if hollow else colour,
+            *zip(*points, strict=True), label=name, markersize=5, **_style(number, bool(marked)),
+            markevery=1 if marker else max(1, len(points) // _MARKED),
         )  # fmt: skip
+    axes.margins(y=0.12 if levels else 0.05)  # room for the words above a level
+    for name, level in (levels or {}).items():
+        axes.axhline(level, color=_INK, linestyle=(0, (1, 2)), linewidth=1)
+        axes.annotate(
+            name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color=_INK
+        )
     if xlabel == "step":
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    if len(curves) > 1:
+    if len(curves) > _FEW:
+        axes.legend(frameon=False, labelcolor=_INK, loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
+    elif len(curves) > 1:
         axes.legend(frameon=False, labelcolor=_INK)
-    return _svg(figure, f"{ylabel} against {xlabel}: {', '.join(curves)}")
+    rows = ((name, *point) for name, points in curves.items() for point in points)
+    svg = _svg(figure, f"{ylabel} against {xlabel}: {', '.join(curves)}")
+    return Drawn.of(svg, ylabel, ("curve", xlabel, ylabel), rows)
+
+
+def _style(number: int, marked: bool) -> dict[str, Any]:
+    """Of the curve with this number among those of a figure."""
+    colour = _COLOURS[number % len(_COLOURS)]
+    hollow = number >= len(_COLOURS) or number % 2 == 1
+    return {
+        "color": colour,
+        "linestyle": _DASHES[number % len(_DASHES)],
+        "marker": _MARKERS[number % len(_MARKERS)] if marked else "",
+        "markerfacecolor": "none" if hollow else colour,
+    }
+
+
+def shares(
+    rows: Sequence[Mapping[str, float]], expected: Points, xlabel: str, ylabel: str, expected_label: str, caption: str
+) -> Drawn:
+    """Shares with their intervals, and a dashed line of what was expected. rows: of x, share, low, high and pairs."""
+    figure, axes = plots.new(5.2, 3.0)
+    x, share, low, high = (np.array([row[key] for row in rows]) for key in ("x", "share", "low", "high"))
+    reach = np.maximum(0, [share - low, high - share])  # rounding may leave it below
+    axes.plot(*zip(*expected, strict=True), color=_COLOURS[1], linestyle="--", label=expected_label)
+    axes.errorbar(x, share, yerr=reach, color=_COLOURS[0], marker="o", linestyle="none", capsize=3, label="observed")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.legend(frameon=False, labelcolor=_INK)
+    columns = ("x", "share", "low", "high", "pairs")
+    svg = _svg(figure, f"{ylabel} against {xlabel}, with 95 % intervals, beside {expected_label}")
+    return Drawn.of(svg, caption, columns, ([row[key] for key in columns] for row in rows))
+
+
+def alone(drawn: Drawn) -> str:
+    """A figure as a file of its own: its ink is black, since no page gives it another."""
+    named = str.replace(drawn, "<svg ", '<svg color="#1d2430" ', 1)  # Markup's own would escape it
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{named}'
 
 
 def interval(mean: float, low: float, high: float, span: tuple[float, float], null: float) -> str:
@@ -57,15 +126,21 @@ def interval(mean: float, low: float, high: float, span: tuple[float, float], nu
     )
 
 
-def histogram(gap: np.ndarray, threshold: float, unit: str = "reward units") -> str:
+def histogram(gap: np.ndarray, threshold: float, unit: str = "reward units") -> Drawn:
     """Gaps, and the thresholds that part flipped, hard and easy pairs."""
     figure, axes = plots.new(5.2, 3.0)
-    axes.hist(gap, bins=min(60, max(10, len(gap) // 20)), color=_COLOURS[0])
+    counts, edges, _ = axes.hist(gap, bins=min(60, max(10, len(gap) // 20)), color=_COLOURS[0])
+    reach = max(float(np.abs(gap).max()), 1.2 * threshold)
+    axes.set_xlim(-1.05 * reach, 1.05 * reach)
+    axes.set_ylim(0, 1.15 * max(counts))  # room for the words above the bars
     for place in (-threshold, threshold):
         axes.axvline(place, color=_COLOURS[1], linestyle="--")
+    for place, word in ((-(threshold + reach) / 2, "flipped"), (0, "hard"), ((threshold + reach) / 2, "easy")):
+        axes.text(place, 1.09 * max(counts), word, ha="center", va="center", color=_INK)
     axes.set_xlabel(f"gap: score of chosen − score of rejected, {unit}")
     axes.set_ylabel("pairs")
-    return _svg(figure, f"Histogram of {len(gap)} gaps with the thresholds ±{threshold:.3g}")
+    svg = _svg(figure, f"Histogram of {len(gap)} gaps with the thresholds ±{threshold:.3g}")
+    return Drawn.of(svg, "gaps", ("from", "to", "pairs"), zip(edges[:-1], edges[1:], counts, strict=True))
 
 
 def graph(sources: Mapping[str, Sequence[str]], kinds: Mapping[str, str]) -> str:

@@ -17,12 +17,10 @@ from etils import epath
 from mpo_jax import artifacts
 from mpo_jax.artifacts import BASE, DATA
 from mpo_jax.errors import InputError
-from mpo_jax.evaluation import report, sections
+from mpo_jax.evaluation import beside, report, sections
 from mpo_jax.evaluation.sections import Finished
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
-_FOLDERS = re.compile(r"(?<![\w./])/(?:[^\s/:\[\]]+/)+")
-"""What stands before the last part of an absolute path, in any text."""
 _LICENCE = ("license", "license_name", "license_link")
 
 
@@ -46,7 +44,7 @@ def text(
         loader=jinja2.PackageLoader("mpo_jax.evaluation", "templates"), trim_blocks=True, lstrip_blocks=True
     )
     named = Path(base).name if epath.Path(base).is_dir() else base
-    environment.filters["public"] = lambda value: _FOLDERS.sub("", str(value))
+    environment.filters["public"] = beside.public
     return environment.get_template("model_card.md").render(
         name=manifest["name"],
         kind=manifest["kind"],

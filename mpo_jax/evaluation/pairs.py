@@ -4,6 +4,7 @@ A pair's gap is its chosen score minus its rejected one. All in NumPy, on the ho
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,15 @@ def standard_error(share: float, count: int) -> float:
     return math.sqrt(max(share * (1 - share), 0.0) / max(count, 1))
 
 
+def of_bucket(judged: Mapping[str, float], bucket: str, pairs: int) -> tuple[float, float, int] | None:
+    """A bucket's accuracy with its standard error and number of pairs. judged: an evaluation on `pairs` pairs; None
+    where it has none of the bucket."""
+    if f"{bucket}_accuracy" not in judged:
+        return None
+    count, share = round(judged[f"{bucket}_share"] * pairs), judged[f"{bucket}_accuracy"]
+    return share, standard_error(share, count), count
+
+
 def calibration(gap: np.ndarray) -> list[dict[str, float]]:
     """Predicted against observed preference, in bins of the predicted probability that the surer side wins.
 
@@ -73,6 +83,46 @@ def calibration(gap: np.ndarray) -> list[dict[str, float]]:
                 }
             )
     return rows
+
+
+def by_gap_decile(gap: np.ndarray) -> list[dict[str, float]]:
+    """Pairs in ten equal parts by the size of their gap, smallest first: how often the label agrees, and how often it
+    would if the reward model knew its own certainty (the mean of sigmoid(|gap|)). gap: [pairs], chosen - rejected."""
+    gap = np.asarray(gap, np.float64)
+    order = np.argsort(np.abs(gap), kind="stable")
+    rows = []
+    for part in np.array_split(order, 10):
+        if len(part):
+            share = accuracy(gap[part])
+            rows.append(
+                {
+                    "from": float(np.abs(gap[part]).min()),
+                    "to": float(np.abs(gap[part]).max()),
+                    "pairs": len(part),
+                    "accuracy": share,
+                    "standard_error": standard_error(share, len(part)),
+                    "predicted": float(np.mean(1 / (1 + np.exp(-np.abs(gap[part]))))),
+                }
+            )
+    return rows
+
+
+def calibration_error(rows: Sequence[Mapping[str, float]], observed: str = "accuracy") -> float:
+    """Mean distance of predicted from observed agreement over parts of the pairs, weighted by their pairs (Guo et al.
+    2017, equation 3). observed: what its key is called."""
+    pairs = np.array([row["pairs"] for row in rows])
+    distance = np.array([abs(row["predicted"] - row[observed]) for row in rows])
+    return float((pairs * distance).sum() / pairs.sum())
+
+
+def wilson(share: float, count: float, z: float = 1.96) -> tuple[float, float]:
+    """The interval of a share observed in `count` independent trials, within 0 and 1 however extreme the share (Wilson
+    1927); 95 % by default. A tie that counted half is half a trial won."""
+    if count <= 0:
+        return 0.0, 1.0
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    reach = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 def histogram(values: np.ndarray, bins: int = _HISTOGRAM_BINS) -> dict[str, list[float]]:

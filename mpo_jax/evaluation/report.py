@@ -1,4 +1,5 @@
-"""A run's folder enters; report.html leaves: one page that asks for nothing else, of the stages that are finished.
+"""A run's folder enters; report.html leaves: one page that asks for nothing else, of the stages that are finished; and
+beside it the same as Markdown, and every figure with its numbers (`beside`).
 
 Every section is a template of its own; one whose stage is absent is left out. Templates escape what they show, so a
 reply that holds markup is read as text.
@@ -16,15 +17,15 @@ from markupsafe import Markup
 from mpo_jax import artifacts, progress
 from mpo_jax.artifacts import BASE
 from mpo_jax.errors import InputError
-from mpo_jax.evaluation import figures, human, sections, signatures, validation
+from mpo_jax.evaluation import beside, figures, human, sections, signatures, validation
 from mpo_jax.evaluation.sections import Finished, Shown
 
-PARTS = ("evaluations", "preferences", "splits", "judge")
+PARTS = ("evaluations", "preferences", "splits", "judge", "rewards")
 """Of the page, to which kinds of stages add: see `sections.Shown`."""
 
 
 def write(workdir: epath.Path, shown: Mapping[str, Shown]) -> epath.Path:
-    """Renders WORKDIR/report.html, whole or not at all. shown: of every kind of stage."""
+    """Renders WORKDIR/report.html and what lies beside it, each file whole or not at all. shown: of every kind."""
     workdir = epath.Path(workdir)
     loader = jinja2.PackageLoader("mpo_jax.evaluation", "templates")
     environment = jinja2.Environment(
@@ -34,6 +35,11 @@ def write(workdir: epath.Path, shown: Mapping[str, Shown]) -> epath.Path:
     for line in shown_page["left_out"]:
         progress.say(f"report: left out {line}", sys.stderr)
     target = workdir / artifacts.REPORT_PAGE
+    # The page last: a run whose page is younger than its stages is not drawn again.
+    try:
+        beside.write(workdir, shown_page)
+    except Exception as error:  # the page is what a run is read by
+        progress.say(f"report: no {artifacts.REPORT_TEXT} beside it: {type(error).__name__}: {error}", sys.stderr)
     artifacts.write_text(target, environment.get_template("report.html").render(shown_page))
     return target
 
@@ -64,7 +70,8 @@ def page(workdir: epath.Path, shown: Mapping[str, Shown]) -> dict[str, Any]:
 
 def _part(part: str, stages: list[Finished], shown: Mapping[str, Shown]) -> list[Any]:
     known = ((stage, shown.get(stage.kind, Shown())) for stage in stages)
-    return [kind.make(stage) for stage, kind in known if kind.part == part and kind.make is not None]
+    made = (kind.make(stage) for stage, kind in known if kind.part == part and kind.make is not None)
+    return [each for each in made if each is not None]
 
 
 def finished(workdir: epath.Path) -> tuple[list[Finished], list[str]]:

@@ -49,10 +49,11 @@ class Finished:
 @dataclasses.dataclass(frozen=True)
 class Shown:
     """What the report makes of a kind of stage. curves: (key of its metrics, label of the axis), drawn while it trains.
-    figures: of its summary, by dotted names, those that `mpo runs` lists. part: of the page (see `report.PARTS`), to
-    which `make` adds what it makes of each stage."""
+    pictures: further figures of its training, before those. figures: of its summary, by dotted names, those that `mpo
+    runs` lists. part: of the page (see `report.PARTS`), to which `make` adds what it makes of each stage."""
 
     curves: tuple[tuple[str, str], ...] = ()
+    pictures: Callable[[Finished], Iterable[Markup]] | None = None
     figures: tuple[str, ...] = ()
     part: str = ""
     make: Callable[[Finished], Any] | None = None
@@ -61,15 +62,14 @@ class Shown:
 def training(stages: Iterable[Finished], shown: Mapping[str, Shown]) -> Iterator[dict[str, Any]]:
     """The curves of every stage whose kind has some."""
     for stage in stages:
-        plots = []
-        for key, label in shown.get(stage.kind, Shown()).curves:
+        kind = shown.get(stage.kind, Shown())
+        plots = [] if kind.pictures is None else [*kind.pictures(stage)]
+        for key, label in kind.curves:
             names = {"training": key, "held out": f"eval/{key}"}
-            if key == "score":
-                names |= {"gold, held out": "eval/gold_score"}
             curves = {name: metrics.curve(stage.folder, of) for name, of in names.items()}
             curves = {name: points for name, points in curves.items() if points}
             if curves:
-                plots.append(Markup(figures.lines(curves, "step", label)))
+                plots.append(figures.lines(curves, "step", label))
         if plots:
             yield {"name": stage.name, "kind": stage.kind, "plots": plots}
 
@@ -77,10 +77,18 @@ def training(stages: Iterable[Finished], shown: Mapping[str, Shown]) -> Iterator
 def preference(stage: Finished) -> dict[str, Any]:
     """What preference training is worth on held-out pairs."""
     summary = stage.manifest["summary"]
-    error = pairs.standard_error(summary["judged"]["accuracy"], summary["heldout_pairs"])
+    judged, count = summary["judged"], summary["heldout_pairs"]
+    error = pairs.standard_error(judged["accuracy"], count)
+    apart = {bucket: pairs.of_bucket(judged, bucket, count) for bucket in ("easy", "hard")}
     given = stage.manifest["inputs"].get("pairs") or [{"name": "the data", "part": ""}]
     source = "/".join(filter(None, (given[0]["name"], given[0]["part"])))
-    return {"name": stage.name, "source": source, "error": error, "summary": summary}
+    return {
+        "name": stage.name,
+        "source": source,
+        "accuracy": verdict.with_error(judged["accuracy"], error),
+        "apart": {bucket: verdict.with_error(*found[:2]) if found else None for bucket, found in apart.items()},
+        "summary": summary,
+    }
 
 
 def split(stage: Finished) -> dict[str, Any]:
@@ -91,7 +99,7 @@ def split(stage: Finished) -> dict[str, Any]:
     return {
         "name": stage.name,
         "report": report,
-        "histogram": Markup(figures.histogram(gap, report["threshold"], report["unit"])),
+        "histogram": figures.histogram(gap, report["threshold"], report["unit"]),
         "samples": artifacts.read_json(stage.folder / artifacts.SAMPLE_PAIRS),
     }
 
@@ -116,7 +124,7 @@ def evaluation(stage: Finished) -> dict[str, Any]:
         "notes": table.notes(report),
         "judges": list(dict.fromkeys(by for _, by in wins)),
         "wins": wins,
-        "frontier": Markup(figures.lines(frontier, f"KL to {report['baseline']}, nats", "reward model's score", "o"))
+        "frontier": figures.lines(frontier, f"KL to {report['baseline']}, nats", "reward model's score", "o")
         if frontier
         else None,
         "samples": _samples(rows, report["verdict"], report["baseline"]),

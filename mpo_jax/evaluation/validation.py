@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from markupsafe import Markup
 
 from mpo_jax import artifacts, metrics
 from mpo_jax.evaluation import figures
@@ -18,36 +17,6 @@ from mpo_jax.evaluation.sections import Finished
 
 _FEWEST = 20
 """Pairs with a known confidence, below which their correlation is not worth a line."""
-
-
-def by_gap_decile(gap: np.ndarray) -> list[dict[str, float]]:
-    """Pairs in ten equal parts by the size of their gap, smallest first: how often the label agrees, and how often it
-    would if the reward model knew its own certainty (the mean of sigmoid(|gap|)). gap: [pairs], chosen - rejected."""
-    gap = np.asarray(gap, np.float64)
-    order = np.argsort(np.abs(gap), kind="stable")
-    rows = []
-    for part in np.array_split(order, 10):
-        if len(part):
-            share = pair_tables.accuracy(gap[part])
-            rows.append(
-                {
-                    "from": float(np.abs(gap[part]).min()),
-                    "to": float(np.abs(gap[part]).max()),
-                    "pairs": len(part),
-                    "accuracy": share,
-                    "standard_error": pair_tables.standard_error(share, len(part)),
-                    "predicted": float(np.mean(1 / (1 + np.exp(-np.abs(gap[part]))))),
-                }
-            )
-    return rows
-
-
-def calibration_error(rows: Sequence[Mapping[str, float]]) -> float:
-    """Mean distance of predicted from observed agreement over the deciles, weighted by their pairs (Guo et al. 2017,
-    equation 3)."""
-    pairs = np.array([row["pairs"] for row in rows])
-    distance = np.array([abs(row["predicted"] - row["accuracy"]) for row in rows])
-    return float((pairs * distance).sum() / pairs.sum())
 
 
 def with_confidence(gap: np.ndarray, confidence: np.ndarray) -> dict[str, float] | None:
@@ -109,13 +78,13 @@ def section(stages: Iterable[Finished]) -> dict[str, Any] | None:
     return {"splits": splits, "curves": curves} if splits or curves else None
 
 
-def _drawn(points: Sequence[Mapping[str, float]]) -> Markup:
+def _drawn(points: Sequence[Mapping[str, float]]) -> figures.Drawn:
     """The curve as a picture that stands in the page itself."""
     lines = {
         "reward model": [(point["step"], point["reward"]) for point in points],
         "gold": [(point["step"], point["gold"]) for point in points],
     }
-    return Markup(figures.lines(lines, "step", "mean score of held-out replies", marker="o"))
+    return figures.lines(lines, "step", "mean score of held-out replies", marker="o")
 
 
 def _labelled(settings: Mapping[str, Any]) -> bool:
@@ -127,13 +96,13 @@ def _labelled(settings: Mapping[str, Any]) -> bool:
 def _split(folder: epath.Path) -> dict[str, Any]:
     gap = artifacts.read_gaps(folder).gap
     confidence = artifacts.read_array(folder / artifacts.PAIR_ROWS / "confidence.npy")
-    rows = by_gap_decile(gap)
+    rows = pair_tables.by_gap_decile(gap)
     share = pair_tables.accuracy(gap)
     return {
         "pairs": len(gap),
         "accuracy": share,
         "standard_error": pair_tables.standard_error(share, len(gap)),
         "deciles": rows,
-        "calibration_error": calibration_error(rows),
+        "calibration_error": pair_tables.calibration_error(rows),
         "confidence": with_confidence(gap, confidence),
     }

@@ -168,6 +168,13 @@ def heldout(artifact: Artifact, half: str) -> Encoded:
     return corpus.read_rows(artifact.folder / artifacts.HELDOUT / half)
 
 
+def heldout_buckets(artifact: Artifact, half: str) -> np.ndarray | None:
+    """i8 [pairs]: the bucket of each of `heldout(artifact, half)`, by the split's own scorer and threshold; None where
+    the split has not divided them: its data gave them no margins, or an earlier version made it."""
+    folder = artifact.folder / artifacts.HELDOUT / half
+    return artifacts.read_gaps(folder).bucket if (folder / artifacts.GAPS).exists() else None
+
+
 def heldout_prompts(artifact: Artifact, half: str, count: int) -> Encoded:
     """The prompts of `count` held-out pairs, a fair sample, each once."""
     encoded = heldout(artifact, half)

@@ -4,6 +4,7 @@ Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290), or anot
 The reference's log-probs are computed once; a reference that moves is computed in every step.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -11,14 +12,16 @@ from typing import Annotated, Any, Literal
 import annotated_types
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pydantic
 
 from mpo_jax import artifacts, scoring
 from mpo_jax import settings as declared
 from mpo_jax.artifacts import DATA, PAIRS, POLICY
 from mpo_jax.data import encode
+from mpo_jax.data.division import REPORT, SELECT
+from mpo_jax.evaluation import drift, sections
 from mpo_jax.evaluation import pairs as pair_tables
-from mpo_jax.evaluation import sections
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import losses, masks
@@ -32,7 +35,7 @@ from mpo_jax.stages.base import Stage, Training
 from mpo_jax.stages.curriculum import ORDERS, WEIGHTS
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Programs
-from mpo_jax.types import PyTree
+from mpo_jax.types import BUCKETS, PyTree
 
 
 class Settings(Training):
@@ -91,27 +94,68 @@ class Settings(Training):
 def make_loss(model: ModelConfig, settings: Settings, moving: bool = False) -> loop.Loss:
     """The loss on pairs. The reference's log-probs are the batch's ref_logps or, of one that is `moving`, computed here
     with frozen["reference"]; an objective without a reference reads neither."""
-    objective = OBJECTIVES[settings.objective]
 
     def loss(params, frozen, batch, key):
-        out = scoring.response_logps(model, frozen["base"] | params, batch)
-        chosen, rejected = (out.seq_logps(2)[:, side] for side in (0, 1))
-        given = {"policy_chosen": chosen, "policy_rejected": rejected, "weight": batch.weight, "beta": settings.beta}
-        if objective.reference:
-            ref_logps = batch.ref_logps
-            if moving:
-                weights = frozen["base"] | frozen["reference"]
-                ref_logps = scoring.response_logps(model, weights, batch).seq_logps(2)
-            given |= {"reference_chosen": ref_logps[:, 0], "reference_rejected": ref_logps[:, 1]}
-        if objective.lengths:
-            given |= {"chosen_len": _tokens(batch, 0), "rejected_len": _tokens(batch, 1)}
-        objective_loss = objective.loss(**given | {name: getattr(settings, name) for name in objective.settings})
-        if settings.sft:
-            nll = losses.chosen_nll(chosen, _tokens(batch, 0), batch.weight)
-            objective_loss = losses.add(objective_loss, (settings.sft, nll))
-        return objective_loss
+        return _loss(settings, _compared(model, settings, params, frozen, batch, moving), batch)
 
     return loss
+
+
+def make_judge(model: ModelConfig, settings: Settings) -> loop.Loss:
+    """The loss, whose metrics tell accuracy and margin of easy, hard and flipped pairs apart too, with the share of
+    each, where the batch has the pairs' buckets."""
+
+    def judge(params, frozen, batch, key):
+        given = _compared(model, settings, params, frozen, batch)
+        total, weight, metrics = _loss(settings, given, batch)
+        return total, weight, metrics | _by_bucket(settings, given, batch)
+
+    return judge
+
+
+def told_apart(evaluation: Mapping[str, float]) -> dict[str, float]:
+    """An evaluation without the metrics of buckets that none of its pairs is in."""
+    empty = tuple(f"{name}_" for name in BUCKETS if not evaluation.get(f"{name}_share", 1))
+    return {name: value for name, value in evaluation.items() if not name.startswith(empty)}
+
+
+def _compared(model: ModelConfig, settings: Settings, params, frozen, batch, moving: bool = False) -> dict[str, Any]:
+    """What the objective is given of a batch, beside its own settings."""
+    objective = OBJECTIVES[settings.objective]
+    out = scoring.response_logps(model, frozen["base"] | params, batch)
+    chosen, rejected = (out.seq_logps(2)[:, side] for side in (0, 1))
+    given = {"policy_chosen": chosen, "policy_rejected": rejected, "weight": batch.weight, "beta": settings.beta}
+    if objective.reference:
+        ref_logps = batch.ref_logps
+        if moving:
+            weights = frozen["base"] | frozen["reference"]
+            ref_logps = scoring.response_logps(model, weights, batch).seq_logps(2)
+        given |= {"reference_chosen": ref_logps[:, 0], "reference_rejected": ref_logps[:, 1]}
+    if objective.lengths:
+        given |= {"chosen_len": _tokens(batch, 0), "rejected_len": _tokens(batch, 1)}
+    return given | {name: getattr(settings, name) for name in objective.settings}
+
+
+def _loss(settings: Settings, given: Mapping[str, Any], batch) -> losses.Loss:
+    objective_loss = OBJECTIVES[settings.objective].loss(**given)
+    if settings.sft:
+        nll = losses.chosen_nll(given["policy_chosen"], _tokens(batch, 0), batch.weight)
+        objective_loss = losses.add(objective_loss, (settings.sft, nll))
+    return objective_loss
+
+
+def _by_bucket(settings: Settings, given: Mapping[str, Any], batch) -> losses.Metrics:
+    if batch.bucket is None:
+        return {}
+    real = batch.weight > 0
+    found: losses.Metrics = {}
+    for index, name in enumerate(BUCKETS):
+        here = real & (batch.bucket == index)
+        weight = losses.kept(batch.weight, here)
+        _, _, metrics = OBJECTIVES[settings.objective].loss(**dict(given) | {"weight": weight})
+        found |= {f"{name}_{key}": metrics[key] for key in ("accuracy", "reward_margin") if key in metrics}
+        found[f"{name}_share"] = losses.count(here), losses.count(real)
+    return found
 
 
 def _tokens(batch, side: int) -> jax.Array:
@@ -139,15 +183,20 @@ def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
     weights = jobs.abstract_base(job, model) | shapes.frozen_weights(job, model)
     params = jobs.abstract_weights(model, job.mesh)
     unread = shapes.pairs(job, settings.batch_size, made_by)
+    divided = "pairs" in job.inputs  # the held-out ones too
     if not OBJECTIVES[settings.objective].reference:
-        return loop.programs(job, model, make_loss(model, settings), params, unread, steps)
+        judged = make_judge(model, settings), shapes.pairs(job, settings.batch_size, made_by, bucket=divided)
+        return loop.programs(job, model, make_loss(model, settings), params, unread, steps, judged=judged)
     before = {"reference": rows.logps_program(job, model, weights, unread, 2)}
     read = shapes.pairs(job, settings.batch_size, made_by, ref_logps=True)
-    loss = make_loss(model, settings)
+    # By the reference that stays, where it moves, so that stages can be compared.
+    judged = (
+        make_judge(model, settings),
+        shapes.pairs(job, settings.batch_size, made_by, ref_logps=True, bucket=divided),
+    )
     if not settings.reference_every:
-        return before | loop.programs(job, model, loss, params, read, steps)
+        return before | loop.programs(job, model, make_loss(model, settings), params, read, steps, judged=judged)
     moving = loop.Extra({"reference": params}, functools.partial(moved, settings))
-    judged = loss, read  # by the reference that stays, so that stages can be compared
     return before | loop.programs(
         job, model, make_loss(model, settings, moving=True), params, unread, steps, moving, judged
     )
@@ -168,23 +217,39 @@ def run(job: Job[Settings]) -> dict[str, Any]:
         read = dict(zip(read, found, strict=True))
     training_rows = loader(train, ref_logps=None if settings.reference_every else read["train"], **by_gap(job))
     heldout_rows, reported_rows = (
-        loader(encoded, ref_logps=read[name], shuffle=False)
-        for name, encoded in (("heldout", heldout), ("reported", reported))
+        loader(encoded, ref_logps=read[name], shuffle=False, bucket=buckets_of(job, half))
+        for name, encoded, half in (("heldout", heldout, SELECT), ("reported", reported, REPORT))
     )
     params = jobs.load_weights(job, job.inputs["init"], model)
     extra = {"reference": jobs.load_weights(job, job.inputs["reference"], model)} if settings.reference_every else {}
     training = loop.supervised(job, compiled, params, {"base": base}, training_rows, heldout_rows, steps, extra)
-    params, summary = loop.train(training, steps, job.folder, job.mesh)
+    watched = min(len(heldout), settings.eval_batches * settings.batch_size)
+    params, summary = loop.train(_telling_apart(training, watched), steps, job.folder, job.mesh)
     jobs.save_weights(job, params)
     evaluate = compiled["evaluate"].function
+    judged = loop.evaluate(evaluate, params, {"base": base}, reported_rows, settings.eval_batches)
     summary |= {
         "pairs": len(train),
-        "judged": loop.evaluate(evaluate, params, {"base": base}, reported_rows, settings.eval_batches),
+        "judged": told_apart(judged),
         "heldout_pairs": min(len(reported), settings.eval_batches * settings.batch_size),
+        "watched_pairs": watched,
         "heldout": encode.rows_fingerprint(reported),
     }
     jobs.say(table(finished(job, summary["heldout"]) | {job.name: summary}, job))
     return summary
+
+
+def buckets_of(job: Job[Settings], half: str) -> np.ndarray | None:
+    """The buckets of held-out pairs; None of the data's own, which nobody has divided."""
+    return buckets.heldout_buckets(job.inputs["pairs"], half) if "pairs" in job.inputs else None
+
+
+def _telling_apart(training: loop.Trainer, watched: int) -> loop.Trainer:
+    """watched: pairs of each evaluation."""
+    evaluate = training.evaluate
+    assert evaluate is not None
+    known = {"watched_pairs": watched}
+    return dataclasses.replace(training, evaluate=lambda *given: told_apart(evaluate(*given)), known=known)
 
 
 def by_gap(job: Job[Settings]) -> dict[str, Any]:
@@ -245,6 +310,7 @@ STAGE = Stage(
     rows=buckets.rows_of("pairs"),
     shown=Shown(
         curves=(("loss", "loss"), ("reward_margin", "reward margin")),
+        pictures=drift.pictures,
         figures=("steps", "pairs", "judged.accuracy"),
         part="preferences",
         make=sections.preference,

@@ -6,7 +6,7 @@ continues from the last checkpoint and ends with the same numbers.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from mpo_jax import metrics as metrics_log
 from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.data.account import epochs
 from mpo_jax.data.loader import Loader
+from mpo_jax.evaluation import signatures
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import nonfinite
@@ -60,8 +61,9 @@ class Trainer:
 
     params: the trainable weights, on the mesh; `train` copies them and frees the caller's. frozen: all other arrays
     that the step reads. extra: see `types.TrainState`. best: the evaluation's metric whose minimum (or, with a leading
-    "-", maximum) marks the best checkpoint. settings: the stage's own. watch: is told each
-    logged step's number and values, to warn of what needn't stop the run.
+    "-", maximum) marks the best checkpoint. settings: the stage's own. name, known: the stage's
+    name and what is known of its summary, for the failures that evaluations show. watch: is told each logged step's
+    number and values, to warn of what needn't stop the run.
     """
 
     step: Step
@@ -75,6 +77,8 @@ class Trainer:
     key: jax.Array
     extra: PyTree = dataclasses.field(default_factory=dict)
     best: str = "loss"
+    name: str = ""
+    known: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     watch: Callable[[int, dict[str, float]], None] | None = None
 
 
@@ -138,6 +142,7 @@ def supervised(
         settings=job.settings,
         key=jobs.key(job),
         extra=extra or {},
+        name=job.name,
     )
 
 
@@ -336,6 +341,7 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
     ):
         seen: set[Any] = set()
         clock, laps = Stopwatch(), list[Reading]()
+        told_signs: set[str] = set()
         for step, batch in _numbered(loader, start, steps):
             bucket = jax.tree.structure(batch), batch.tokens.shape
             before, done = metrics_log.compiles(), step + 1
@@ -368,6 +374,8 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
                 watch.check(checkpoints.latest_step())
                 evaluation = training.evaluate(state.params, training.frozen, done)
                 log.write_now(done, {f"eval/{name}": value for name, value in evaluation.items()})
+                for sign in signatures.appeared(training.name, folder, training.known, told_signs):
+                    jobs.say(f"warning: {sign}")
                 progress["evaluation"] = evaluation
                 if _better(evaluation, progress["best"], training.best):
                     progress |= {"best": evaluation, "best_step": done}

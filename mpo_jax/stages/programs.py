@@ -113,14 +113,15 @@ def prompt_length(job: Job) -> int:
 
 
 def pairs(
-    job: Job, rows: int, made_by: Any, ref_logps: bool = False, margin: bool = False, label: bool = False
-) -> Batch:
+    job: Job, rows: int, made_by: Any, ref_logps: bool = False, margin: bool = False, label: bool = False,
+    bucket: bool = False,
+) -> Batch:  # fmt: skip
     """Rows of a prompt and two replies: from the data, or as long as the stage `made_by` samples them."""
     data = job.config.data
     if made_by is None:
         window = 2 * data.max_response
-        return batch(job, rows, row_length(job, window), window, ref_logps, margin, label)
-    return batch(job, rows, *sampled_length(job, made_by, 2), ref_logps, margin, label)
+        return batch(job, rows, row_length(job, window), window, ref_logps, margin, label, bucket)
+    return batch(job, rows, *sampled_length(job, made_by, 2), ref_logps, margin, label, bucket)
 
 
 def replies(job: Job, rows: int, made_by: Any) -> Batch:
@@ -139,6 +140,7 @@ def batch(
     ref_logps: bool = False,
     margin: bool = False,
     label: bool = False,
+    bucket: bool = False,
 ) -> Batch:
     """An abstract batch of the loader's form."""
     sharding.check_batch(rows, job.mesh)
@@ -154,6 +156,7 @@ def batch(
         ref_logps=rows_of(job, (rows, 2), jnp.float32) if ref_logps else None,
         margin=rows_of(job, vector, jnp.float32) if margin else None,
         label=rows_of(job, vector, jnp.float32) if label else None,
+        bucket=rows_of(job, vector, jnp.int32) if bucket else None,
     )
 
 

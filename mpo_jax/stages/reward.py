@@ -16,6 +16,7 @@ from mpo_jax.data import division, encode
 from mpo_jax.data.division import REPORT, SELECT
 from mpo_jax.data.encode import Encoded
 from mpo_jax.evaluation import pairs as pair_tables
+from mpo_jax.evaluation import reward_model
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import losses
@@ -27,6 +28,9 @@ from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage, Training, rows_of_share
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Programs
+
+_RANGE = (1, 99)
+"""Percentiles of the training replies' scores between which scores are those of replies like them."""
 
 
 class Settings(Training):
@@ -105,8 +109,10 @@ def run(job: Job[Settings]) -> dict[str, Any]:
         rows.compute(job, compiled["score"], base | params, encoded[share], size, of=["itself"])
         for share in (settings.share, REPORT)
     )
-    statistics = {"mean": float(trained.mean()), "std": float(trained.std())}
+    low, high = np.percentile(trained, _RANGE)
+    statistics = {"mean": float(trained.mean()), "std": float(trained.std()), "low": float(low), "high": float(high)}
     report = pair_tables.pair_report(held, encoded[REPORT].piece_lens[:, 1:], encoded[REPORT].confidence)
+    report["by_gap_decile"] = pair_tables.by_gap_decile(held[:, 0] - held[:, 1])
     report["baselines"] = {
         "shorter_wins": pair_tables.shorter_wins(encoded[REPORT].piece_lens[:, 1:]),
         "tfidf_bradley_terry": pair_tables.tfidf_bradley_terry(
@@ -159,5 +165,10 @@ STAGE = Stage(
     programs=programs,
     check=loop.check,
     rows=rows_of_share,
-    shown=Shown(curves=(("loss", "loss"), ("accuracy", "accuracy")), figures=("steps", "report.accuracy")),
+    shown=Shown(
+        curves=(("loss", "loss"), ("accuracy", "accuracy")),
+        figures=("steps", "report.accuracy"),
+        part="rewards",
+        make=reward_model.section,
+    ),
 )

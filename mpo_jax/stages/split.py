@@ -7,6 +7,7 @@ part that one of k reward models has not seen (cross-fitting).
 """
 
 import contextlib
+import dataclasses
 import functools
 from typing import Annotated, Any, Literal
 
@@ -214,24 +215,22 @@ def run(job: Job[Settings]) -> dict[str, Any]:
         score = with_reward(job, model, compiled, base, asked["scorer"]) if "scorer" in asked else None
         make = functools.partial(_scored_pairs, job, model, tokenizer, compiled, base, score, asked.get("labeller"))
         scored, unscored = make(settings.share)
-        heldout = {half: make(half)[0].encoded for half in (division.SELECT, division.REPORT)}
+        heldout = {half: make(half)[0] for half in (division.SELECT, division.REPORT)}
     measured = gaps.scores(job, compiled, base, scored.encoded, scored.scores)
-    gap = measured[:, 0] - measured[:, 1]
-    threshold, bucket = divided(job, model, compiled, base, scored.encoded, gap)
-    table = GapTable(
-        id=scored.encoded.id,
-        prompt_id=scored.encoded.prompt_id,
-        score_chosen=measured[:, 0],
-        score_rejected=measured[:, 1],
-        gap=gap,
-        bucket=bucket,
-    )
+    threshold = edge(job, measured[:, 0] - measured[:, 1])
+    table = divided(job, model, compiled, base, scored.encoded, measured, threshold)
+    gap = table.gap
+    if settings.top_k:
+        table = dataclasses.replace(table, bucket=buckets.only_top(table.bucket, gap, settings.top_k))
     buckets.check_buckets(job.name, table, threshold, settings.flipped)
     report = split_report.build(
         table, scored.encoded, threshold, settings.measures, settings.gap_unit, settings.scored_by
     )
-    for half, encoded in heldout.items():
-        corpus.write_rows(encoded, job.folder / artifacts.HELDOUT / half)
+    for half, each in heldout.items():
+        folder = job.folder / artifacts.HELDOUT / half
+        corpus.write_rows(each.encoded, folder)
+        if (beside := heldout_table(job, model, compiled, base, each, threshold)) is not None and jobs.is_first():
+            artifacts.write_gaps(folder, beside)
     corpus.write_rows(scored.encoded, job.folder / artifacts.PAIR_ROWS)
     if jobs.is_first():
         artifacts.write_gaps(job.folder, table)
@@ -253,22 +252,38 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     }
 
 
-def divided(job: Job[Settings], model: ModelConfig, compiled: Programs, base, encoded: Encoded, gap: np.ndarray):
-    """The threshold, and the bucket of each pair: i8 [pairs]."""
+def edge(job: Job[Settings], gap: np.ndarray) -> float:
+    """The threshold that the settings ask for."""
     settings = job.settings
     if settings.top_k:
-        threshold = buckets.top_threshold(job.name, gap, settings.top_k)
-    else:
-        threshold = buckets.gap_threshold(gap, settings.threshold, settings.quantile)
-    bucket = buckets.buckets(gap, threshold, settings.band)
-    if settings.top_k:
-        bucket = buckets.only_top(bucket, gap, settings.top_k)
+        return buckets.top_threshold(job.name, gap, settings.top_k)
+    return buckets.gap_threshold(gap, settings.threshold, settings.quantile)
+
+
+def divided(
+    job: Job[Settings], model: ModelConfig, compiled: Programs, base, encoded: Encoded, measured: np.ndarray,
+    threshold: float,
+) -> GapTable:  # fmt: skip
+    """Pairs in their buckets. measured: f32 [pairs,2], see `gaps.scores`."""
+    gap = measured[:, 0] - measured[:, 1]
+    bucket = buckets.buckets(gap, threshold, job.settings.band)
     if "second" in compiled:
         weights = base | jobs.load_weights(job, job.inputs["second"], model, jobs.frozen_dtype(job))
         of = ["second", *jobs.making(job.inputs["second"])]
         second = rows.compute(job, compiled["second"], weights, encoded, score_rows(job), of)
         bucket = buckets.agreed(bucket, second[:, 0] - second[:, 1])
-    return threshold, bucket
+    return GapTable(encoded.id, encoded.prompt_id, measured[:, 0], measured[:, 1], gap, bucket)
+
+
+def heldout_table(
+    job: Job[Settings], model: ModelConfig, compiled: Programs, base, scored: Scored, threshold: float
+) -> GapTable | None:
+    """Held-out pairs in buckets by the same rule, so that a training can be watched on the easy and on the hard ones;
+    None where the gap is the data's margin, and they have none."""
+    if "given" in job.settings.measures and not np.isfinite(scored.encoded.margin).all():
+        return None
+    measured = gaps.scores(job, compiled, base, scored.encoded, scored.scores)
+    return divided(job, model, compiled, base, scored.encoded, measured, threshold)
 
 
 def with_reward(job: Job[Settings], model: ModelConfig, compiled: Programs, base, score: scores.Score):

@@ -1,14 +1,17 @@
 """The report of a made run in a real Chromium: every plot is shown, nothing is asked for, markup in a reply is text."""
 
+import csv
 import json
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from etils import epath
+from markdown_it import MarkdownIt
 
 from mpo_jax import artifacts
-from mpo_jax.evaluation import figures, report, split_report, statistics
+from mpo_jax.evaluation import beside, figures, report, split_report, statistics
 from mpo_jax.stages import kinds
 from tests.browser import PHONE, WIDE, browser, complaints, overflow, resize
 from tests.evaluation import made
@@ -193,12 +196,19 @@ def test_a_damaged_stage_costs_its_section_alone(workdir, capsys):
 
 
 def test_dpo_stages_stand_beside_each_other(workdir):
-    judged = {"accuracy": 0.75, "reward_margin": 0.25, "kl_chosen": 1.0, "kl_rejected": -2.0}
+    judged = {"accuracy": 0.75, "reward_margin": 0.25, "kl_chosen": 1.0, "kl_rejected": -2.0,
+              "easy_accuracy": 0.9, "easy_share": 0.48}  # fmt: skip
     manifest = {"name": "dpo", "kind": "dpo", "key": "0123", "inputs": {"pairs": [{"name": "split", "part": "easy"}]},
                 "summary": {"pairs": 1200, "judged": judged, "heldout_pairs": 75}}  # fmt: skip
     artifacts.write_manifest(workdir / "dpo-0123", manifest | {"shared": "abcd", "packages": {}})
     page = report.write(workdir, kinds.shown()).read_text()
-    assert "<th>dpo</th><td>1,200 of split/easy</td><td>0.750 ± 0.050</td><td>0.250</td><td>1.00</td>" in page
+    row = page[page.index('<th scope="row">dpo</th>') :].split("</tr>")[0]
+    cells = re.findall(r'<td data-label="([^"]+)">([^<]*)</td>', row)
+    assert cells[:4] == [
+        ("trained on", "1,200 of split/easy"), ("reward accuracy", "0.750 ± 0.050"),
+        ("on easy pairs", "0.900 ± 0.050"), ("on hard pairs", "–"),
+    ]  # fmt: skip
+    assert cells[4:] == [("margin", "0.250"), ("log-ratio of chosen", "1.00"), ("log-ratio of rejected", "-2.00")]
     assert "Left out" not in page
 
 
@@ -229,3 +239,65 @@ def test_no_edge_of_the_graph_passes_behind_a_box():
     for left, y, right in (tuple(map(float, each)) for each in passing):
         for x, top in boxes:
             assert right <= x or left >= x + figures._BOX[0] or not top < y < top + figures._BOX[1]
+
+
+def test_figures_and_tables_lie_beside_the_page(workdir):
+    old = workdir / "figures" / "training-gone-loss.svg"
+    artifacts.write_text(old, "<svg/>")
+    report.write(workdir, kinds.shown())
+    names = {path.name for path in (workdir / "figures").iterdir()}
+    curves = ("training-sft-loss-nats-per-token", "training-reward-loss", "training-reward-accuracy")
+    ppo = ("training-mpo-score", "training-mpo-kl-to-the-reference-nats")
+    one = ("splits-split-gaps", "evaluations-evaluate-reward-model-s-score")
+    assert names == {f"{name}.{end}" for name in (*curves, *ppo, *one) for end in ("svg", "csv")}
+    for name in names:
+        if name.endswith("svg"):
+            root = ElementTree.fromstring((workdir / "figures" / name).read_text())
+            assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("color")
+    with (workdir / "figures" / "training-sft-loss-nats-per-token.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["curve", "step", "loss, nats per token"] and ["held out", "2", "1.1"] in rows and len(rows) == 7
+    with (workdir / "figures" / "splits-split-gaps.csv").open() as file:
+        assert sum(float(row["pairs"]) for row in csv.DictReader(file)) == 200
+
+
+def test_tables_as_markdown_are_tables(workdir):
+    verdict = artifacts.read_json(workdir / "evaluate-0123" / "report.json")["verdict"]
+    report.write(workdir, kinds.shown())
+    text = (workdir / "report.md").read_text()
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    assert verdict["sentences"][0] in text and "](figures/training-mpo-score.svg)" in text
+    assert sum(token.type == "table_open" for token in tokens) == len(re.findall(r"^\| --- \|", text, re.M)) == 4
+    heads = [tokens[n + 1].content for n, token in enumerate(tokens) if token.type == "th_open"]
+    assert heads[:3] == ["mpo against", "difference of score, 95 %", "p"] and "reward model" in heads
+
+
+def test_cells_of_markdown_hold_no_bars_lines_or_folders():
+    assert beside.cell("a|b\nc") == "a\\|b c" and beside.cell(None) == beside.cell("") == "–" and beside.cell(0) == "0"
+    assert beside.cell("/home/me/models/qwen") == "qwen" and beside.cell("sft/easy") == "sft/easy"
+
+
+def test_seven_policies_differ_in_more_than_colour():
+    drawn = figures.lines({f"policy {n}": [(n, n)] for n in range(7)}, "KL", "score", "o")
+    marks = re.findall(r'<use [^>]*style="([^"]*)"', drawn)
+    shapes = set(re.findall(r'<path id="f[0-9]+-m[0-9a-f]+" d="([^"]+)"', drawn))
+    assert len({mark for mark in marks if "stroke" in mark}) >= 7 and len(shapes) >= 7
+    assert len(set(figures._COLOURS[:7])) == 7 and all(f"policy {n}" in drawn for n in range(7))
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2's contrast ratio of two colours, as #rrggbb."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_curves_stand_out_from_the_page_in_both_modes():
+    assert contrast("#ffffff", "#000000") == pytest.approx(21)
+    for ground in ("#ffffff", "#1c2027"):  # of a card, light and dark
+        assert min(contrast(colour, ground) for colour in figures._COLOURS) >= 3

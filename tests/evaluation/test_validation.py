@@ -12,7 +12,7 @@ from scipy import stats
 from mpo_jax import artifacts
 from mpo_jax.data import encode
 from mpo_jax.data.tokenizer import Conventions
-from mpo_jax.evaluation import annotation, human, judge, sections, validation
+from mpo_jax.evaluation import annotation, human, judge, pairs, sections, validation
 from mpo_jax.evaluation.sections import Finished
 from tests.evaluation import made
 
@@ -25,27 +25,27 @@ def calibrated_gaps(count=20_000, seed=0):
 
 
 def test_deciles_of_a_calibrated_model():
-    rows = validation.by_gap_decile(calibrated_gaps())
+    rows = pairs.by_gap_decile(calibrated_gaps())
     assert [row["pairs"] for row in rows] == [2000] * 10
     assert all(before["to"] <= after["from"] for before, after in itertools.pairwise(rows))
     for row in rows:
         assert row["accuracy"] == pytest.approx(row["predicted"], abs=4 * row["standard_error"])
     assert rows[0]["accuracy"] < 0.56 and rows[-1]["accuracy"] > 0.95
-    assert validation.calibration_error(rows) < 0.015
+    assert pairs.calibration_error(rows) < 0.015
 
 
 def test_overconfidence_shows_as_calibration_error():
     """Ten times the gaps, the same labels: the model claims near certainty, and is right no more often."""
     gap = calibrated_gaps()
-    rows = validation.by_gap_decile(10 * gap)
+    rows = pairs.by_gap_decile(10 * gap)
     share = (gap > 0).mean()
     claimed = np.mean(1 / (1 + np.exp(-10 * np.abs(gap))))
-    assert validation.calibration_error(rows) == pytest.approx(claimed - share, abs=0.02)
-    assert validation.calibration_error(rows) > 0.15
+    assert pairs.calibration_error(rows) == pytest.approx(claimed - share, abs=0.02)
+    assert pairs.calibration_error(rows) > 0.15
 
 
 def test_deciles_by_hand():
-    rows = validation.by_gap_decile(np.array([-0.1, 0.2, 0.0]))
+    rows = pairs.by_gap_decile(np.array([-0.1, 0.2, 0.0]))
     assert [(row["from"], row["accuracy"]) for row in rows] == [(0.0, 0.5), (0.1, 0.0), (0.2, 1.0)]
 
 

@@ -155,17 +155,19 @@ def hard_prompts(job: Job, count: int) -> Artifact:
 
     train = pairs(STORIES[: count + 12])
     gap = np.where(np.arange(count + 12) < count, 0.1, 2.0).astype(np.float32)
-    table = GapTable(
-        id=train.id,
-        prompt_id=train.prompt_id,
-        score_chosen=gap,
-        score_rejected=np.zeros_like(gap),
-        gap=gap,
-        bucket=np.where(gap < 1, BUCKETS.index("hard"), BUCKETS.index("easy")).astype(np.int8),
-    )
+    table = table_of(train, gap)
     corpus.write_rows(train, folder / artifacts.PAIR_ROWS)
     for half, stories in (("select", STORIES[-24:-12]), ("report", STORIES[-12:])):
-        corpus.write_rows(pairs(stories), folder / artifacts.HELDOUT / half)
+        held = pairs(stories)
+        corpus.write_rows(held, folder / artifacts.HELDOUT / half)
+        artifacts.write_gaps(folder / artifacts.HELDOUT / half, table_of(held, np.resize([0.1, 2.0, 0.1], len(held))))
     artifacts.write_gaps(folder, table)
     artifacts.write_json(folder / artifacts.CONFIG, as_json(job.config))
     return artifact
+
+
+def table_of(encoded: encode.Encoded, gap: np.ndarray) -> GapTable:
+    """Pairs with gaps of 0 and more, easy from 1 up."""
+    bucket = np.where(gap < 1, BUCKETS.index("hard"), BUCKETS.index("easy")).astype(np.int8)
+    gap = gap.astype(np.float32)
+    return GapTable(encoded.id, encoded.prompt_id, gap, np.zeros_like(gap), gap, bucket)

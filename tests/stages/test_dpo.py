@@ -68,6 +68,39 @@ def test_what_is_logged_and_learned(ran):
     assert held["chosen_reward"] == pytest.approx(0.1 * held["kl_chosen"], abs=1e-5)  # beta 0.1
 
 
+def test_easy_and_hard_held_out_pairs_are_told_apart(made, ran):
+    """Of the split's 12, a third are easy: the whole is their mean, and no bucket without pairs is told of."""
+    summary, rows = ran
+    for told in (summary["evaluation"], summary["judged"], {k[5:]: v for k, v in rows[-1].items() if k[:5] == "eval/"}):
+        assert told["easy_share"] == pytest.approx(1 / 3) and told["hard_share"] == pytest.approx(2 / 3)
+        for name in ("accuracy", "reward_margin"):
+            whole = told["easy_share"] * told[f"easy_{name}"] + told["hard_share"] * told[f"hard_{name}"]
+            assert told[name] == pytest.approx(whole, abs=1e-6)
+        assert told["easy_reward_margin"] != told["hard_reward_margin"]
+        assert not [name for name in told if name.startswith("flipped")]
+    assert summary["watched_pairs"] == 12
+
+
+def test_telling_easy_and_hard_apart_changes_no_number(made, ran, tmp_path):
+    """Beside a split of an earlier version, which has not divided its held-out pairs."""
+    split = made.inputs["pairs"]
+    folder = epath.Path(tmp_path / "split")
+    shutil.copytree(split.folder, folder)
+    for half in ("select", "report"):
+        (folder / artifacts.HELDOUT / half / artifacts.GAPS).unlink()
+    summary, rows = run(made, "undivided", {"pairs": dataclasses.replace(split, folder=folder)})
+    assert "easy_accuracy" not in summary["judged"]
+    for before, after in zip(ran[1], rows, strict=True):
+        assert {key: before[key] for key in after if key != "seconds"} == {
+            k: v for k, v in after.items() if k != "seconds"
+        }
+    model = jobs.model(made)
+    with jax.set_mesh(made.mesh):
+        folders = (made.folder, made.workdir / "undivided")
+        one, two = (jobs.load_weights(made, Artifact("dpo", POLICY, each), model) for each in folders)
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
 def reference(job: Job, *rows):
     """The reference's log-probs of each set of rows, by the stage's own program."""
     return references.logps(job, dpo.programs(job)["reference"], {}, rows)

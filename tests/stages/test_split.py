@@ -88,6 +88,30 @@ def test_held_out_pairs_are_of_the_eval_share(job, whole, half):
     assert not set(heldout.prompt_id.tolist()) & set(buckets.pairs(whole).prompt_id.tolist())
 
 
+@pytest.mark.parametrize("half", ["select", "report"])
+def test_held_out_pairs_are_divided_by_the_same_scorer_and_threshold(job, whole, half):
+    heldout = buckets.heldout(whole, half)
+    table = artifacts.read_gaps(whole.folder / artifacts.HELDOUT / half)
+    np.testing.assert_array_equal(table.id, heldout.id)
+    threshold = json.loads((job.folder / artifacts.REPORT).read_text())["threshold"]
+    np.testing.assert_array_equal(buckets.heldout_buckets(whole, half), buckets.buckets(table.gap, threshold))
+    model = jobs.model(job)
+    with jax.set_mesh(job.mesh):
+        weights = jobs.load_weights(job, job.inputs["reward"], model)
+        scores = rows.compute(job, split.programs(job)["score"], weights, heldout, 8)
+    np.testing.assert_allclose(table.gap, scores[:, 0] - scores[:, 1], atol=1e-5)
+
+
+def test_held_out_pairs_without_margins_are_not_divided(job, whole):
+    given = dataclasses.replace(job, settings=job.settings.model_copy(update={"gap": "given"}))
+    heldout = buckets.heldout(whole, "select")
+    scored = split.Scored(heldout, np.zeros((len(heldout), 2), np.float32))
+    assert split.heldout_table(given, jobs.model(job), {}, {}, scored, 1.0) is None
+    known = dataclasses.replace(scored, encoded=dataclasses.replace(heldout, margin=np.arange(len(heldout)) / 2.0))
+    table = split.heldout_table(given, jobs.model(job), {}, {}, known, 1.0)
+    assert [BUCKETS[index] for index in table.bucket[:4]] == ["hard", "hard", "easy", "easy"]
+
+
 def test_scores_and_buckets_for_any_batch_size_and_device_count(job, whole, shared, tmp_path):
     table = table_of(whole)
     threshold = json.loads((job.folder / artifacts.REPORT).read_text())["threshold"]

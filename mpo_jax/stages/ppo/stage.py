@@ -16,6 +16,7 @@ import numpy as np
 from mpo_jax import artifacts, processes, sharding, stopping
 from mpo_jax.artifacts import POLICY
 from mpo_jax.errors import InputError
+from mpo_jax.evaluation import ppo_curves
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.sampling import SamplingConfig
@@ -187,6 +188,7 @@ def _run(job: Job[Settings], stack: contextlib.ExitStack) -> dict[str, Any]:
         key=jobs.key(job),
         extra=first_extra(settings),
         best="-score_within_kl",
+        name=job.name,
         watch=make_watch(job.name),
     )
     params, summary = loop.train(training, steps, job.folder, job.mesh)
@@ -266,9 +268,8 @@ STAGE = Stage(
     check=check,
     rows=buckets.rows_of("prompts"),
     shown=Shown(
+        pictures=ppo_curves.pictures,
         curves=(
-            ("score", "score"),
-            ("kl", "KL to the reference, nats"),
             ("response_len", "length of replies, tokens"),
             ("finished", "share of replies that end"),
             ("repetition", "repeated 4-grams"),
