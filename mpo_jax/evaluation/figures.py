@@ -5,6 +5,7 @@ import io
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,33 @@ def lines(curves: Mapping[str, Points], xlabel: str, ylabel: str, marker: str = 
     axes.set_ylabel(ylabel)
     if len(curves) > 1:
         axes.legend(frameon=False, labelcolor=_INK)
+    return _svg(figure, f"{ylabel} against {xlabel}: {', '.join(curves)}")
+
+
+def plane(curves: Mapping[str, Sequence[Mapping[str, Any]]], xlabel: str, ylabel: str, joined: bool = True) -> str:
+    """Score against KL: a curve through each policy's points, with standard errors. points: "kl", "score", their
+    "..._error" where known, and "final", which is drawn larger. joined: whether a line goes through a policy's points.
+    """
+    figure, axes = plots.new(7.2, 4.4)
+    for (dashes, colour), (name, points) in zip(
+        itertools.cycle(itertools.product(_DASHES, _COLOURS)), curves.items(), strict=False
+    ):
+        x, y = ([point[key] for point in points] for key in ("kl", "score"))
+        errors = ([point.get(f"{key}_error", 0.0) for point in points] for key in ("kl", "score"))
+        wide, high = errors
+        ground = colour if dashes == _DASHES[0] else "none"
+        axes.errorbar(
+            x, y, xerr=wide, yerr=high, color=colour, linestyle=dashes if joined else "none", linewidth=1.4,
+            elinewidth=0.8, marker="o", markersize=3.5, markerfacecolor=ground,
+        )  # fmt: skip
+        last = [point for point in points if point["final"]]
+        axes.plot(
+            [point["kl"] for point in last], [point["score"] for point in last], label=name, color=colour,
+            linestyle="none", marker="D", markersize=8, markerfacecolor=ground,
+        )  # fmt: skip
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.legend(frameon=False, labelcolor=_INK)
     return _svg(figure, f"{ylabel} against {xlabel}: {', '.join(curves)}")
 
 

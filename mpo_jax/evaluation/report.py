@@ -16,7 +16,7 @@ from markupsafe import Markup
 from mpo_jax import artifacts, progress
 from mpo_jax.artifacts import BASE
 from mpo_jax.errors import InputError
-from mpo_jax.evaluation import figures, human, sections, signatures, validation
+from mpo_jax.evaluation import effort, figures, human, sections, signatures, validation
 from mpo_jax.evaluation.sections import Finished, Shown
 
 PARTS = ("evaluations", "preferences", "splits", "judge")
@@ -26,16 +26,20 @@ PARTS = ("evaluations", "preferences", "splits", "judge")
 def write(workdir: epath.Path, shown: Mapping[str, Shown]) -> epath.Path:
     """Renders WORKDIR/report.html, whole or not at all. shown: of every kind of stage."""
     workdir = epath.Path(workdir)
-    loader = jinja2.PackageLoader("mpo_jax.evaluation", "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
     shown_page = page(workdir, shown)
     for line in shown_page["left_out"]:
         progress.say(f"report: left out {line}", sys.stderr)
     target = workdir / artifacts.REPORT_PAGE
-    artifacts.write_text(target, environment.get_template("report.html").render(shown_page))
+    artifacts.write_text(target, environment().get_template("report.html").render(shown_page))
     return target
+
+
+def environment() -> jinja2.Environment:
+    """Of the templates: what they show is escaped."""
+    loader = jinja2.PackageLoader("mpo_jax.evaluation", "templates")
+    return jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
 
 
 def page(workdir: epath.Path, shown: Mapping[str, Shown]) -> dict[str, Any]:
@@ -48,6 +52,7 @@ def page(workdir: epath.Path, shown: Mapping[str, Shown]) -> dict[str, Any]:
         "human": lambda: human.section(workdir, {stage.name: stage.folder for stage in stages}),
         "validation": lambda: validation.section(stages),
         "data": lambda: sections.data(stages),
+        "efforts": lambda: effort.section(stages, shown),
         "signs": lambda: signatures.of_stages(stages),
     }
     makers |= {part: functools.partial(_part, part, stages, shown) for part in PARTS}
