@@ -13,7 +13,8 @@ from mpo_jax import recipes
 def get_config(variant=""):
     recipes.variants(variant, models=False)
     config = recipes.small_run("quickstart")
-    dpo, ppo = recipes.SMALL_DPO, recipes.SMALL_PPO
+    kept = {"snapshots": 3}  # for the curves of score against KL
+    dpo, ppo = recipes.SMALL_DPO | kept, recipes.SMALL_PPO | kept
     config.stages.update(
         {
             "split": recipes.stage("split", pairs="pairs", quantile=0.5, batch_size=64),

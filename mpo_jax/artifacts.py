@@ -64,6 +64,7 @@ WANDB_ID = "wandb_id"  # of the stage's own run there
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"  # final weights
 VALUE = "value"  # the critic's
+SNAPSHOTS = "snapshots"  # a policy's weights on the way, by step
 STATISTICS = "scores.json"  # mean and standard deviation of a reward model's scores
 TRAINING_SAMPLES = "samples.jsonl"  # a line for each evaluation while a policy samples
 
@@ -280,7 +281,7 @@ def verify(folder: epath.PathLike, weights: bool = True) -> None:
 
     weights: those too, which may be large."""
     manifest = read_manifest(folder) or {}
-    large = (f"{WEIGHTS}/", f"{VALUE}/")
+    large = (f"{WEIGHTS}/", f"{VALUE}/", f"{SNAPSHOTS}/")
     integrity.verify(folder, manifest.get("files", {}), lambda name: weights or not name.startswith(large))
 
 

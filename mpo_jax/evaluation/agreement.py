@@ -62,7 +62,7 @@ def alpha(table, prompts: Sequence[Any], resamples: int = 2000, level: float = 0
     else:
         draws = np.random.default_rng(seed).multinomial(count, counts / count, size=resamples)
         resampled = _alpha((draws @ kinds).reshape(resamples, len(values), len(values)))
-        low, high = statistics.expanded_quantiles(resampled[np.isfinite(resampled)], count, level)
+        low, high = statistics.percentiles(resampled[np.isfinite(resampled)], count, level)
     return Agreement(found, low, high, given.shape[1], float(np.trace(whole) / whole.sum()))
 
 

@@ -113,6 +113,31 @@ def alone(drawn: Drawn) -> str:
     return f'<?xml version="1.0" encoding="utf-8"?>\n{named}'
 
 
+def plane(curves: Mapping[str, Sequence[Mapping[str, Any]]], xlabel: str, ylabel: str, joined: bool = True) -> Drawn:
+    """Score against KL: a curve through each policy's points, with standard errors. points: "kl", "score", their
+    "..._error" where known, and "final", which is drawn larger. joined: whether a line goes through a policy's points.
+    """
+    figure, axes = plots.new(7.2, 4.4)
+    rows = []
+    for number, (name, points) in enumerate(curves.items()):
+        x, y, wide, high = (
+            [point.get(key, 0.0) for point in points] for key in ("kl", "score", "kl_error", "score_error")
+        )
+        style = _style(number, True) | ({} if joined else {"linestyle": "none"})
+        axes.errorbar(x, y, xerr=wide, yerr=high, linewidth=1.4, elinewidth=0.8, markersize=3.5, **style)
+        last = [place for place, point in enumerate(points) if point["final"]]
+        axes.plot(
+            [x[place] for place in last], [y[place] for place in last], label=name, markersize=8,
+            **style | {"linestyle": "none"},
+        )  # fmt: skip
+        rows += [(name, *each) for each in zip(x, wide, y, high, strict=True)]
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.legend(frameon=False, labelcolor=_INK)
+    svg = _svg(figure, f"{ylabel} against {xlabel}: {', '.join(curves)}")
+    return Drawn.of(svg, f"{ylabel} at equal KL", ("policy", xlabel, "error of KL", ylabel, "error of score"), rows)
+
+
 def interval(mean: float, low: float, high: float, span: tuple[float, float], null: float) -> str:
     """An interval with its mean on a scale from span[0] to span[1], with a line at `null`, as wide as there is room."""
 

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from mpo_jax import artifacts, progress
 from mpo_jax.artifacts import BASE
 from mpo_jax.errors import InputError
-from mpo_jax.evaluation import beside, figures, human, sections, signatures, validation
+from mpo_jax.evaluation import beside, effort, figures, human, sections, signatures, validation
 from mpo_jax.evaluation.sections import Finished, Shown
 
 PARTS = ("evaluations", "preferences", "splits", "judge", "rewards")
@@ -27,10 +27,6 @@ PARTS = ("evaluations", "preferences", "splits", "judge", "rewards")
 def write(workdir: epath.Path, shown: Mapping[str, Shown]) -> epath.Path:
     """Renders WORKDIR/report.html and what lies beside it, each file whole or not at all. shown: of every kind."""
     workdir = epath.Path(workdir)
-    loader = jinja2.PackageLoader("mpo_jax.evaluation", "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
     shown_page = page(workdir, shown)
     for line in shown_page["left_out"]:
         progress.say(f"report: left out {line}", sys.stderr)
@@ -40,8 +36,16 @@ def write(workdir: epath.Path, shown: Mapping[str, Shown]) -> epath.Path:
         beside.write(workdir, shown_page)
     except Exception as error:  # the page is what a run is read by
         progress.say(f"report: no {artifacts.REPORT_TEXT} beside it: {type(error).__name__}: {error}", sys.stderr)
-    artifacts.write_text(target, environment.get_template("report.html").render(shown_page))
+    artifacts.write_text(target, environment().get_template("report.html").render(shown_page))
     return target
+
+
+def environment() -> jinja2.Environment:
+    """Of the templates: what they show is escaped."""
+    loader = jinja2.PackageLoader("mpo_jax.evaluation", "templates")
+    return jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
 
 
 def page(workdir: epath.Path, shown: Mapping[str, Shown]) -> dict[str, Any]:
@@ -55,6 +59,7 @@ def page(workdir: epath.Path, shown: Mapping[str, Shown]) -> dict[str, Any]:
         "agreements": lambda: sections.agreements(stages, human.judged(workdir)),
         "validation": lambda: validation.section(stages),
         "data": lambda: sections.data(stages),
+        "efforts": lambda: effort.section(stages, shown),
         "signs": lambda: signatures.of_stages(stages),
     }
     makers |= {part: functools.partial(_part, part, stages, shown) for part in PARTS}

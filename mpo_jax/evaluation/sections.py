@@ -17,7 +17,7 @@ from mpo_jax.evaluation.annotation import Judgement
 
 _SAMPLES, _OPEN = 60, 3
 """Prompts whose replies are shown side by side, and how many of them at once."""
-_COLUMNS = {
+COLUMNS = {
     "gold": "gold score",
     "reward": "reward model",
     "kl": "KL to the baseline, nats",
@@ -50,13 +50,15 @@ class Finished:
 class Shown:
     """What the report makes of a kind of stage. curves: (key of its metrics, label of the axis), drawn while it trains.
     pictures: further figures of its training, before those. figures: of its summary, by dotted names, those that `mpo
-    runs` lists. part: of the page (see `report.PARTS`), to which `make` adds what it makes of each stage."""
+    runs` lists. part: of the page (see `report.PARTS`), to which `make` adds what it makes of each stage. learns: what
+    a policy's training learns from, in the plural."""
 
     curves: tuple[tuple[str, str], ...] = ()
     pictures: Callable[[Finished], Iterable[Markup]] | None = None
     figures: tuple[str, ...] = ()
     part: str = ""
     make: Callable[[Finished], Any] | None = None
+    learns: str = ""
 
 
 def training(stages: Iterable[Finished], shown: Mapping[str, Shown]) -> Iterator[dict[str, Any]]:
@@ -118,7 +120,7 @@ def evaluation(stage: Finished) -> dict[str, Any]:
         "name": stage.name,
         "report": report,
         "verdict": _verdict(report["verdict"]),
-        "columns": {key: _COLUMNS[key] for key in columns},
+        "columns": {key: COLUMNS[key] for key in columns},
         "main": [key for key in table.MAIN if key in columns],
         "cells": {name: {key: table.cell(report, name, key) for key in columns} for name in policies},
         "notes": table.notes(report),
@@ -127,9 +129,19 @@ def evaluation(stage: Finished) -> dict[str, Any]:
         "frontier": figures.lines(frontier, f"KL to {report['baseline']}, nats", "reward model's score", "o")
         if frontier
         else None,
+        "curves": _curves(report.get("curves")),
         "samples": _samples(rows, report["verdict"], report["baseline"]),
         "open": _OPEN,
     }
+
+
+def _curves(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Curves of score against KL, drawn, and the scores at common KL values as text."""
+    if given is None:
+        return None
+    drawn = figures.plane(given["points"], f"KL to {given['baseline']}, nats", f"score by {given['by']}")
+    cells = {name: [verdict.with_interval(cell) for cell in row] for name, row in given["scores"].items()}
+    return dict(given) | {"drawn": drawn, "cells": {name: row for name, row in cells.items() if any(row)}}
 
 
 def _samples(rows: Sequence[Mapping[str, Any]], given: Mapping[str, Any] | None, baseline: str) -> list[dict[str, Any]]:
@@ -159,21 +171,21 @@ def _verdict(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     rows = []
     for each in given["against"]:
         score, wins = each["difference"], each["wins"]
-        digits = verdict.decimals((score["high"] - score["low"]) / 4)
         drawn = figures.interval(score["mean"], score["low"], score["high"], (-reach, reach), 0)
         won = figures.interval(wins["rate"], wins["low"], wins["high"], (0, 1), 0.5)
         rows.append(
             {
                 "name": each["name"],
                 "outcome": verdict.outcome(each),
-                "difference": f"{score['mean']:+.{digits}f} [{score['low']:.{digits}f}, {score['high']:.{digits}f}]",
+                "difference": verdict.with_interval(score, "+"),
                 "wins": f"{100 * wins['rate']:.0f} % [{100 * wins['low']:.0f}, {100 * wins['high']:.0f}]",
                 "p": [verdict.told_p(part["adjusted_p"]) for part in (score, wins)],
                 "kl": each["kl"],
                 "drawn": [Markup(drawn), Markup(won)],
             }
         )
-    return dict(given) | {"rows": rows, "told": given["sentences"][0]}
+    equal = given.get("at_equal_kl", "")
+    return dict(given) | {"rows": rows, "told": given["sentences"][0], "at_equal_kl": equal}
 
 
 def data(stages: Iterable[Finished]) -> list[dict[str, Any]]:

@@ -65,6 +65,11 @@ def difference(left_scores, right_scores, level: float = 0.95) -> Difference:
     return Difference(mean, mean - half, mean + half, 2 * float(special.stdtr(len(apart) - 1, -abs(mean) / error)))
 
 
+def standard_error(values: np.ndarray) -> float:
+    """Of a mean over prompts."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
 def outcomes(left_scores, right_scores) -> np.ndarray:
     """f64 [prompts]: 1 where the left score is the higher, 0 where the right one is, 0.5 where they are equal."""
     left, right = np.asarray(left_scores, np.float64), np.asarray(right_scores, np.float64)
@@ -100,13 +105,13 @@ def bootstrap_interval(outcomes, resamples: int = 2000, level: float = 0.95, see
         unseen = 1 - tail ** (1 / prompts)
         return float(values[0] * (1 - unseen)), float(values[0] * (1 - unseen) + unseen)
     draws = np.random.default_rng(seed).multinomial(prompts, counts / prompts, size=resamples)
-    return expanded_quantiles(draws @ values / prompts, prompts, level)
+    return percentiles(draws @ values / prompts, prompts, level)
 
 
-def expanded_quantiles(resampled, prompts: int, level: float = 0.95) -> tuple[float, float]:
-    """The interval of a statistic that was resampled over `prompts` prompts, at Hesterberg's expanded level."""
+def percentiles(drawn: np.ndarray, prompts: int, level: float = 0.95) -> tuple[float, float]:
+    """The interval of a figure that was computed of many resamples of so many prompts: see `bootstrap_interval`."""
     expanded = special.ndtr(math.sqrt(prompts / (prompts - 1)) * special.stdtrit(prompts - 1, (1 - level) / 2))
-    low, high = np.quantile(resampled, [expanded, 1 - expanded])
+    low, high = np.quantile(drawn, [expanded, 1 - expanded])
     return float(low), float(high)
 
 
@@ -124,7 +129,7 @@ def ratio_interval(
         return bootstrap_interval(shares[:1].repeat(prompts), resamples, level, seed)
     kinds, counts = np.unique(table, axis=0, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(prompts, counts / prompts, size=resamples) @ kinds
-    return expanded_quantiles(draws[:, 0] / draws[:, 1], prompts, level)
+    return percentiles(draws[:, 0] / draws[:, 1], prompts, level)
 
 
 def sign_test(outcomes) -> float:

@@ -54,6 +54,13 @@ def given(rows: Sequence[Row], name: str, policies: Mapping[str, Mapping[str, An
     return made | {"sentences": [_whole(made), *(_sentence(made, each) for each in against)]}
 
 
+def at_equal_kl(made: Any, along: Mapping[str, Any]) -> Any:
+    """A verdict that says in its last sentence too how the policies compare at the same KL, by an evaluation's curves;
+    as it was where nothing can be said, or there is no verdict."""
+    told = equal_kl_sentence(made["name"], along["against"], along["baseline"]) if made else ""
+    return made | {"at_equal_kl": told, "sentences": [*made["sentences"], told]} if told else made
+
+
 def outcome(each: Mapping[str, Any]) -> str:
     """What one comparison of a verdict found: "better", "worse" or "no difference found"."""
     score = each["difference"]
@@ -63,17 +70,23 @@ def outcome(each: Mapping[str, Any]) -> str:
 
 
 def _whole(made: Mapping[str, Any]) -> str:
-    names: dict[str, list[str]] = {}
-    for each in made["against"]:
-        names.setdefault(outcome(each), []).append(each["name"])
-    found = [f"{how} than {_listed(names[how])}" for how in ("better", "worse") if how in names]
-    if none := names.get("no difference found"):
-        found.append(f"not shown to differ from {_listed(none)}")
-    text = f"{made['name']} is {', and '.join(found)}, by {made['by']}, on {made['prompts']:,} held-out prompts"
+    found = summary((each["name"], outcome(each)) for each in made["against"])
+    text = f"{made['name']} is {found}, by {made['by']}, on {made['prompts']:,} held-out prompts"
     others = [each["kl"] for each in made["against"] if each["kl"] is not None]
     if made["kl"] is not None and others:
         text += f", at {made['kl']:.1f} nats of KL to {made['baseline']} (the others: {_range(others)})"
     return f"{text}."
+
+
+def summary(outcomes: Iterable[tuple[str, str]]) -> str:
+    """What was found of whom, in words. outcomes: (name, see `outcome`)."""
+    names: dict[str, list[str]] = {}
+    for name, found in outcomes:
+        names.setdefault(found, []).append(name)
+    told = [f"{how} than {listed(names[how])}" for how in ("better", "worse") if how in names]
+    if none := names.get("no difference found"):
+        told.append(f"not shown to differ from {listed(none)}")
+    return ", and ".join(told)
 
 
 def _range(values: Sequence[float]) -> str:
@@ -81,7 +94,8 @@ def _range(values: Sequence[float]) -> str:
     return least if least == most else f"{least} to {most}"
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence has them: a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
@@ -95,6 +109,28 @@ def _sentence(made: Mapping[str, Any], each: Mapping[str, Any]) -> str:
     if made["kl"] is not None and each["kl"] is not None:
         text += f", at {made['kl']:.1f} against {each['kl']:.1f} nats of KL to {made['baseline']}"
     return f"{text}: {outcome(each)}."
+
+
+def equal_kl_sentence(name: str, against: Sequence[Mapping[str, Any]], baseline: str) -> str:
+    """Comparisons at equal KL, see `curves.section`, in words; "" where there are none."""
+    compared = [row for row in against if row["difference"] is not None]
+    if not compared:
+        return ""
+    words = {"better": "better than", "worse": "worse than", "no difference found": "not shown to differ from"}
+    parts = [f"{words[outcome(row)]} {row['name']} ({_told_at(row)})" for row in compared]
+    missing = [row["name"] for row in against if row["difference"] is None and not row["begins"]]
+    begins = [row["name"] for row in against if row["begins"]]
+    text = f"At equal KL to {baseline}, {name} is {listed(parts)}."
+    if begins:
+        text += f" Its training begins with {listed(begins)}, so that they are one policy at that KL."
+    if missing:
+        text += f" No curve of the two reaches the other's KL for {listed(missing)}."
+    return text
+
+
+def _told_at(row: Mapping[str, Any]) -> str:
+    score = row["difference"]
+    return f"{with_interval(score, '+')} at {row['kl']:.1f} nats, {told_p(score['adjusted_p'])}"
 
 
 def told_p(value: float) -> str:
@@ -112,6 +148,15 @@ def with_error(value: float, error: float) -> str:
     """A mean and its standard error, with the digits that the error allows."""
     digits = decimals(error)
     return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def with_interval(cell: Mapping[str, float] | None, sign: str = "") -> str:
+    """A mean and its 95 % interval, with the digits that its width allows; "" where there is none. sign: "+" for a
+    difference."""
+    if cell is None:
+        return ""
+    digits = decimals((cell["high"] - cell["low"]) / 4)
+    return f"{cell['mean']:{sign}.{digits}f} [{cell['low']:.{digits}f}, {cell['high']:.{digits}f}]"
 
 
 def _scored(rows: Sequence[Row], key: str, policies: Iterable[str]) -> list[Row]:

@@ -54,7 +54,8 @@ def lines(name: str, plan: StagePlan) -> str:
     disk = plan.storage
     found.append(
         f"    disk of {name}: {disk.rest / GIB:.2f} GiB at rest, {disk.peak / GIB:.2f} GiB at its peak "
-        f"(weights {disk.weights / GIB:.2f}, checkpoints {disk.states / GIB:.2f}, rows at most {disk.rows / GIB:.2f})"
+        f"(weights {disk.weights / GIB:.2f}, checkpoints {disk.states / GIB:.2f}, rows at most {disk.rows / GIB:.2f}"
+        + (f", snapshots {disk.snapshots / GIB:.2f})" if disk.snapshots else ")")
     )
     return "\n".join(found)
 

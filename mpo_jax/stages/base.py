@@ -95,6 +95,22 @@ class Training(StageSettings, Optimizer):
         return self
 
 
+class PolicyTraining(Training):
+    """What every training of a policy has."""
+
+    snapshots: Whole = setting(
+        0,
+        "weights kept on the way, evenly over the steps, by which `evaluate` draws score against KL; 0: none",
+        later=True,
+    )
+
+    def snapshot_steps(self, steps: int) -> list[int]:
+        """After which of a training's steps weights are kept, in their order; the last is not among them, since the
+        stage leaves those anyway."""
+        apart = (round(each * steps / (self.snapshots + 1)) for each in range(1, self.snapshots + 1))
+        return [step for step in dict.fromkeys(apart) if 0 < step < steps]
+
+
 class Sampling(StageSettings):
     """What every stage that samples replies has."""
 

@@ -31,14 +31,14 @@ from mpo_jax.settings import Amount, OneOf, Positive, Share, Whole, changed, rol
 from mpo_jax.stages import buckets, loop, reference, rows
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
-from mpo_jax.stages.base import Stage, Training
+from mpo_jax.stages.base import PolicyTraining, Stage, Training
 from mpo_jax.stages.curriculum import ORDERS, WEIGHTS
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Programs
 from mpo_jax.types import BUCKETS, PyTree
 
 
-class Settings(Training):
+class Settings(PolicyTraining):
     """Direct preference optimization of a policy on pairs."""
 
     init: str = role(POLICY, "sft", "the policy that training starts from")
@@ -312,6 +312,7 @@ STAGE = Stage(
         curves=(("loss", "loss"), ("reward_margin", "reward margin")),
         pictures=drift.pictures,
         figures=("steps", "pairs", "judged.accuracy"),
+        learns="pairs",
         part="preferences",
         make=sections.preference,
     ),

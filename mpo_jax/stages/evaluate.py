@@ -25,10 +25,11 @@ from mpo_jax.models.config import ModelConfig
 from mpo_jax.run import sources_of
 from mpo_jax.scorers.names import OWN, Scorer, Scorers
 from mpo_jax.settings import Count, Names, Whole, role, setting
-from mpo_jax.stages import buckets, candidates, corpus, decodings, rows, scores, shards
+from mpo_jax.stages import buckets, candidates, corpus, curves, decodings, rows, scores, shards
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Sampling, Stage
+from mpo_jax.stages.curves import Curves
 from mpo_jax.stages.decodings import Decodings
 from mpo_jax.stages.job import Artifact, Job
 from mpo_jax.stages.programs import Program, Programs
@@ -38,7 +39,7 @@ _NGRAM, _DISTINCT = 4, 2
 """Lengths of the n-grams that repetition counts within a reply, and diversity over all of a policy's replies."""
 
 
-class Settings(Sampling, Decodings):
+class Settings(Sampling, Decodings, Curves):
     """Policies compared by their replies to held-out prompts."""
 
     policies: Names = role(POLICY, ("sft", "dpo", "mpo"), "the policies that reply")
@@ -91,6 +92,7 @@ def check(job: Job[Settings]) -> None:
     jobs.check_batch(job, job.settings.scored_rows, "score_batch")
     for entry in decodings.entries(job.settings):
         decodings.how(job, entry)
+    curves.check(job)
     scores.check(job)
     read = [name for name in sources_of(job.settings) if name in corpus.others_read(job)]
     if job.settings.heldout == "whole" and read:
@@ -136,8 +138,11 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     prompts = heldout_prompts(job, model, tokenizer)
     compiled = programs(job)
     entries = decodings.entries(settings)
-    how = {entry.name: decodings.how(job, entry) for entry in entries}
-    replied, several = {}, {}
+    kept, part = curves.snapshots(job), curves.prompts(job, len(prompts))
+    fewer = encode.take(prompts, part)
+    measured = [*entries, *(snapshot for each in kept.values() for _, snapshot in each)]
+    how = {entry.name: decodings.how(job, entry) for entry in measured}
+    replied, several, passed = {}, {}, {}
     for artifact in policies:
         weights, of = _loaded(job, model, base, artifact), jobs.making(artifact)
         for entry in (entry for entry in entries if entry.policy == artifact.name):
@@ -145,14 +150,18 @@ def run(job: Job[Settings]) -> dict[str, Any]:
                 several[entry.name] = decodings.several(job, compiled, weights, prompts, entry, of)
             else:
                 replied[entry.name] = _reply(job, compiled, tokenizer, weights, prompts, entry, of)
+        for step, snapshot in kept.get(artifact.name, ()):
+            weights = _loaded(job, model, base, artifact, f"{artifacts.SNAPSHOTS}/{step}")
+            passed[snapshot.name] = _reply(job, compiled, tokenizer, weights, fewer, snapshot, [*of, f"step {step}"])
     if several:
         replied |= _best(job, model, compiled, tokenizer, base, prompts, several)
     replied = {entry.name: replied[entry.name] for entry in entries}
-    columns: dict[str, dict[str, np.ndarray]] = {name: _measured(each) for name, each in replied.items()}
+    drawn = replied | passed
+    columns: dict[str, dict[str, np.ndarray]] = {name: _measured(each) for name, each in drawn.items()}
     for baseline in (artifact for artifact in policies if artifact.name == settings.baseline):
         weights, of = _loaded(job, model, base, baseline), jobs.making(baseline)
-        for entry in entries:
-            each, truncated = replied[entry.name], how[entry.name].truncation
+        for entry in measured:
+            each, truncated = drawn[entry.name], how[entry.name].truncation
             at = f"logps{AT}{entry.decoding}" if entry.decoding else "logps"
             heat = str(how[entry.name].temperature)
             ratio = each.logps - _rowwise(job, compiled[at], weights, each.rows, [*of, heat])
@@ -160,11 +169,11 @@ def run(job: Job[Settings]) -> dict[str, Any]:
             columns[entry.name]["log_ratio" if truncated else "kl" if entry.n == 1 else "kl_bound"] = ratio
     if "score" in compiled:
         weights, of = _loaded(job, model, base, job.inputs["reward"]), jobs.making(job.inputs["reward"])
-        for name, each in replied.items():
+        for name, each in drawn.items():
             columns[name]["reward"] = _rowwise(job, compiled["score"], weights, each.rows, of)
     if settings.labeller:
         with scores.opened(job, "labeller", tokenizer, compiled, settings.scored_rows) as score:
-            for name, each in replied.items():
+            for name, each in drawn.items():
                 columns[name]["gold"] = score(each.rows)[:, 0]
     lines = _lines(prompts, tokenizer, replied, columns)
     report: dict[str, Any] = {
@@ -181,13 +190,16 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     if settings.decodings:
         report["decodings"] = {entry.decoding: how[entry.name].truncation for entry in entries if entry.decoding}
     report["errors"] = {
-        name: {key: standard_error(values[~np.isnan(values)]) for key, values in columns[name].items()}
+        name: {key: statistics.standard_error(values[~np.isnan(values)]) for key, values in columns[name].items()}
         for name in replied
     }
     report["frontier"] = frontier(job, report["policies"])
     subject = verdict.subject(settings.policies, {each.name: artifacts.beneath(each.folder) for each in policies})
     plain = {entry.name: report["policies"][entry.name] for entry in entries if not entry.decoding}
     report["verdict"] = verdict.given(lines, subject, plain, settings.baseline)
+    if (along := curves.section(job, columns, kept, part, subject)) is not None:
+        report["curves"] = along
+        report["verdict"] = verdict.at_equal_kl(report["verdict"], along)
     if jobs.is_first():
         artifacts.write_lines(job.folder / artifacts.REPLIES_FILE, lines)
         artifacts.write_json(job.folder / artifacts.REPORT, report)
@@ -267,15 +279,10 @@ def _means(columns: Mapping[str, np.ndarray], n: int = 1) -> dict[str, float]:
     missing = len(columns["gold"]) - len(known["gold"]) if "gold" in columns else 0
     means = {key: float(np.mean(values)) for key, values in known.items() if len(values)}
     if "kl" in means:
-        means["kl_error"] = standard_error(columns["kl"])
+        means["kl_error"] = statistics.standard_error(columns["kl"])
     if "kl_bound" in means:
         means["kl_bound"] += decodings.kl_bound(n)
     return means | ({"gold_unscored": missing} if missing else {})
-
-
-def standard_error(values: np.ndarray) -> float:
-    """Of a mean over prompts."""
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def repetition(ids: np.ndarray, n: int = _NGRAM) -> float:
@@ -295,9 +302,12 @@ def _ngrams(ids: np.ndarray, n: int) -> list[tuple[int, ...]]:
     return list(zip(*(tokens[k:] for k in range(n)), strict=False))
 
 
-def _loaded(job: Job, model: ModelConfig, base: PyTree, artifact: Artifact) -> Callable[[], PyTree]:
-    """Gives a policy's weights, loaded when they are first asked for: a stage that was killed has done without."""
-    return shards.loaded(lambda: base | jobs.load_weights(job, artifact, model, jobs.frozen_dtype(job)))
+def _loaded(
+    job: Job, model: ModelConfig, base: PyTree, artifact: Artifact, name: str = artifacts.WEIGHTS
+) -> Callable[[], PyTree]:
+    """Gives a policy's weights, loaded when they are first asked for: a stage that was killed has done without. name:
+    see `jobs.load_weights`."""
+    return shards.loaded(lambda: base | jobs.load_weights(job, artifact, model, jobs.frozen_dtype(job), name))
 
 
 def _reply(
@@ -383,6 +393,13 @@ def _lines(prompts: Encoded, tokenizer, replied: Mapping[str, Replied], columns)
     ]
 
 
+def rows_read(job: Job[Settings], pairs: int, easy: float) -> float:
+    """See `base.Stage.rows`."""
+    settings = job.settings
+    whole = settings.count * sum(entry.n for entry in decodings.entries(settings))
+    return whole + curves.planned(job) * min(settings.curve_prompts or settings.count, settings.count)
+
+
 STAGE = Stage(
     kind="evaluate",
     settings=Settings,
@@ -390,7 +407,7 @@ STAGE = Stage(
     run=run,
     programs=programs,
     check=check,
-    rows=lambda job, pairs, easy: job.settings.count * sum(entry.n for entry in decodings.entries(job.settings)),
+    rows=rows_read,
     shown=Shown(
         figures=("prompts", "policies.*.gold", "policies.*.reward", "policies.*.kl"),
         part="evaluations",

@@ -154,15 +154,18 @@ def base_weights(job: Job, model: ModelConfig) -> PyTree:
     )
 
 
-def load_weights(job: Job, artifact: Artifact, model: ModelConfig, dtype: str = "float32") -> PyTree:
-    """The collections an artifact adds to `base_weights`, sharded over the job's mesh, in `dtype`."""
+def load_weights(
+    job: Job, artifact: Artifact, model: ModelConfig, dtype: str = "float32", name: str = artifacts.WEIGHTS
+) -> PyTree:
+    """The collections an artifact adds to `base_weights`, sharded over the job's mesh, in `dtype`. name: which of the
+    weights in its folder."""
     if artifact.name == BASE:
         if model.lora is None:
             return _narrowed(model, hf.import_weights(job.config.model.path, model, job.mesh, dtype), dtype)
         return lora.init(model, jax.random.fold_in(key(job), 0), job.mesh)
     stored = "bfloat16" if dtype == "int8" else dtype
     abstract = abstract_weights(model, job.mesh, head=artifact.produces == REWARD, dtype=stored)
-    return _narrowed(model, checkpoint.restore_weights(artifact.folder / artifacts.WEIGHTS, abstract), dtype)
+    return _narrowed(model, checkpoint.restore_weights(artifact.folder / name, abstract), dtype)
 
 
 def _narrowed(model: ModelConfig, weights: PyTree, dtype: str) -> PyTree:

@@ -25,12 +25,12 @@ from mpo_jax.settings import Amount, Positive, changed, role, setting
 from mpo_jax.stages import buckets, corpus, loop, reference, rows
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
-from mpo_jax.stages.base import Stage, Training
+from mpo_jax.stages.base import PolicyTraining, Stage, Training
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Programs
 
 
-class Settings(Training):
+class Settings(PolicyTraining):
     """Kahneman-Tversky optimization of a policy on single replies, good and bad."""
 
     init: str = role(POLICY, "sft", "the policy that training starts from")
@@ -164,6 +164,8 @@ STAGE = Stage(
     check=loop.check,
     rows=rows_read,
     shown=Shown(
-        curves=(("loss", "loss"), ("accuracy", "accuracy")), figures=("steps", "replies", "evaluation.accuracy")
+        curves=(("loss", "loss"), ("accuracy", "accuracy")),
+        figures=("steps", "replies", "evaluation.accuracy"),
+        learns="replies",
     ),
 )

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from mpo_jax import artifacts, optim, profiling, progress, sharding, stopping
+from mpo_jax import artifacts, checkpoint, optim, profiling, progress, sharding, stopping
 from mpo_jax import metrics as metrics_log
 from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.data.account import epochs
@@ -25,7 +25,7 @@ from mpo_jax.models.config import ModelConfig
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import nonfinite
 from mpo_jax.stages import programs as shapes
-from mpo_jax.stages.base import Training
+from mpo_jax.stages.base import PolicyTraining, Training
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Program, Programs, named
 from mpo_jax.stages.stopwatch import Reading, Stopwatch
@@ -61,9 +61,9 @@ class Trainer:
 
     params: the trainable weights, on the mesh; `train` copies them and frees the caller's. frozen: all other arrays
     that the step reads. extra: see `types.TrainState`. best: the evaluation's metric whose minimum (or, with a leading
-    "-", maximum) marks the best checkpoint. settings: the stage's own. name, known: the stage's
-    name and what is known of its summary, for the failures that evaluations show. watch: is told each logged step's
-    number and values, to warn of what needn't stop the run.
+    "-", maximum) marks the best checkpoint. settings: the stage's own. name, known: the stage's name and what is known
+    of its summary, for the failures that evaluations show. watch: is told each logged step's number and values, to warn
+    of what needn't stop the run. policy: what a snapshot holds of the parameters.
     """
 
     step: Step
@@ -80,6 +80,7 @@ class Trainer:
     name: str = ""
     known: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     watch: Callable[[int, dict[str, float]], None] | None = None
+    policy: Callable[[PyTree], PyTree] = lambda params: params
 
 
 def programs(
@@ -329,6 +330,7 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
     profiling.check(start, steps)
     checkpoints.check_room(state)  # not first told where hours are to be saved
     jobs.say(epochs(steps, loader.batch_size, len(loader.encoded)))
+    kept = settings.snapshot_steps(steps) if isinstance(settings, PolicyTraining) else []
     eval_every = settings.eval_every or max(1, steps // 10)
     save_every = settings.save_every or max(1, steps // 10)
     compiles = {"first": 0, "late": 0}
@@ -380,6 +382,9 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
                 if _better(evaluation, progress["best"], training.best):
                     progress |= {"best": evaluation, "best_step": done}
                     checkpoints.save_best(done, state.params)
+            if done in kept:  # before the state of the same step: a stage that resumes behind it has it
+                watch.check(checkpoints.latest_step())
+                checkpoint.save_weights(folder / artifacts.SNAPSHOTS / str(done), training.policy(state.params))
             told = stopping.reached()
             if done % save_every == 0 or done == steps or told:
                 log.flush()
@@ -402,7 +407,7 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
         "buckets": len(loader.buckets),
         "compiles": compiles["first"],
         "compiles_after_warmup": compiles["late"],
-    }
+    } | ({"snapshots": kept} if kept else {})
     jobs.say(
         f"{steps} steps; padding efficiency {loader.padding_efficiency:.3f} in {len(loader.buckets)} buckets; "
         f"{compiles['late']} compiles after warm-up"

@@ -17,12 +17,12 @@ from mpo_jax.settings import changed, role, setting
 from mpo_jax.stages import buckets, corpus, loop
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
-from mpo_jax.stages.base import Stage, Training, rows_of_share
+from mpo_jax.stages.base import PolicyTraining, Stage, Training, rows_of_share
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Programs
 
 
-class Settings(Training):
+class Settings(PolicyTraining):
     """Supervised fine-tuning on the data's chosen replies."""
 
     init: str = role(POLICY, BASE, "the policy that training starts from")
@@ -88,5 +88,5 @@ STAGE = Stage(
     programs=programs,
     check=loop.check,
     rows=rows_read,
-    shown=Shown(curves=(("loss", "loss, nats per token"),), figures=("steps", "evaluation.loss")),
+    shown=Shown(curves=(("loss", "loss, nats per token"),), figures=("steps", "evaluation.loss"), learns="replies"),
 )

@@ -4,7 +4,7 @@ import jax
 import pytest
 from etils import epath
 
-from mpo_jax import artifacts, checkpoint, disk, pipeline, recipes, sharding
+from mpo_jax import artifacts, checkpoint, disk, pipeline, recipes, settings, sharding
 from mpo_jax.planning import chips, report, stages, storage
 from mpo_jax.planning.estimate import Assumptions
 from mpo_jax.planning.storage import Storage
@@ -59,6 +59,18 @@ def test_the_plan_s_disk_is_a_real_run_s_to_ten_percent(tmp_path, shared, monkey
     assert largest[0] == pytest.approx(planned.states, rel=0.1)
     assert not (folder / artifacts.CHECKPOINTS).exists()
     assert 0 < rows < planned.rows + (64 << 10)
+
+
+def test_snapshots_are_counted_of_the_policy_alone(monkeypatch):
+    monkeypatch.setattr(stages.presets, "find", lambda path: case.model())
+    config = settings.replaced(case.config(), {"stages.sft.snapshots": 2, "stages.mpo.snapshots": 3})
+    jobs = stages.jobs(config, case.one_cpu(), ["sft", "mpo"])
+    plans = {name: stages.plan(job, case.one_cpu(), Assumptions(), ["none"]) for name, job in jobs.items()}
+    sft, mpo = plans["sft"].storage, plans["mpo"].storage
+    assert sft.snapshots == 2 * sft.weights and sft.rest == 3 * sft.weights + sft.rows
+    assert mpo.snapshots == 3 * sft.weights < 3 * mpo.weights, "the critic is not kept"
+    assert mpo.peak == mpo.states + mpo.rows + mpo.snapshots
+    assert "snapshots" in report.lines("sft", plans["sft"])
 
 
 def test_the_report_says_it_for_each_stage_and_for_all(monkeypatch):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mpo_jax import metrics, sharding
+from mpo_jax import checkpoint, metrics, sharding
 from mpo_jax import settings as declared
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.loader import Loader
@@ -60,9 +60,9 @@ def start():
     return jax.device_get(jax.jit(lambda: decoder.init(CONFIG, jax.random.key(0), head=True))())
 
 
-def make_job(mesh, **settings) -> Job:
+def make_job(mesh, kind="reward", **settings) -> Job:
     """A stage of this module's small decoder, which needs no folder: it is handed its weights and rows."""
-    stage = kinds.KINDS["reward"].settings(kind="reward", **(SETTINGS | settings))
+    stage = kinds.KINDS[kind].settings(kind=kind, **(SETTINGS | settings))
     nowhere = epath.Path(".")
     return Job("small", stage, Run(stages={"small": stage}), nowhere, nowhere, {}, mesh)
 
@@ -145,6 +145,48 @@ def test_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, tmp_path, monke
     assert again["best"] == summary["best"]
     timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(tmp_path)]
     assert timeless == [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def test_snapshots_are_the_states_parameters_and_change_no_number(uninterrupted, tmp_path, monkeypatch):
+    """Killed between a snapshot and the next state too: what it left is written again, with the same numbers."""
+    settings = {"kind": "sft", "snapshots": 3, "keep": 12}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    params, summary = train(whole, **settings)
+    assert equal(params, uninterrupted[0]) and summary["snapshots"] == [3, 6, 9]
+    assert "snapshots" not in uninterrupted[1]
+    like = training(one_device())[0].params
+    for step in (3, 6, 9):
+        with loop.Checkpoints(whole / "checkpoints") as checkpoints:
+            best = checkpoints.restore(
+                step, loop.abstract_state(training(one_device())[0].optimizer, like, one_device())
+            )
+        assert equal(checkpoint.restore_weights(whole / "snapshots" / str(step), like), best[0].params)
+
+    save = checkpoint.save_weights
+
+    def then_killed(folder, weights):
+        save(folder, weights)
+        if folder.name == "9":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_weights", then_killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(killed, **settings)
+    monkeypatch.setattr(checkpoint, "save_weights", save)
+    again, _ = train(killed, **settings)
+    assert equal(again, params)
+    for step in (3, 6, 9):
+        left, right = (checkpoint.restore_weights(folder / "snapshots" / str(step), like) for folder in (whole, killed))
+        assert equal(left, right)
+
+
+def test_snapshots_lie_evenly_and_never_at_the_end():
+    settings = kinds.KINDS["sft"].settings(kind="sft", snapshots=4)
+    assert settings.snapshot_steps(20) == [4, 8, 12, 16]
+    assert settings.snapshot_steps(3) == [1, 2] and settings.snapshot_steps(1) == []
+    assert declared.content(settings) != declared.content(kinds.KINDS["sft"].settings(kind="sft"))
+    assert "snapshots" not in declared.content(kinds.KINDS["ppo"].settings(kind="ppo"))
+    assert "snapshots" not in kinds.KINDS["reward"].settings.model_fields
 
 
 def test_accumulated_equals_full_batch(tmp_path, uninterrupted):

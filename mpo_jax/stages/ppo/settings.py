@@ -11,7 +11,7 @@ from mpo_jax.ops.returns import ESTIMATORS
 from mpo_jax.optim import Rate
 from mpo_jax.scorers.names import OWN, Scorer, Scorers, own_alone, terms
 from mpo_jax.settings import Amount, Count, OneOf, Section, Share, Whole, changed, role, setting
-from mpo_jax.stages.base import Training
+from mpo_jax.stages.base import PolicyTraining, Training
 from mpo_jax.stages.ppo.replay import Replay
 
 Switch = Annotated[
@@ -45,7 +45,7 @@ class Rules(Section):
         return ESTIMATORS[self.algorithm].whitens if self.whiten == "auto" else self.whiten == "true"
 
 
-class Settings(Training, Rules, Replay):
+class Settings(PolicyTraining, Rules, Replay):
     """Reinforcement learning of a policy on prompts, held by a KL term to a frozen reference."""
 
     init: str = role(POLICY, "dpo", "the policy that training starts from")

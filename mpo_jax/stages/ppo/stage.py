@@ -6,6 +6,7 @@ PPO (Schulman et al. 2017, arXiv 1707.06347; for language models Ziegler et al. 
 
 import contextlib
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -190,6 +191,7 @@ def _run(job: Job[Settings], stack: contextlib.ExitStack) -> dict[str, Any]:
         best="-score_within_kl",
         name=job.name,
         watch=make_watch(job.name),
+        policy=operator.itemgetter("policy"),
     )
     params, summary = loop.train(training, steps, job.folder, job.mesh)
     jobs.save_weights(job, params["policy"])
@@ -281,5 +283,6 @@ STAGE = Stage(
             ("grad_norm", "norm of the gradient"),
         ),
         figures=("steps", "prompts", "evaluation.score", "evaluation.kl"),
+        learns="prompts",
     ),
 )
