@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
-from markupsafe import Markup
 
 from mpo_jax import artifacts
 from mpo_jax.evaluation import figures, over_runs, report, table, verdict
