@@ -44,13 +44,14 @@ def tables(random, units, count, noise):
     return np.stack(said, 1)
 
 
-def test_the_interval_covers_the_truth():
+@pytest.mark.parametrize("noise", [pytest.param(0.15, marks=pytest.mark.slow), 0.5])
+def test_the_interval_covers_the_truth(noise):
     random = np.random.default_rng(0)
-    for noise in (0.15, 0.5):
-        truth = agreement.alpha(tables(random, 100_000, 1, noise)[0], range(100_000), resamples=10).alpha
-        found = [agreement.alpha(table, range(120), 400, seed=3) for table in tables(random, 120, 400, noise)]
-        covered = np.mean([each.low <= truth <= each.high for each in found])
-        assert 0.92 <= covered <= 0.975, (noise, covered)
+    truth = agreement.alpha(tables(random, 100_000, 1, noise)[0], range(100_000), resamples=10).alpha
+    found = [agreement.alpha(table, range(120), 400, seed=3) for table in tables(random, 120, 400, noise)]
+    covered = np.mean([each.low <= truth <= each.high for each in found])
+    print(f"covered {covered:.3f}")
+    assert 0.92 <= covered <= 0.975
 
 
 def test_verdicts_on_one_prompt_are_resampled_together():

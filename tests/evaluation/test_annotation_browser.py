@@ -165,31 +165,31 @@ def test_everything_is_reached_by_the_tab_key_alone(judged_page):
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
-def test_axe_finds_nothing_serious(judged_page, tmp_path, mode):
+def test_axe_finds_nothing_serious(tmp_path, browser, mode):
     """Signing in, judging, looking back and having judged all, at a desk and on a phone."""
-    browser, address, items, _ = judged_page
     browsers.dark(browser, mode == "dark")
-    try:
-        for size in (browsers.WIDE, browsers.PHONE):
-            browsers.resize(browser, size)
-            browser.get(address)
-            browser.execute_script("localStorage.clear()")
-            browser.get(address)
-            assert browsers.axe(browser) == [], (mode, size, "sign in")
-            sign_in(browser, address, f"ada {size[0]}")
-            assert browsers.axe(browser) == [], (mode, size, "judging")
-            judge(browser, lambda: press(browser, "t"))
-            press(browser, "u")
-            until(browser, lambda: items[0].prompt in text(browser, "prompt"))
-            assert browsers.axe(browser) == [] and browsers.overflow(browser) <= 0, (mode, size, "looking back")
-            browsers.screenshot(browser, tmp_path / f"{mode}_{size[0]}.png")
-            press(browser, "n")
-            until(browser, lambda: items[1].prompt in text(browser, "prompt"))
-            for _ in range(19):
+    with Store(tmp_path / artifacts.ANNOTATIONS) as store:
+        items = annotation.items(made.rows(2), [("mpo", "sft")], seed=0)
+        with served(annotation_page.create(items, store, 0, "Which reply is better?")) as address:
+            for size in (browsers.WIDE, browsers.PHONE):
+                browsers.resize(browser, size)
+                browser.get(address)
+                browser.execute_script("localStorage.clear()")
+                browser.get(address)
+                assert browsers.axe(browser) == [], (mode, size, "sign in")
+                sign_in(browser, address, f"ada {size[0]}")
+                assert browsers.axe(browser) == [], (mode, size, "judging")
                 judge(browser, lambda: press(browser, "t"))
-            assert browsers.axe(browser) == [], (mode, size, "all judged")
-    finally:
-        browsers.dark(browser, False)
+                press(browser, "u")
+                until(browser, lambda: items[0].prompt in text(browser, "prompt"))
+                assert browsers.axe(browser) == [] and browsers.overflow(browser) <= 0, (mode, size, "looking back")
+                browsers.screenshot(browser, tmp_path / f"{mode}_{size[0]}.png")
+                press(browser, "n")
+                until(browser, lambda: items[1].prompt in text(browser, "prompt"))
+                judge(browser, lambda: press(browser, "t"))
+                assert browser.find_element(By.ID, "finished").is_displayed()
+                assert browsers.axe(browser) == [], (mode, size, "all judged")
+    browsers.dark(browser, False)
 
 
 def test_two_annotators_at_once(judged_page):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 import traceback
 
@@ -235,7 +236,8 @@ def test_two_judges_and_people_stand_in_the_report_with_their_agreement(tmp_path
     page = " ".join((tmp_path / artifacts.REPORT_PAGE).read_text().split())
     for pair in ("judge, by m-1 and second, by the reward model", "judge, by m-1 and people",
                  "second, by the reward model and people"):  # fmt: skip
-        assert f"<th>{pair}</th><td>evaluate</td><td>30</td><td>100 %</td> <td>1.00</td>" in page, pair
+        row = page[page.index(f'<th scope="row">{pair}</th>') :].partition("</tr>")[0]
+        assert re.findall(r">([^<>]+)</td>", row) == ["evaluate", "30", "100 %", "1.00 [0.51, 1.00]"], pair
     assert 'id="human"' in page and "10 comparisons judged by two or more" in page
     assert "Its verdict turned with the order on 0.0 % of the prompts" in page
     assert "Question: helpful, version " in page
