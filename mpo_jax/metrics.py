@@ -17,9 +17,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from mpo_jax import artifacts, progress, store
+from mpo_jax import artifacts, progress, trackers
 from mpo_jax.artifacts import METRICS
-from mpo_jax.errors import InputError
 from mpo_jax.lines import split_lines
 from mpo_jax.store import is_remote
 
@@ -34,11 +33,13 @@ class MetricsWriter:
     """Writes the metrics of one stage into its folder.
 
     start: the step that the run resumes from: lines and events of later steps, left by a killed run, are cut away.
-    total: steps of the whole run, whose progress is shown (None: it is not). wandb: log to Weights & Biases too;
-    InputError where it is not installed. As a context manager, it closes also when the loop fails.
+    total: steps of the whole run, whose progress is shown (None: it is not). wandb: where at Weights & Biases it is
+    logged too; InputError where that is not installed. As a context manager, it closes also when the loop fails.
     """
 
-    def __init__(self, folder: epath.PathLike, start: int = 0, total: int | None = None, wandb: bool = False):
+    def __init__(
+        self, folder: epath.PathLike, start: int = 0, total: int | None = None, wandb: trackers.Account | None = None
+    ):
         self._folder = epath.Path(folder)
         self._waiting: tuple[int, Mapping[str, Any]] | None = None
         self.last: tuple[int, dict[str, float]] | None = None
@@ -50,12 +51,12 @@ class MetricsWriter:
         self._stack = contextlib.ExitStack()
         if jax.process_index() != 0:
             return
-        self._wandb = _start_wandb(self._folder) if wandb else None
+        self._wandb = None if wandb is None else trackers.start_wandb(self._folder, wandb)
         self._folder.mkdir(parents=True, exist_ok=True)
         cut_to(self._folder, start)
         self._lines = _Lines(self._folder / METRICS)
         if not is_remote(self._folder):
-            self._events = _Events(self._folder / artifacts.EVENTS, start)
+            self._events = _Events(self._folder / artifacts.EVENTS, start, trackers.known(self._folder))
         if total:
             self._work = self._stack.enter_context(progress.work("train", total, start))
 
@@ -176,7 +177,7 @@ class _Events:
     """TensorBoard's events, written where they are handed over: the library's own writer does that in a thread, which a
     full disk ends, and then waits for it for ever."""
 
-    def __init__(self, folder: epath.Path, start: int):
+    def __init__(self, folder: epath.Path, start: int, settings: Mapping[str, Any]):
         # Here, since importing it takes a second, which a start that trains nothing need not wait for.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2, summary_pb2
@@ -188,6 +189,11 @@ class _Events:
         # Readers drop the events at and after this step that stand in older files.
         self._write(step=start + 1, file_version="brain.Event:2")
         self._write(step=start + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        self._end: Any = None
+        if settings:
+            *begin, self._end = trackers.hparams(settings)
+            for record in begin:
+                self._write(step=start, summary=record)
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -201,6 +207,8 @@ class _Events:
         self._writer.flush()
 
     def close(self) -> None:
+        if self._end is not None:
+            self._write(summary=self._end)
         self._writer.close()
 
 
@@ -263,17 +271,3 @@ def _parse(line: str) -> dict[str, Any] | None:
     if not isinstance(row, dict) or "step" not in row:
         return None
     return {name: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
-
-
-def _start_wandb(folder: epath.Path):
-    try:
-        import wandb
-    except ImportError as error:
-        raise InputError("wandb: true, but wandb is not installed; pip install wandb, or set it to false") from error
-    # The id lies beside the metrics, so that a resumed stage goes on in its own run.
-    path = folder / artifacts.WANDB_ID
-    if not path.exists():
-        artifacts.write_text(path, uuid.uuid4().hex)
-    return wandb.init(
-        project="mpo_jax", dir=str(store.local(folder)), name=folder.name, id=path.read_text(), resume="allow"
-    )

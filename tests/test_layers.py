@@ -15,7 +15,7 @@ LAYERS = [
     {"settings"},
     {"ops"},
     {"sharding", "allocator", "processes", "stopping"},
-    {"optim", "metrics", "profiling", "asking", "posting", "database", "locks"},
+    {"optim", "metrics", "trackers", "profiling", "asking", "posting", "database", "locks"},
     {"models"},
     {"scoring"},
     {"sampling"},

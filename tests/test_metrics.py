@@ -6,14 +6,17 @@ import os
 import struct
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from tensorboardX.proto import event_pb2
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-from mpo_jax import artifacts, metrics, progress
+from mpo_jax import artifacts, metrics, progress, trackers
 from mpo_jax.errors import InputError
 from mpo_jax.metrics import MetricsWriter
 
@@ -191,22 +194,75 @@ def test_progress_shows_loss_speed_and_time_left(tmp_path, monkeypatch):
     assert screen._works == []
 
 
+def stage_folder(tmp_path, name="mpo-0123456789ab"):
+    """A stage's, with its run's settings."""
+    folder = epath.Path(tmp_path / name)
+    stages = {"mpo": {"kind": "ppo", "beta": 0.5, "scorer": "http://me:secret@host/score", "wandb": True}, "sft": {}}
+    artifacts.write_json(folder / artifacts.CONFIG, {"name": "tldr", "model": {"path": "qwen"}, "stages": stages})
+    return folder
+
+
 def test_wandb_only_when_asked_and_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     MetricsWriter(tmp_path / "without").close()
     with pytest.raises(InputError, match="wandb is not installed"):
-        MetricsWriter(tmp_path / "with", wandb=True)
+        MetricsWriter(tmp_path / "with", wandb=trackers.Account())
     logged, started = [], []
     run = types.SimpleNamespace(
         log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end")
     )
     fake = types.SimpleNamespace(init=lambda **options: started.append(options) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    folder = stage_folder(tmp_path)
     for start in (0, 1):
-        with MetricsWriter(tmp_path / "with", start=start, wandb=True) as log:
+        with MetricsWriter(folder, start=start, wandb=trackers.Account("runs", "team")) as log:
             log.write(start + 1, {"loss": 1.0})
     assert logged == [(1, {"loss": 1.0}), "end", (2, {"loss": 1.0}), "end"]
-    assert started[0]["id"] == started[1]["id"] and started[1]["resume"] == "allow"
+    told = started[0]
+    assert told == started[1] and told["resume"] == "allow" and told["id"] == "mpo-0123456789ab"
+    assert (told["project"], told["entity"], told["group"], told["job_type"]) == ("runs", "team", "tldr", "ppo")
+    assert told["config"] == {"name": "tldr", "model.path": "qwen", "stage.kind": "ppo", "stage.beta": 0.5,
+                              "stage.scorer": "http://…@host/score", "stage.wandb": True}  # fmt: skip
+
+
+def test_the_run_at_wandb_is_the_stages_own(tmp_path):
+    """By its key, in whatever workdir; one that an earlier version began keeps its id."""
+    assert trackers.wandb_id(stage_folder(tmp_path)) == trackers.wandb_id(stage_folder(tmp_path / "again"))
+    assert trackers.wandb_id(stage_folder(tmp_path, "a#b-0123456789ab")) == "a-b-0123456789ab"
+    earlier = stage_folder(tmp_path / "earlier")
+    artifacts.write_text(earlier / artifacts.WANDB_ID, "f00d")
+    assert trackers.wandb_id(earlier) == "f00d"
+    unkeyed = [trackers.wandb_id(stage_folder(tmp_path / name, "mpo")) for name in ("one", "two")]
+    assert len(set(unkeyed)) == 2
+
+
+def test_wandb_that_does_not_begin_is_one_line(tmp_path, monkeypatch):
+    def init(**options):
+        raise RuntimeError("permission denied\nfor this project")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(InputError, match="project 'mine' can't be opened: permission denied for this project"):
+        MetricsWriter(stage_folder(tmp_path), wandb=trackers.Account("mine"))
+
+
+def test_tensorboard_is_told_the_settings(tmp_path):
+    folder = stage_folder(tmp_path)
+    for start in (0, 1):
+        with MetricsWriter(folder, start=start) as log:
+            log.write(start + 1, {"loss": 1.0})
+    shown = events(Path(folder))
+    assert [tag for _, tag in shown].count("_hparams_/session_start_info") >= 1 and (2, "loss") in shown
+    data = b"".join(path.read_bytes() for path in (folder / "events").iterdir())
+    found = []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event, data = event_pb2.Event.FromString(data[12 : 12 + length]), data[16 + length :]
+        found += [value.metadata.plugin_data for value in event.summary.value if "_hparams_" in value.tag]
+    told = [HParamsPluginData.FromString(each.content) for each in found if each.plugin_name == "hparams"]
+    (given, *_) = [each.session_start_info.hparams for each in told if each.session_start_info.hparams]
+    assert given["stage.beta"].number_value == 0.5 and given["name"].string_value == "tldr"
+    assert given["stage.wandb"].bool_value and "secret" not in str(told)
+    assert sum(each.HasField("session_end_info") for each in told) == 2
 
 
 def test_an_object_store_gets_the_whole_file(tmp_path, monkeypatch):

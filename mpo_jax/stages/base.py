@@ -81,6 +81,8 @@ class Training(StageSettings, Optimizer):
         "stop", "what to do about a batch whose loss or gradient is not finite: stop, or leave it out", operational=True
     )
     wandb: bool = setting(False, "also log to Weights & Biases, where it is installed", operational=True)
+    wandb_project: str = setting("mpo_jax", "the project there", operational=True, min_length=1)
+    wandb_entity: str = setting("", "the user or team there; empty: who is logged in", operational=True)
 
     @property
     def update_rows(self) -> int:

@@ -5,6 +5,7 @@ continues from the last checkpoint and ends with the same numbers.
 """
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from mpo_jax import artifacts, checkpoint, optim, profiling, progress, sharding, stopping
+from mpo_jax import artifacts, checkpoint, optim, profiling, progress, sharding, stopping, trackers
 from mpo_jax import metrics as metrics_log
 from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.data.account import epochs
@@ -148,7 +149,10 @@ def supervised(
 
 
 def check(job: Job[Training]) -> None:
-    """InputError where the mesh does not divide what is computed at a time; nothing is loaded."""
+    """InputError where the mesh does not divide what is computed at a time, and where wandb is asked for and missing;
+    nothing is loaded."""
+    if job.settings.wandb and importlib.util.find_spec("wandb") is None:
+        raise job.error("wandb", "true, but wandb is not installed; pip install wandb, or set it to false")
     jobs.check_batch(job, job.settings.batch_size)
     if job.settings.microbatch:
         jobs.check_batch(job, job.settings.microbatch, "microbatch")
@@ -301,6 +305,10 @@ def abstract_state(optimizer, params: PyTree, mesh, extra: PyTree = None) -> Tra
     )
 
 
+def _tracked(settings: Training) -> trackers.Account | None:
+    return trackers.Account(settings.wandb_project, settings.wandb_entity) if settings.wandb else None
+
+
 def _release(params: PyTree, frozen: PyTree) -> None:
     """Frees arrays that the state holds a copy of, unless something frozen is made of the same ones."""
     kept = {id(leaf) for leaf in jax.tree.leaves(frozen)}
@@ -338,7 +346,7 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
     # Whatever ends the loop, saves that have begun are waited for.
     with (
         checkpoints,
-        metrics_log.MetricsWriter(folder, start, steps, wandb=settings.wandb) as log,
+        metrics_log.MetricsWriter(folder, start, steps, wandb=_tracked(settings)) as log,
         stopping.held(),
     ):
         seen: set[Any] = set()
