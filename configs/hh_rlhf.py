@@ -9,6 +9,8 @@ Hardware: v5e:4x8 or v4:2x2x4 (what fits, `python -m mpo_jax.plan` says); hours 
 docs/scaling.md. Not run by us at this size: there are no numbers to expect yet. Variants, after a colon, by commas:
   sweep      both thresholds of the paper, 1 and 2, beside each other, for the data set's pairs
   debug      one GPU or CPU, a small model, minutes; the split is by quantile
+  v5e-32, v5p-16, v6e-16
+             settings with which the stages take less time on that slice, with the same results (docs/pods.md)
   lora       adapters of rank 16 in place of whole weights, with learning rates ten times as large
   MODEL      pythia-1b, llama2-7b, llama3-8b, qwen2.5-0.5b, tiny
 """
@@ -17,7 +19,7 @@ from mpo_jax import recipes
 
 
 def get_config(variant=""):
-    chosen, model = recipes.variants(variant, "sweep", "debug", "lora")
+    chosen, model = recipes.variants(variant, "sweep", "debug", "lora", *recipes.SLICES)
     config = recipes.large_run("hh_rlhf", model or ("tiny" if "debug" in chosen else "llama2-7b"))
     config.data.path = "Anthropic/hh-rlhf"
     config.stages.update(recipes.mpo_stages(pair_source="dataset"))
@@ -29,6 +31,7 @@ def get_config(variant=""):
         **(recipes.LARGE_PPO | {"init": "dpo_sampled", "reference": "dpo_sampled", "prompts": "split_sampled/hard"}),
     )
     config.stages.evaluate.policies = (*config.stages.evaluate.policies, "dpo_sampled", "mpo_sampled")
+    recipes.on_slice(config, chosen)
     if "debug" in chosen:
         recipes.shrink(config)
     if "lora" in chosen:

@@ -8,7 +8,8 @@ docs/scaling.md. Not run by us at this size: there are no numbers to expect yet.
   dataset    the data set's own labelled pairs are split, instead of pairs sampled from the SFT policy
   sweep      both thresholds of the paper, 1 and 2, beside each other
   debug      one GPU or CPU, a small model, minutes: sampled pairs are labelled by VADER, the split is by quantile
-  v5e-32     trains on each batch at once instead of in two parts: it fits v5e:4x8 and takes less time (docs/pods.md)
+  v5e-32, v5p-16, v6e-16
+             settings with which the stages take less time on that slice, with the same results (docs/pods.md)
   lora       adapters of rank 16 in place of whole weights, with learning rates ten times as large
   MODEL      pythia-1b, llama2-7b, llama3-8b, qwen2.5-0.5b, tiny
 For example `--config=configs/tldr.py:debug --config.data.path=posts.jsonl`.
@@ -18,13 +19,12 @@ from mpo_jax import recipes
 
 
 def get_config(variant=""):
-    chosen, model = recipes.variants(variant, "dataset", "sweep", "debug", "lora", "v5e-32")
+    chosen, model = recipes.variants(variant, "dataset", "sweep", "debug", "lora", *recipes.SLICES)
     config = recipes.large_run("tldr", model or ("tiny" if "debug" in chosen else "llama2-7b"))
     config.data.path = "openai/summarize_from_feedback/comparisons"
     source = "dataset" if "dataset" in chosen else "sampled"
     config.stages.update(recipes.mpo_stages(pair_source=source))
-    if "v5e-32" in chosen:
-        recipes.whole_batches(config)
+    recipes.on_slice(config, chosen)
     if "debug" in chosen:
         recipes.shrink(config)
         if source == "sampled":  # posts without labels: a simulated annotator compares the policy's own summaries

@@ -6,20 +6,24 @@ this machine, `gpu:80GB` and `gpu:8x80GB` reckon by arithmetic. `--tune` looks f
 0: every stage fits, 2: one does not, 1: an error in what was given.
 """
 
+import dataclasses
+import functools
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import jax
 from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from mpo_jax import command, main
+from mpo_jax import command, main, store
 from mpo_jax.errors import InputError
-from mpo_jax.planning import chips, proposal, report, stages, tune
-from mpo_jax.planning import compile as compiler
+from mpo_jax.planning import chips, lengths, proposal, report, stages, tune
 from mpo_jax.planning.estimate import Assumptions
+from mpo_jax.planning.known import Known
 from mpo_jax.run import Run
+from mpo_jax.stages.job import Job
 
 
 def define() -> None:
@@ -31,7 +35,14 @@ def define() -> None:
     flags.DEFINE_float("easy", Assumptions.easy, "Share of pairs that are easy.", 0.0, 1.0)
     flags.DEFINE_float("utilisation", Assumptions.utilisation, "Of a chip's peak.", 0.01, 1.0)
     flags.DEFINE_bool("propose", True, "Where a stage does not fit, try what would make it.")
-    flags.DEFINE_bool("tune", False, "Try microbatch, remat and score_batch of every stage, and say what is fastest.")
+    flags.DEFINE_string(
+        "compiled", str(store.scratch() / "plan"), "Folder that keeps compilers' figures for later plans; empty: none."
+    )
+    flags.DEFINE_bool(
+        "lengths", True, "Read the data, where it and the tokenizer are files here, for how long rows are."
+    )
+    flags.DEFINE_bool("tune", False, "Look for the fastest mesh and settings, of those that change no result.")
+    flags.DEFINE_integer("compiles", tune.COMPILES, "Programs that --tune may compile.", lower_bound=1)
 
 
 def work() -> int:
@@ -42,7 +53,10 @@ def work() -> int:
     command.written(given.json or "", "json")
     logging.set_verbosity(logging.ERROR)
     assumptions = Assumptions(given.pairs, given.easy, given.utilisation)
-    fits = plan(main.read(given.config), topology, assumptions, given.stages, given.propose, given.json, given.tune)
+    compiles = given.compiles if given.tune else 0
+    config = main.read(given.config)
+    known = Known(Path(given.compiled).expanduser() if given.compiled and topology != "cpu" else None)
+    fits = plan(config, topology, assumptions, given.stages, given.propose, given.json, compiles, known, given.lengths)
     return 0 if fits else 2
 
 
@@ -53,42 +67,58 @@ def plan(
     only: Iterable[str] = (),
     propose: bool = True,
     file: str | None = None,
-    tuning: bool = False,
+    compiles: int = 0,
+    known: Known | None = None,
+    read_lengths: bool = True,
 ) -> bool:
     """Prints the plan of a run on a topology, writes it as JSON where a file is named; whether every stage fits.
 
     only: the stages to plan; none: all. propose: whether to try what would make a stage fit.
-    tuning: whether to look for the fastest settings of those that leave results alone.
+    compiles: that may be made to look for faster settings, of those that leave results alone; 0: none is looked for.
+    known: what earlier plans have compiled; None: nothing is. read_lengths: of the data, where it is here.
     """
+    known = Known() if known is None else known
     chips.prepare()
     if name.startswith("gpu"):  # arrays are laid out on as many CPU devices
         jax.config.update("jax_num_cpu_devices", chips.gpu(name)[0])
     topology = chips.topology(name)
     jobs = stages.jobs(config, topology, only)
     mesh = next(iter(jobs.values())).mesh.shape
+    assumptions = with_lengths(assumptions, jobs.values()) if read_lengths else assumptions
     print(report.heading(config, topology, mesh, assumptions), report.COLUMNS, sep="\n", flush=True)
-    plans, proposals, tuned = {}, {}, {}
-    known: compiler.Known = {}
+    plans, proposals, tuned = {}, {}, None
     for stage, job in jobs.items():
         plans[stage] = stages.plan(job, topology, assumptions, known=known)
         print(report.lines(stage, plans[stage]), flush=True)
         if not plans[stage].fits and propose:
             proposals[stage] = proposal.propose(config, stage, plans[stage].misfits, topology, assumptions, known)
             print(report.proposal_line(stage, proposals[stage]), flush=True)
-        elif tuning:
-            tuned[stage] = tune.tune(config, stage, plans[stage], topology, assumptions, known)
-            print(report.tuned_line(stage, plans[stage], tuned[stage]), flush=True)
     print(report.disk_line(plans), flush=True)
-    hours = sum(each.chip_hours for each in plans.values())
+    if compiles and all(each.fits for each in plans.values()):
+        tuned = tune.tune(config, plans, topology, assumptions, known, compiles, functools.partial(print, flush=True))
+        print(report.tuned_lines(tuned), flush=True)
+    elif compiles:
+        print("nothing is tuned before every stage fits")
+    least, most = (sum(getattr(each, name) for each in plans.values()) for name in ("least_chip_hours", "chip_hours"))
     fits = all(each.fits for each in plans.values())
     programs = sum(len(each.programs) for each in plans.values())
     if topology.compiled:
-        print(f"{programs} programs of the stages; {len(known)} compiles, since equal ones are compiled once")
-    print(f"{'every stage fits' if fits else 'NOT every stage fits'}; about {hours:,.0f} chip-hours in all (estimate)")
+        print(
+            f"{programs} programs of the stages, {known.programs} different ones with what was tried; {known.compiles} "
+            "compiled now"
+        )
+    told = "every stage fits" if fits else "NOT every stage fits"
+    print(f"{told}; {report.hours(least, most)} chip-hours in all (estimate)")
     if file:
         found = report.as_json(topology, mesh, plans, proposals, assumptions, tuned)
         epath.Path(file).write_text(json.dumps(found, indent=1))
     return fits
+
+
+def with_lengths(assumptions: Assumptions, jobs: Iterable[Job]) -> Assumptions:
+    """The assumptions with what the data itself says, where it is here: lengths of rows, and how many there are."""
+    found = lengths.read(jobs)
+    return assumptions if found is None else dataclasses.replace(assumptions, lengths=found, pairs=found.rows)
 
 
 def run() -> None:

@@ -332,11 +332,47 @@ def mpo_stages(pair_source: str) -> dict[str, ml_collections.ConfigDict]:
     }
 
 
-def whole_batches(made: ml_collections.ConfigDict) -> None:
-    """Trainings compute each batch at once, where a chip has room for it, instead of in parts; in place."""
-    for each in made.stages.values():
-        if "microbatch" in each:
-            each.microbatch = 0
+_WIDE = {"batch_size": 256}  # prompts sampled at a time: weights are read once for all of them
+_KEPT = {"microbatch": 0, "remat": "dots"}  # products are kept for the backward pass, since there is room
+SLICES: dict[str, dict[str, dict[str, Any]]] = {
+    "v5e-32": {
+        "sft": _KEPT,
+        "reward": _KEPT,
+        "dpo": _KEPT,
+        "ppo": {"microbatch": 0},
+        "split": _WIDE,
+        "evaluate": _WIDE,
+    },
+    "v5p-16": {
+        "sft": _KEPT,
+        "reward": _KEPT,
+        "dpo": _KEPT,
+        "ppo": {"remat": "dots"},
+        "split": _WIDE,
+        "evaluate": _WIDE,
+    },
+    "v6e-16": {
+        "sft": _KEPT,
+        "reward": _KEPT,
+        "dpo": _KEPT,
+        "ppo": {"microbatch": 0},
+        "split": _WIDE,
+        "evaluate": _WIDE,
+    },
+}
+"""Slice -> kind of stage -> what is fastest there at 7B, as docs/pods.md tells; the mesh is that of `large_run`. In the
+plan they are v5e:4x8, v5p:2x2x2 (16 cores are 8 chips) and v6e:4x4."""
+
+
+def on_slice(made: ml_collections.ConfigDict, chosen: Iterable[str]) -> None:
+    """Sets the stages of a `large_run` as they are fastest on the slice that is among the variants chosen, if one is;
+    in place. What a stage learns or replies stays the same. InputError for two slices."""
+    named = [name for name in SLICES if name in chosen]
+    if len(named) > 1:
+        raise InputError(f"config: two slices, {' and '.join(named)}; expected one")
+    for name in named:
+        for each in made.stages.values():
+            each.update(SLICES[name].get(each.kind, {}))
 
 
 def shrink(made: ml_collections.ConfigDict) -> None:

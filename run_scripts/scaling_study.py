@@ -43,6 +43,8 @@ _MODELS = flags.DEFINE_list("models", list(MODELS), "Some models.")
 _TOPOLOGIES = flags.DEFINE_list("topologies", list(TOPOLOGIES), "Some topologies.")
 _METHODS = flags.DEFINE_list("methods", ["DPO", "PPO", "PPO-LoRA", "MPO"], "Some of DPO, PPO, PPO-LoRA, MPO.")
 _DOCS = Path(__file__).resolve().parent.parent / "docs"
+_BY_HAND = "\n## 13B and 30B"
+"""What stands from here on in the page is kept as it is."""
 _FIGURES, _PAGE, _PLOT = _DOCS / "scaling.json", _DOCS / "scaling.md", _DOCS / "scaling.png"
 
 
@@ -66,7 +68,8 @@ def main(argv) -> None:
                     print(f"{name}: {known[name]['peak'] / GIB:.1f} GiB, {known[name]['source']}", flush=True)
                     _FIGURES.write_text(json.dumps(known, indent=1) + "\n")
     draw(known)
-    _PAGE.write_text(page(known))
+    by_hand = _PAGE.read_text().partition(_BY_HAND) if _PAGE.exists() else ("", "", "")
+    _PAGE.write_text(page(known) + by_hand[1] + by_hand[2])
 
 
 def cell(model: str, method: str, place: Topology) -> dict[str, Any]:

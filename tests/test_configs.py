@@ -23,6 +23,7 @@ from configs import (
     tldr,
 )
 from mpo_jax import graph, recipes, settings
+from mpo_jax.errors import InputError
 from mpo_jax.run import Run, StageSettings
 from mpo_jax.settings import Section
 from mpo_jax.stages import kinds
@@ -35,6 +36,7 @@ CONFIGS = {
     "tldr:dataset": lambda: tldr.get_config("dataset"),
     "tldr:debug": lambda: tldr.get_config("debug"),
     "tldr:v5e-32": lambda: tldr.get_config("v5e-32"),
+    "hh_rlhf:v6e-16": lambda: hh_rlhf.get_config("v6e-16"),
     "tldr:sweep,pythia-1b": lambda: tldr.get_config("sweep,pythia-1b"),
     "tldr:debug,lora": lambda: tldr.get_config("debug,lora"),
     "hh_rlhf": hh_rlhf.get_config,
@@ -124,13 +126,27 @@ def test_adapters_learn_by_rates_ten_times_those_of_whole_weights():
     assert tldr.get_config("lora").stages.dpo.learning_rate == pytest.approx(5e-6)
 
 
-def test_a_slice_s_variant_changes_nothing_that_enters_a_key():
-    """The finished stages of a run on the default settings are those of a run on v5e-32's."""
-    usual, tuned = (kinds.read(tldr.get_config(variant).to_dict()) for variant in ("", "v5e-32"))
+@pytest.mark.parametrize("config", [tldr, hh_rlhf])
+def test_a_slice_s_variant_changes_no_result(config):
+    """Of what enters a key, how many prompts are sampled at a time alone, and that the same on every slice: a run goes
+    on, on another."""
+    usual = kinds.read(config.get_config().to_dict())
+    tuned = {name: kinds.read(config.get_config(name).to_dict()) for name in recipes.SLICES}
+    assert tuned.keys() == {"v5e-32", "v5p-16", "v6e-16"}
     for name, stage in usual.stages.items():
-        assert settings.content(tuned.stages[name]) == settings.content(stage)
-    assert {stage.microbatch for stage in usual.stages.values() if hasattr(stage, "microbatch")} == {32}
-    assert {stage.microbatch for stage in tuned.stages.values() if hasattr(stage, "microbatch")} == {0}
+        for run in tuned.values():
+            content = settings.content(run.stages[name])
+            if stage.kind in ("split", "evaluate"):
+                assert (content["batch_size"], stage.batch_size) == (256, 64)
+                content = content | {"batch_size": 64}
+            assert content == settings.content(stage)
+    for name in ("sft", "dpo", "mpo"):
+        assert {run.stages[name].microbatch for run in tuned.values()} <= {0, 32}
+        assert all((run.stages[name].microbatch, run.stages[name].remat) != (32, "") for run in tuned.values()), (
+            "something is tuned"
+        )
+    with pytest.raises(InputError, match="two slices, v5e-32 and v6e-16; expected one"):
+        config.get_config("v6e-16,v5e-32")
 
 
 def test_a_sweep_over_seeds_and_its_errors():

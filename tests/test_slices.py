@@ -31,7 +31,8 @@ with jax.set_mesh(job.mesh):
 report.update(text=found.text, sent=found.collectives, fits=found.fits, slices=place.slices, loop=program.loop)
 """
 MESHES = """
-WANTED = (("2xv5e:4x4", (2, 4, 4)), ("2xv5e:4x4", (4, 8, 1)), ("3xv5e:2x2", (-1, 2, 2)), ("2xv4:2x2x2", (2, 8, 1)))
+WANTED = (("2xv5e:4x4", (2, 4, 4)), ("2xv5e:4x4", (4, 8, 1)), ("3xv5e:2x2", (-1, 2, 2)), ("2xv4:2x2x2", (2, 8, 1)),
+          ("v6e:4x4", (1, 8, 2)))
 from mpo_jax.errors import InputError
 from mpo_jax.planning import chips
 
@@ -131,6 +132,8 @@ def test_meshes_over_the_compilers_own_slices():
     assert three["slices"] == [[0], [1], [2]] and three["shape"] == {"data": 3, "fsdp": 2, "tensor": 2}
     assert three["larger"][0] == "3xv5e:2x4"
     assert found["2xv4:2x2x2 (2, 8, 1)"]["size"] == 16, "a v4 chip is one device"
+    split = found["v6e:4x4 (1, 8, 2)"]
+    assert split["shape"] == {"data": 1, "fsdp": 8, "tensor": 2}, "no axis of it is whole rings of 4 x 4 chips"
     assert all(each["devices"] == each["size"] for name, each in found.items() if name != "told")
     told = found["told"]
     assert "mesh.data: 1 on 2 slices; expected a multiple of 2" in told[0]

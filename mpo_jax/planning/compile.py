@@ -5,7 +5,6 @@ Nothing runs: arguments are shapes. Where the compiler gives up for want of memo
 
 import collections
 import dataclasses
-import hashlib
 import re
 import time
 from typing import Any
@@ -14,7 +13,9 @@ import jax
 
 from mpo_jax.errors import InputError
 from mpo_jax.planning import arithmetic, hlo, work
+from mpo_jax.planning import known as kept
 from mpo_jax.planning.chips import GIB, Topology
+from mpo_jax.planning.known import Compiled, Known
 from mpo_jax.stages.programs import Program, device_bytes
 
 
@@ -40,29 +41,6 @@ class Report:
     source: str
     seconds_to_compile: float = 0.0
     text: str = dataclasses.field(default="", repr=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What the compiler says of one program, whatever lies in memory beside it: bytes on one chip, as in `Report`.
-
-    arguments: that the program reads, results: that reuse no argument. used: what it would have needed, where the
-    compiler gave up for want of memory; 0: it did not.
-    """
-
-    arguments: int = 0
-    results: int = 0
-    temporaries: int = 0
-    moved: float = 0.0
-    collectives: dict[str, int] = dataclasses.field(default_factory=dict)
-    largest: str = ""
-    seconds: float = 0.0
-    used: int = 0
-    text: str = dataclasses.field(default="", repr=False)
-
-
-Known = dict[str, Compiled]
-"""What was compiled already, by a digest of topology and program: stages that differ in their data alone share it."""
 
 
 def report(program: Program, topology: Topology, mesh, keep_text: bool = False, known: Known | None = None) -> Report:
@@ -102,9 +80,10 @@ def report(program: Program, topology: Topology, mesh, keep_text: bool = False, 
 
 def _compile(lowered: Any, topology: Topology, loop: int, known: Known | None) -> Compiled:
     """What the compiler makes of a lowered program, or made of an equal one: same operations, shapes and shardings."""
-    digest = hashlib.sha256(f"{topology.name} {loop} {lowered.as_text()}".encode()).hexdigest()
-    if known is not None and digest in known:
-        return known[digest]
+    digest = kept.digest(topology.name, loop, lowered.as_text())
+    found = known.get(digest) if known is not None else None
+    if found is not None:
+        return found
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -128,7 +107,7 @@ def _compile(lowered: Any, topology: Topology, loop: int, known: Known | None) -
             text=text,
         )
     if known is not None:
-        known[digest] = dataclasses.replace(found, text="")
+        known.put(digest, found)
     return found
 
 

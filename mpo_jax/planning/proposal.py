@@ -17,6 +17,7 @@ from mpo_jax.planning import compile as compiler
 from mpo_jax.planning import stages
 from mpo_jax.planning.chips import Topology, larger, topology
 from mpo_jax.planning.estimate import Assumptions
+from mpo_jax.planning.known import Known
 from mpo_jax.planning.stages import StagePlan
 from mpo_jax.run import Run
 from mpo_jax.sharding import BATCH_AXES, axis_size
@@ -51,7 +52,7 @@ def propose(
     misfits: Iterable[str],
     place: Topology,
     assumptions: Assumptions,
-    known: compiler.Known | None = None,
+    known: Known | None = None,
 ) -> Proposal:
     """The first of `changes` under which the programs that did not fit do, and then all of the stage's."""
     tried = 0

@@ -10,7 +10,7 @@ from mpo_jax.planning.chips import GIB, Topology
 from mpo_jax.planning.estimate import Assumptions
 from mpo_jax.planning.proposal import Proposal
 from mpo_jax.planning.stages import Planned, StagePlan
-from mpo_jax.planning.tune import Tuned
+from mpo_jax.planning.tune import Tuned, mesh_name
 from mpo_jax.run import Run
 
 
@@ -23,14 +23,28 @@ def heading(config: Run, topology: Topology, mesh: Mapping[str, int], assumption
         f"{config.name}: {config.model.path} on {topology.name}, {topology.size} x {topology.chip.name} with "
         f"{topology.chip.memory / GIB:.2f} GiB each, mesh {sizes}\n"
         f"memory {source}; rows of at most {data.max_length} tokens, replies of {data.max_response}; seconds and "
-        f"chip-hours are estimates: {assumptions.pairs:,} pairs, {assumptions.easy:.0%} of them easy, "
-        f"{assumptions.utilisation:.0%} of a chip's peak"
+        f"chip-hours are estimates: {assumptions.pairs:,} pairs{_read(assumptions)}, {assumptions.easy:.0%} of them "
+        f"easy, {assumptions.utilisation:.0%} of a chip's peak"
     )
+
+
+def _read(assumptions: Assumptions) -> str:
+    """Where chip-hours take the rows' lengths from."""
+    found = assumptions.lengths
+    if found is None:
+        return " of unknown lengths (chip-hours: from the shortest to the longest that the settings allow)"
+    return f" read from the data (chip-hours by the lengths of {len(found.pieces):,} of them; sampled replies unknown)"
+
+
+def hours(least: float, most: float) -> str:
+    """A range, or one figure where both ends are the same."""
+    ends = [f"{each:,.1f}" if most < 10 else f"{each:,.0f}" for each in (least, most)]
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
 
 
 COLUMNS = (
     f"{'stage':24} {'arguments':>9} {'held':>7} {'temp.':>7} {'peak GiB':>8} fits {'TFLOP':>8} {'moved GB':>8} "
-    f"{'sent GB':>8} {'s a call':>9} waits for   {'calls':>8} {'chip-hours':>10}"
+    f"{'sent GB':>8} {'s a call':>9} waits for   {'calls':>8} {'chip-hours':>12}"
 )
 
 
@@ -44,7 +58,8 @@ def lines(name: str, plan: StagePlan) -> str:
             f"{name + '/' + program:24} {report.arguments / GIB:9.2f} {report.held / GIB:7.2f} "
             f"{report.temporaries / GIB:7.2f} {report.peak / GIB:8.2f} {'yes ' if report.fits else 'NO  '} "
             f"{report.flops / 1e12:8.1f} {report.moved / 1e9:8.1f} {sent / 1e9:8.2f} {seconds.total:9.3f} "
-            f"{seconds.bound:11} {math.ceil(planned.calls):8,} {planned.total_seconds * plan.chips / 3600:10.1f}"
+            f"{seconds.bound:11} {math.ceil(planned.calls):8,} "
+            f"{hours(planned.least_seconds * plan.chips / 3600, planned.total_seconds * plan.chips / 3600):>12}"
         )
         if report.collectives:
             kinds = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in sorted(report.collectives.items()))
@@ -74,14 +89,41 @@ def proposal_line(name: str, proposal: Proposal) -> str:
     return f"    {name} does not fit; it does ({peak:.2f} GiB) with: {' '.join(proposal.flags)}"
 
 
-def tuned_line(name: str, before: StagePlan, tuned: Tuned) -> str:
-    """What the stage takes now, and with the settings found."""
-    if not tuned.flags:
-        return f"    {name}: nothing of {tuned.tried} settings tried is faster"
-    return (
-        f"    {name}: {before.seconds:,.0f} s and {before.peak / GIB:.2f} GiB become {tuned.plan.seconds:,.0f} s and "
-        f"{tuned.plan.peak / GIB:.2f} GiB (estimate; {tuned.tried} tried) with: {' '.join(tuned.flags)}"
+def tuned_lines(tuned: Tuned) -> str:
+    """For every stage what it takes now, and with the settings found; then the mesh for all, and for each alone."""
+    found = []
+    for name, before in tuned.before.items():
+        best = tuned.stages[name][tuned.mesh]
+        if not best.changes and tuned.mesh == tuned.now:
+            found.append(f"    {name}: {before.seconds:,.0f} s; nothing that was tried is faster")
+            continue
+        found.append(
+            f"    {name}: {before.seconds:,.0f} s and {before.peak / GIB:.2f} GiB become {best.plan.seconds:,.0f} s "
+            f"and {best.plan.peak / GIB:.2f} GiB with: {' '.join(tuned.flags(name, tuned.mesh)) or 'the mesh alone'}"
+        )
+    now = sum(plan.seconds for plan in tuned.before.values())
+    flags = tuned.mesh_flags
+    found.append(
+        f"    all: {now:,.0f} s become {tuned.seconds(tuned.mesh):,.0f} s on the mesh "
+        f"{mesh_name(tuned.mesh)}{': ' + ' '.join(flags) if flags else ', which is the present one'} (estimates)"
     )
+    alone = {name: tuned.best_mesh(name) for name in tuned.stages}
+    found += [
+        f"    {name} alone would take {tuned.stages[name][mesh].plan.seconds:,.0f} s on {mesh_name(mesh)} with: "
+        f"{' '.join(tuned.flags(name, mesh)) or 'the settings that it has'}"
+        for name, mesh in alone.items()
+        if mesh != tuned.mesh
+    ]
+    keyed = [name for name, tried in tuned.stages.items() if "batch_size" in tried[tuned.mesh].changes]
+    if keyed:
+        found.append(
+            f"    batch_size of {', '.join(keyed)} changes no reply but enters the stage's key: set it before the run"
+        )
+    found.append(
+        f"{tuned.reckoned} settings reckoned, {tuned.compiled} programs compiled for them"
+        f"{'' if tuned.complete else '; more would have been: --compiles allows no more'}"
+    )
+    return "\n".join(found)
 
 
 def as_json(
@@ -90,7 +132,7 @@ def as_json(
     plans: Mapping[str, StagePlan],
     proposals: Mapping[str, Proposal],
     assumptions: Assumptions,
-    tuned: Mapping[str, Tuned] | None = None,
+    tuned: Tuned | None = None,
 ) -> dict[str, Any]:
     return {
         "topology": topology.name,
@@ -99,19 +141,26 @@ def as_json(
         "memory_per_chip": topology.chip.memory,
         "source": "compiler" if topology.compiled else "arithmetic",
         "mesh": dict(mesh),
-        "assumptions": dataclasses.asdict(assumptions),
+        "assumptions": {
+            "pairs": assumptions.pairs,
+            "easy": assumptions.easy,
+            "utilisation": assumptions.utilisation,
+            "lengths": "unknown" if assumptions.lengths is None else "data",
+        },
         "disk_bytes_at_rest": sum(plan.storage.rest for plan in plans.values()),
         "disk_bytes_at_peak": storage.peak(plan.storage for plan in plans.values()),
-        "stages": {name: _stage(plan, proposals.get(name), (tuned or {}).get(name)) for name, plan in plans.items()},
+        "tuned_mesh": mesh_name(tuned.mesh) if tuned else None,
+        "stages": {name: _stage(name, plan, proposals.get(name), tuned) for name, plan in plans.items()},
     }
 
 
-def _stage(plan: StagePlan, proposal: Proposal | None, tuned: Tuned | None) -> dict[str, Any]:
+def _stage(name: str, plan: StagePlan, proposal: Proposal | None, tuned: Tuned | None) -> dict[str, Any]:
     found = {
         "fits": plan.fits,
         "peak_bytes_per_chip": plan.peak,
         "seconds_estimate": plan.seconds,
         "chip_hours_estimate": plan.chip_hours,
+        "least_chip_hours_estimate": plan.least_chip_hours,
         "disk": dataclasses.asdict(plan.storage),
         "disk_bytes_at_rest": plan.storage.rest,
         "disk_bytes_at_peak": plan.storage.peak,
@@ -119,13 +168,17 @@ def _stage(plan: StagePlan, proposal: Proposal | None, tuned: Tuned | None) -> d
     }
     if proposal is not None:
         found["proposal"] = list(proposal.flags) if proposal.plan is not None else None
-    if tuned is not None:
-        found["tuned"] = {
-            "flags": list(tuned.flags),
-            "tried": tuned.tried,
-            "peak_bytes_per_chip": tuned.plan.peak,
-            "seconds_estimate": tuned.plan.seconds,
-        }
+    if tuned is not None and name in tuned.stages:
+        found["tuned"] = [
+            {
+                "mesh": mesh_name(mesh),
+                "flags": list(tuned.flags(name, mesh)),
+                "fits": tried.plan.fits,
+                "peak_bytes_per_chip": tried.plan.peak,
+                "seconds_estimate": tried.plan.seconds,
+            }
+            for mesh, tried in tuned.stages[name].items()
+        ]
     return found
 
 

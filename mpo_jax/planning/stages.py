@@ -16,10 +16,11 @@ from mpo_jax.errors import InputError
 from mpo_jax.models import attention, presets
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.planning import compile as compiler
-from mpo_jax.planning import estimate, storage
+from mpo_jax.planning import estimate, lengths, storage
 from mpo_jax.planning.chips import Topology
 from mpo_jax.planning.compile import Report
 from mpo_jax.planning.estimate import Assumptions, Seconds
+from mpo_jax.planning.known import Known
 from mpo_jax.planning.storage import Storage
 from mpo_jax.run import Run
 from mpo_jax.stages import kinds
@@ -29,15 +30,23 @@ from mpo_jax.stages.programs import Program
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """One program of a stage, its figures, the seconds of one call and how many calls the stage makes."""
+    """One program of a stage, its figures, the seconds of one call with the longest rows, and how many calls the stage
+    makes. least, most: of those seconds, what a call takes on average, see `lengths.shares`."""
 
     report: Report
     seconds: Seconds
     calls: float
+    least: float = 1.0
+    most: float = 1.0
 
     @property
     def total_seconds(self) -> float:
-        return self.seconds.total * self.calls
+        """Of all calls, at most."""
+        return self.seconds.total * self.calls * self.most
+
+    @property
+    def least_seconds(self) -> float:
+        return self.seconds.total * self.calls * self.least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +74,10 @@ class StagePlan:
         return self.chips * self.seconds / 3600
 
     @property
+    def least_chip_hours(self) -> float:
+        return self.chips * sum(each.least_seconds for each in self.programs.values()) / 3600
+
+    @property
     def misfits(self) -> list[str]:
         return [name for name, each in self.programs.items() if not each.report.fits]
 
@@ -88,7 +101,7 @@ def plan(
     topology: Topology,
     assumptions: Assumptions,
     only: Iterable[str] = (),
-    known: compiler.Known | None = None,
+    known: Known | None = None,
 ) -> StagePlan:
     """Compiles a stage's programs (or those of `only`). InputError where the mesh does not divide a batch.
 
@@ -105,7 +118,8 @@ def plan(
                 program = _on_gpu(program, job, topology)
             report = compiler.report(program, topology, job.mesh, known=known)
             each = estimate.seconds(report, topology.chip, assumptions)
-            planned[name] = Planned(report, each, estimate.calls(job, program, assumptions))
+            parts = lengths.shares(job, program, each, topology, assumptions)
+            planned[name] = Planned(report, each, estimate.calls(job, program, assumptions), *parts)
     return StagePlan(planned, topology.size, storage.of_stage(job, programs, assumptions))
 
 

@@ -27,7 +27,7 @@ class Extent:
     """What a program computes at a time, for arithmetic. kind: train | forward | decode. rows, length, window: of a
     microbatch, over all devices (decode: prompts of `length`, `window` response slots). steps: of a decode loop.
     trained: bytes on one device of what gets gradients; trunks: models that run, and whose activations are kept for
-    gradients. repeats: microbatches of one call."""
+    gradients. adds: whether gradients lie beside the state. repeats: microbatches of one call."""
 
     model: ModelConfig
     kind: str
@@ -37,8 +37,27 @@ class Extent:
     steps: int = 0
     trained: int = 0
     trunks: int = 1
-    accumulates: bool = False
+    adds: bool = False
     repeats: int = 1
+
+    def at(self, rows: int, remat: str) -> "Extent":
+        """The same training step, so many rows computed at a time, under another remat."""
+        all_rows = self.rows * self.repeats
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, remat=remat),
+            rows=rows,
+            repeats=all_rows // rows,
+        )
+
+    def resized(self, length: int, window: int, steps: int) -> "Extent":
+        """The same call for rows of other lengths."""
+        return dataclasses.replace(self, length=length, window=window, steps=steps)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a sum of gradients lies beside those of the rows at work."""
+        return self.adds or self.repeats > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +103,7 @@ def train(
         rows.window,
         trained=device_bytes(state.params),
         trunks=2 if "value" in state.params and "head" not in state.params else 1,
-        accumulates=part < update or adds,
+        adds=adds,
         repeats=update // part * repeats,
     )
 

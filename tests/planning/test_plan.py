@@ -13,6 +13,7 @@ from mpo_jax.models import presets
 from mpo_jax.planning import chips, estimate, proposal, report, stages
 from mpo_jax.planning import compile as compiler
 from mpo_jax.planning.estimate import Assumptions
+from mpo_jax.planning.known import Known
 from mpo_jax.stages import kinds
 from tests.planning import case
 
@@ -97,7 +98,7 @@ def test_equal_programs_of_two_stages_are_compiled_once(small, monkeypatch):
     monkeypatch.setattr(
         compiler.hlo, "parse", lambda text, loop, parse=compiler.hlo.parse: compiles.append(loop) or parse(text, loop)
     )
-    known: compiler.Known = {}
+    known = Known()
     place = case.one_cpu()
 
     def reference(config, stage: str) -> compiler.Report:
@@ -106,9 +107,9 @@ def test_equal_programs_of_two_stages_are_compiled_once(small, monkeypatch):
 
     first = reference(case.config(), "dpo")
     assert reference(case.config(), "dpo_full") == first and first.peak > 0
-    assert len(known) == len(compiles) == 1
+    assert known.programs == known.compiles == len(compiles) == 1
     assert reference(case.config(rows=16), "dpo").temporaries > first.temporaries
-    assert len(known) == len(compiles) == 2
+    assert known.programs == known.compiles == len(compiles) == 2
 
 
 def test_a_plan_by_arithmetic_says_so_and_holds_what_it_promises(small):
