@@ -14,7 +14,7 @@ LAYERS = [
     {"artifacts"},
     {"settings"},
     {"ops"},
-    {"sharding", "allocator", "processes", "stopping"},
+    {"sharding", "allocator", "processes", "stopping", "peers"},
     {"optim", "metrics", "profiling", "asking", "database", "locks"},
     {"models"},
     {"scoring"},
