@@ -30,6 +30,8 @@ SILENT = 90.0
 ADVICE = "another process of the run has ended: see its log. Run the same command again; it goes on from what was saved"
 
 _ALIVE, _LOST, _DONE = "mpo_jax/alive", "mpo_jax/lost", "done"
+_FAILED = 1
+"""Exit code of all after an error on one process alone."""
 _GONE = re.compile(
     r"Gloo .*?(closed by peer|reset by peer|Broken pipe|Socket closed|[Cc]onnect\w* refused)"
     r"|remote process exited|heartbeat timeout|Socket closed|tasks are unhealthy",
@@ -40,9 +42,9 @@ _GONE = re.compile(
 
 @contextlib.contextmanager
 def watched(give_up: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """While the context lasts, this process ends with one sentence and the exit code of a preemption once another
-    process of the run has died, or ended with an error of its own: at once where this one was connected to it, within
-    seconds where that one could tell, else after `SILENT` seconds.
+    """While the context lasts, this process ends with one sentence once another process of the run has died, or ended
+    with an error of its own: within seconds where this one was connected to it, or that one could tell, else after
+    `SILENT` seconds. The exit code is that of a preemption, or 1 after an error, which would only come again.
 
     give_up: what is let go of before the process ends, from whatever thread; it must not wait for others. What all
     processes end with, InputError and Stopped, goes its way.
@@ -59,7 +61,7 @@ def watched(give_up: Callable[[], None] = lambda: None) -> Iterator[None]:
         raise
     except BaseException as error:
         if is_of_the_dead(error):
-            watch.end(ADVICE)
+            watch.end_connected()
         watch.stop(failed=True)
         raise
     else:
@@ -91,7 +93,7 @@ class _Watch:
 
     def start(self) -> None:
         if self._index:
-            _when_aborted(distributed.global_state.coordinator_address, lambda: self._leave(ADVICE))
+            _when_aborted(distributed.global_state.coordinator_address, lambda: self._leave(PREEMPTED, ADVICE))
         self._thread.start()
 
     def stop(self, failed: bool = False) -> None:
@@ -100,7 +102,7 @@ class _Watch:
         self._over.set()
         self._thread.join()
         if failed:
-            self._tell_lost(f"process {self._index} on {self._host} has ended with an error; {ADVICE}")
+            self._tell_lost(_FAILED, f"process {self._index} on {self._host} has ended with an error: see its log")
             atexit.register(self._leave_behind)
         self._tell(_DONE)
 
@@ -109,27 +111,34 @@ class _Watch:
         sys.stdout.flush()
         sys.stderr.flush()
         self._wait_for_hearers()
-        os._exit(1)
+        os._exit(_FAILED)
 
     def _wait_for_hearers(self) -> None:
         """Process 0 stays until the others have heard what its service tells them."""
         if self._index == 0:
             time.sleep(4 * BEAT)
 
-    def end(self, told: str) -> NoReturn:
-        """Ends this process, and tells the others."""
-        self._tell_lost(told)
-        self._wait_for_hearers()
-        self._leave(told)
+    def end_connected(self) -> NoReturn:
+        """Ends this process, which has met a broken connection: with what the other one said, if it could."""
+        until = time.monotonic() + 2 * BEAT
+        while (lost := self._lost()) is None and time.monotonic() < until:
+            time.sleep(BEAT / 10)
+        self._end(*(lost or (PREEMPTED, ADVICE)))
 
-    def _leave(self, told: str) -> NoReturn:
+    def _end(self, code: int, told: str) -> NoReturn:
+        """Ends this process, and tells the others."""
+        self._tell_lost(code, told)
+        self._wait_for_hearers()
+        self._leave(code, told)
+
+    def _leave(self, code: int, told: str) -> NoReturn:
         with self._ending:  # once
             os.write(2, f"\n{told}\n".encode())
             letting = threading.Thread(target=self._give_up, daemon=True)
             letting.start()
             letting.join(BEAT)  # a store may not answer
             sys.stdout.flush()
-            os._exit(PREEMPTED)
+            os._exit(code)
 
     def _watch(self) -> None:
         count = 0
@@ -138,21 +147,22 @@ class _Watch:
             self._tell(str(count))
             lost = self._lost()
             if lost is None and self._index == 0 and (silent := self._silent()) is not None:
-                lost = f"process {silent} has not been heard of for {SILENT:.0f} s; {ADVICE}"
+                lost = PREEMPTED, f"process {silent} has not been heard of for {SILENT:.0f} s; {ADVICE}"
             # Where all have met the same error, each is given the time to end with it.
             if lost is not None and not self._over.wait(2 * BEAT):
-                self.end(lost)
+                self._end(*lost)
 
-    def _lost(self) -> str | None:
-        """What a process was told of another that is lost."""
+    def _lost(self) -> tuple[int, str] | None:
+        """What a process was told of another that is lost: the exit code for this one, and the sentence."""
         try:
-            return self._client.key_value_try_get(_LOST)
+            code, _, told = self._client.key_value_try_get(_LOST).partition(" ")
         except jax.errors.JaxRuntimeError:
             return None
+        return int(code), told
 
-    def _tell_lost(self, told: str) -> None:
+    def _tell_lost(self, code: int, told: str) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first that was lost is told of
-            self._client.key_value_set(_LOST, told)
+            self._client.key_value_set(_LOST, f"{code} {told}")
 
     def _tell(self, count: str) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service has ended; `_when_aborted` tells
@@ -162,7 +172,11 @@ class _Watch:
     def _silent(self) -> str | None:
         """The first process that has counted on for too long no more, and its host."""
         now = time.monotonic()
-        for name, value in self._client.key_value_dir_get(_ALIVE):
+        try:
+            counts = self._client.key_value_dir_get(_ALIVE)
+        except jax.errors.JaxRuntimeError:  # the service is at its end
+            return None
+        for name, value in counts:
             index = int(name.rpartition("/")[2])
             if self._heard[index][0] != value:
                 self._heard[index] = (value, now)
