@@ -54,6 +54,12 @@ def held(path: epath.Path, what: str, wait: bool = False) -> Iterator[None]:
             each.release()
 
 
+def give_up() -> None:
+    """Lets go of all locks of this process, which ends without ado: the next run need not find out that it is dead."""
+    for each in list(_mine):
+        each.release()
+
+
 def check_shared(workdir: epath.Path) -> None:
     """InputError on all processes of a run if one of them does not see, within seconds, what process 0 writes into the
     workdir."""
@@ -230,6 +236,7 @@ class _Held:
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._thread.start()
+        _mine.append(self)
 
     def _beat(self) -> None:
         while not self._end.wait(BEAT):
@@ -247,3 +254,9 @@ class _Held:
         with contextlib.suppress(OSError):
             if (_read(self._path) or {}).get("nonce") == self._own["nonce"]:
                 self._path.unlink(missing_ok=True)
+        with contextlib.suppress(ValueError):  # given up before
+            _mine.remove(self)
+
+
+_mine: list[_Held] = []
+"""The locks that this process holds."""

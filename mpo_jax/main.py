@@ -2,7 +2,8 @@
 
 `python -m mpo_jax.main --config=configs/tldr.py --workdir=runs/tldr`, or `mpo run --config=tldr --workdir=runs/tldr`;
 any setting can be overridden, as in `--config.stages.dpo.beta=0.2`. Exit codes: 0 done, 1 an error in what was given,
-75 (SIGTERM) or 130 (Ctrl-C) told to stop and saved: run the same command again.
+75 (SIGTERM) or 130 (Ctrl-C) told to stop and saved, or 75 where another process of the run has died: run the same
+command again.
 """
 
 import sys
@@ -20,7 +21,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from mpo_jax import command, graph, pipeline, processes, profiling, sharding, states, stopping
+from mpo_jax import command, graph, locks, peers, pipeline, processes, profiling, sharding, states, stopping
 from mpo_jax.artifacts import COMPILED
 from mpo_jax.data import parts
 from mpo_jax.data.reading import of_source
@@ -56,7 +57,7 @@ def work() -> int | None:
     # Compiled programs outlive the process: a resumed or repeated run starts with its first step at once.
     jax.config.update("jax_compilation_cache_dir", str(workdir / COMPILED))
     mesh = sharding.make_mesh(**dict(config.mesh))
-    with stopping.Notice():
+    with stopping.Notice(), peers.watched(locks.give_up):
         pipeline.run(config, workdir, mesh, given.stages, profile, given.wait)
     return None
 

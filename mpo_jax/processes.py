@@ -20,6 +20,9 @@ from mpo_jax.types import PyTree
 BARRIER_SECONDS = 1800
 """How long a process waits for the others: longer than the slowest host's export or compile."""
 
+HEARTBEAT_SECONDS = 300
+"""How long JAX waits for a sign of life before it aborts all processes; `peers` finds a dead one before that."""
+
 _numbers = itertools.count()
 
 
@@ -34,7 +37,7 @@ def start(coordinator: str | None, processes: int | None, process: int | None, d
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        jax.distributed.initialize(coordinator, processes, process)
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"--distributed: {' '.join(str(error).split())[:300]}; or give --coordinator") from error
 

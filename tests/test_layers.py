@@ -14,7 +14,7 @@ LAYERS = [
     {"artifacts"},
     {"settings"},
     {"ops"},
-    {"sharding", "allocator", "processes", "stopping"},
+    {"sharding", "allocator", "processes", "stopping", "peers"},
     {"optim", "metrics", "trackers", "profiling", "asking", "posting", "database", "locks"},
     {"models"},
     {"scoring"},

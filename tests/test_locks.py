@@ -87,6 +87,18 @@ def test_a_second_run_is_refused_in_a_sentence_that_names_the_first_and_a_dead_o
     assert not list(path.parent.iterdir())
 
 
+def test_what_ends_without_ado_gives_up_its_own_locks_alone(path):
+    other = path.with_name("pairs-0.json")
+    artifacts.write_json(other, {"nonce": "somebody's"})
+    with locks.held(path, "stage sft"):
+        locks.give_up()
+        assert not path.exists() and other.exists()
+        with locks.held(path, "stage sft"):
+            assert path.exists(), "the next run is not refused"
+    assert not path.exists()
+    locks.give_up()  # nothing is held
+
+
 def test_waiting_lasts_until_the_lock_is_free(path, quick, capsys):
     order = []
     with locks.held(path, "stage sft"):

@@ -165,22 +165,48 @@ def test_a_small_graph_where_no_folder_can_be_renamed(local, refusing):
     assert_equal(numbers(epath.Path(refusing / "run")), expected)
 
 
-def kill_ten_times(start, gcs, seed: int, most: int = 500) -> int:
-    """Runs what `start` starts and kills it, ten times, each after a number of calls to the store that is drawn, so
-    that a slow machine is killed at the same places. Every third time its host is gone with it. Gives how often it was
-    at work."""
-    draw, killed = random.Random(seed), 0
+def at_work(gcs, run: str, since: int) -> str:
+    """The stage whose lock in a run's folder is younger than a generation; "" between stages."""
+    prefix = f"{run}/{artifacts.LOCKS}/"
+    with gcs.lock:
+        found = [name for name, each in gcs.bucket.objects.items() if each.generation > since]
+    names = [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
+    return next((name.rsplit("-", 1)[0] for name in names if name != artifacts.STAGES_FILE), "")
+
+
+def newest(gcs) -> int:
+    """The last generation that the store has given out."""
+    with gcs.lock:
+        return max((each.generation for each in gcs.bucket.objects.values()), default=0)
+
+
+def stages_of(found: dict[str, object]) -> list[str]:
+    """The stages of a run's numbers, in the order that they are run in."""
+    return [name for name in found if "/" not in name]
+
+
+def kill_ten_times(start, gcs, run: str, stages: list[str], seed: int, most: int = 120) -> list[str]:
+    """Runs what `start` starts and kills it, ten times, spread over the stages: each after a number of calls to the
+    store that is drawn, counted from when it has begun a stage, or as soon as that stage ends, so that a slow machine
+    is killed at the same places. Every third time its host is gone with it. Gives the stages that it was at work on.
+    """
+    draw, places = random.Random(seed), []
     for kill in range(10):
-        process, target = start(), gcs.calls + draw.randint(30, most)
-        while gcs.calls < target and process.poll() is None:
+        wanted, since = stages[kill * len(stages) // 10], newest(gcs)
+        process = start()
+        while at_work(gcs, run, since) != wanted and process.poll() is None:
             time.sleep(0.01)
-        killed += process.poll() is None
+        calls, target = gcs.calls, gcs.calls + draw.randint(1, most)
+        while gcs.calls < target and at_work(gcs, run, since) == wanted and process.poll() is None:
+            time.sleep(0.005)
+        places.append(at_work(gcs, run, since))
+        assert process.poll() is None, f"ended with {process.returncode} before it was killed in {wanted}"
         process.kill()
-        assert process.wait() in (0, -9)
-        print(f"killed {killed} times: {len(gcs.names())} objects")
+        process.wait()
+        print(f"killed in {places[-1] or 'no stage'}, after {gcs.calls - calls} calls: {len(gcs.names())} objects")
         if kill % 3 == 2:
             shutil.rmtree(store.scratch(), ignore_errors=True)
-    return killed
+    return places
 
 
 @pytest.mark.slow
@@ -190,7 +216,8 @@ def test_a_small_graph_in_an_object_store_killed_ten_times(local, gcs, tmp_path)
     def start() -> subprocess.Popen:
         return started(config, "gs://bucket/killed", tmp_path / "config.json")
 
-    assert kill_ten_times(start, gcs, 1) > 5
+    stages = stages_of(expected)
+    assert set(stages) <= set(kill_ten_times(start, gcs, "killed", stages, 1))
     assert start().wait(1200) == 0
     assert_equal(numbers(epath.Path("gs://bucket/killed")), expected)
 
@@ -211,7 +238,9 @@ def quickstart(tmp_path_factory) -> dict[str, object]:
 @pytest.mark.slow
 def test_the_quickstart_in_an_object_store_killed_ten_times(quickstart, gcs, tmp_path):
     arguments, log = [QUICKSTART, "--workdir=gs://bucket/quickstart"], tmp_path / "log"
-    assert kill_ten_times(lambda: processes.start(1, arguments, log)[0], gcs, 0, most=2000) > 5
+    stages = stages_of(quickstart)
+    places = kill_ten_times(lambda: processes.start(1, arguments, log)[0], gcs, "quickstart", stages, 0)
+    assert len(set(places) & set(stages)) >= len(stages) - 1, places
     processes.run(1, arguments, log)
     assert_equal(numbers(epath.Path("gs://bucket/quickstart")), quickstart)
 
