@@ -78,7 +78,7 @@ def test_what_can_t_be_meant_is_a_line(places, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     artifacts.write_json(tmp_path / "empty" / artifacts.STAGES_FILE, {})
     one = places[0]
-    older = run_folder(tmp_path / "older", 5)
+    older = run_folder(tmp_path / "older", 2)
     config = older / "evaluate-0123" / artifacts.CONFIG
     config.write_text(config.read_text().replace('"beta"', '"bta"'))
     for run, output, words in [
