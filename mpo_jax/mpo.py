@@ -21,7 +21,7 @@ COMMANDS = {
     "sample": ("mpo_jax.sample", "replies of a model or of a finished stage"),
     "export": ("mpo_jax.export", "a finished stage as a Hugging Face folder, with a model card"),
     "annotate": ("mpo_jax.annotate", "a page on which people judge replies"),
-    "report": ("mpo_jax.render", "write a run's report again"),
+    "report": ("mpo_jax.render", "write a run's report again, or one over several runs"),
     "runs": ("mpo_jax.runs", "list runs, their stages and main figures, and what differs between two; free disk"),
 }
 """Name -> module, whose `run` is called, and a line of help."""

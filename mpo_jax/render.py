@@ -57,7 +57,10 @@ def read(place: str) -> Evaluated:
     last = next((folder for folder, _ in reversed(done.values())), None)
     if last is None:
         raise InputError(f"--run: {place} has no finished stage; expected a run whose evaluate stage is done")
-    config = kinds.read(artifacts.read_json(last / artifacts.CONFIG), from_json=True)
+    try:
+        config = kinds.read(artifacts.read_json(last / artifacts.CONFIG), from_json=True)
+    except InputError as error:
+        raise InputError(f"--run: {place}: its settings can't be read: {' '.join(str(error).split())}") from None
     return over_runs.read(place, kinds.shown(), meant(config), seeds(config))
 
 

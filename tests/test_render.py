@@ -78,7 +78,11 @@ def test_what_can_t_be_meant_is_a_line(places, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     artifacts.write_json(tmp_path / "empty" / artifacts.STAGES_FILE, {})
     one = places[0]
+    older = run_folder(tmp_path / "older", 2)
+    config = older / "evaluate-0123" / artifacts.CONFIG
+    config.write_text(config.read_text().replace('"beta"', '"bta"'))
     for run, output, words in [
+        ([one, str(older)], None, r"^--run: \S+older: its settings can't be read: stages.dpo.bta: no such setting"),
         ([one, f"{one}/../seed0"], None, "^--run: the same folder is given twice; expected each run once$"),
         ([one], "x.html", "^--output: goes with several runs"),
         ([one, str(tmp_path)], None, r"^--run: \S+ holds no stages.json; expected the --workdir of a run$"),

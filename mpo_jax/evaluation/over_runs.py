@@ -55,6 +55,7 @@ class Over:
     def text(self, sign: str = "") -> str:
         """The mean ± half of its interval. sign: "+" for a difference."""
         half = (self.high - self.low) / 2 if self.low is not None and self.high is not None else 0.0
+        half = half if half > 1e-9 * abs(self.mean) else 0.0  # what summation leaves of runs that are alike
         digits = verdict.decimals(half / 2)
         return f"{self.mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")
 
@@ -136,6 +137,7 @@ def _evaluation(name: str, reports: Sequence[Mapping[str, Any]]) -> dict[str, An
         "prompts": sorted({report["prompts"] for report in reports}),
         "baseline": baseline,
         "policies": columns,
+        "main": [key for key in table.MAIN if any(key in means for means in columns.values())],
         "keys": [key for key in table.COLUMNS if any(key in means for means in columns.values())],
         "wins": {policy: over for (policy, by), over in wins.items() if over is not None and by == (judges or [""])[0]},
         "by": (judges or [""])[0],

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from mpo_jax import artifacts
-from mpo_jax.evaluation import figures, over_runs, report, table, verdict
+from mpo_jax.evaluation import figures, over_runs, report, verdict
 from mpo_jax.evaluation.over_runs import Evaluated, Over
 from mpo_jax.evaluation.sections import COLUMNS
 from mpo_jax.store import is_remote
@@ -110,7 +110,7 @@ def markdown(runs: Sequence[Evaluated]) -> str:
 
 def _rows(each: Mapping[str, Any]) -> list[list[str]]:
     """The table's cells, its head first."""
-    keys = [key for key in each["keys"] if key in table.MAIN]
+    keys = each["main"]
     named = {"kl": f"KL to {each['baseline']}", "log_ratio": f"log-ratio to {each['baseline']}"}
     heads = ["policy", *(named.get(key, key) for key in keys)]
     wins: Mapping[str, Over] = each["wins"]

@@ -112,19 +112,20 @@ def _sentence(made: Mapping[str, Any], each: Mapping[str, Any]) -> str:
 
 
 def equal_kl_sentence(name: str, against: Sequence[Mapping[str, Any]], baseline: str) -> str:
-    """Comparisons at equal KL, see `curves.section`, in words; "" where there are none."""
-    compared = [row for row in against if row["difference"] is not None]
-    if not compared:
+    """Comparisons at equal KL, see `curves.section`, in words; "" where there are no other policies."""
+    if not against:
         return ""
-    words = {"better": "better than", "worse": "worse than", "no difference found": "not shown to differ from"}
-    parts = [f"{words[outcome(row)]} {row['name']} ({_told_at(row)})" for row in compared]
+    compared = [row for row in against if row["difference"] is not None]
     missing = [row["name"] for row in against if row["difference"] is None and not row["begins"]]
     begins = [row["name"] for row in against if row["begins"]]
-    text = f"At equal KL to {baseline}, {name} is {listed(parts)}."
+    words = {"better": "better than", "worse": "worse than", "no difference found": "not shown to differ from"}
+    parts = [f"{words[outcome(row)]} {row['name']} ({_told_at(row)})" for row in compared]
+    text = f"At equal KL to {baseline}, {name} is {listed(parts)}." if parts else ""
+    text = text or f"At equal KL to {baseline}, {name} can't be compared with the others."
     if begins:
         text += f" Its training begins with {listed(begins)}, so that they are one policy at that KL."
     if missing:
-        text += f" No curve of the two reaches the other's KL for {listed(missing)}."
+        text += f" No curve of the two surely reaches the other's KL for {listed(missing)}."
     return text
 
 

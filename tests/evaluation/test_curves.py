@@ -83,10 +83,14 @@ def test_at_equal_kl_the_one_further_away_is_read_along_its_curve():
     assert told["sentences"] == ["mpo is better than sft.", told["at_equal_kl"]]
     assert told["at_equal_kl"].startswith("At equal KL to sft, mpo is better than ppo (+0.1")
     assert told["at_equal_kl"].endswith(
-        "Its training begins with dpo, so that they are one policy at that KL. No curve of the two reaches the other's "
-        "KL for sft."
+        "Its training begins with dpo, so that they are one policy at that KL. No curve of the two surely reaches the "
+        "other's KL for sft."
     )
     assert verdict.at_equal_kl(None, shown) is None
+    none = shown | {"against": [row for row in shown["against"] if row["difference"] is None]}
+    assert verdict.at_equal_kl(given, none)["at_equal_kl"].startswith(
+        "At equal KL to sft, mpo can't be compared with the others. Its training begins with dpo, so"
+    )
     assert verdict.at_equal_kl(given, shown | {"against": []}) == given
 
 

@@ -63,6 +63,7 @@ def test_an_interval_over_runs_is_scipy_s():
     assert found.text() == f"{np.mean(values):.3f} ± {(high - low) / 2:.3f}"
     assert Over.of([0.25]) == Over(1, 0.25) and Over.of([0.25]).text("+") == "+0.250"
     assert Over.of([0.0, 0.0]).text() == "0.000"
+    assert Over.of([46.7464, 46.7464 + 1e-14, 46.7464]).text() == "46.746"
 
 
 def test_the_verdict_is_over_runs_and_corrected():
