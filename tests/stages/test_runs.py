@@ -87,19 +87,30 @@ def test_two_processes_have_the_loss_curve_of_one(whole, tmp_path):
     curves_agree(whole, workdir, "sft", STEPS)
 
 
+def test_two_slices_have_the_loss_curve_of_one_device(whole, tmp_path):
+    """`data` goes from slice to slice, here from process to process, and fsdp stays within one."""
+    workdir, over = tmp_path / "slices", ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
+    arguments = [DEBUG, f"--workdir={workdir}", "--stages=sft", *over]
+    processes.run(2, arguments, tmp_path / "log", "tests.tools.slices", devices=2)
+    assert "processes of data: [[1], [0]]" in (tmp_path / "log.0").read_text()
+    curves_agree(whole, workdir, "sft", STEPS)
+
+
 @pytest.mark.slow
-def test_fifty_steps_on_one_device_eight_and_two_processes(shared, tmp_path):
+def test_fifty_steps_on_one_device_eight_two_processes_and_two_slices(shared, tmp_path):
     steps = 50
 
-    def run(name, count, devices, *flags):
+    def run(name, count, devices, *flags, script=SCRIPT):
         lengths = [f"--config.stages.{stage}.{key}={steps}" for stage in STAGES for key in ("steps", "eval_every")]
         arguments = [DEBUG, f"--workdir={tmp_path / name}", *lengths, *flags]
-        processes.run(count, arguments, tmp_path / f"{name}.log", SCRIPT, devices)
+        processes.run(count, arguments, tmp_path / f"{name}.log", script, devices)
 
     run("one", 1, 1)
     run("eight", 1, 8)
     run("two", 2, 4)
     run("tensor", 2, 4, "--config.mesh.tensor=2")
+    over = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    run("slices", 2, 4, *over, script="tests.tools.slices")
     for stage in STAGES:
-        for name in ("eight", "two", "tensor"):
+        for name in ("eight", "two", "tensor", "slices"):
             curves_agree(tmp_path / "one", tmp_path / name, stage, steps)
