@@ -20,8 +20,9 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 """Curves that stand in one figure differ in colour, dashes and marker, so that no reader has to tell colours apart."""
 _MARKED, _FEW = 8, 3
 """Markers along a curve, about, and the curves whose legend has room inside the axes."""
-_BOX, _GAP, _LANE = (128, 46), (52, 18), 8
-"""Width and height of a stage's box, the space between boxes, and the height of an edge that passes by, pixels."""
+_BOX, _GAP, _LANE, _LETTER = (128, 46), (52, 18), 8, 8.6
+"""Width (at least) and height of a stage's box, the space between boxes, the height of an edge that passes by, and the
+width of a name's letter, pixels."""
 
 Points = Sequence[tuple[float, float]]
 _numbers = itertools.count()
@@ -170,8 +171,9 @@ def histogram(gap: np.ndarray, threshold: float, unit: str = "reward units") -> 
 
 def graph(sources: Mapping[str, Sequence[str]], kinds: Mapping[str, str]) -> str:
     """Stages as boxes, left to right after what they rest on. sources: of each stage, in an order they can run in."""
-    place, lanes = _layout(sources)
-    width = max(x for x, _ in place.values()) + _BOX[0] + 2
+    box = max(_BOX[0], _LETTER * max(map(len, sources), default=0) + 2 * _LANE)
+    place, lanes = _layout(sources, box)
+    width = max(x for x, _ in place.values()) + box + 2
     height = max([y + _BOX[1] for _, y in place.values()] + list(lanes.values())) + 2
     parts = [
         f'<svg class="graph" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" '
@@ -179,18 +181,18 @@ def graph(sources: Mapping[str, Sequence[str]], kinds: Mapping[str, str]) -> str
     ]
     for name, above in sources.items():
         for source in (source for source in above if source in place):
-            parts.append(f'<path d="{_edge(source, name, place, lanes)}"/>')
+            parts.append(f'<path d="{_edge(source, name, place, lanes, box)}"/>')
     for name, (x, y) in place.items():
         parts.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{_BOX[0]}" height="{_BOX[1]}" rx="8"/>'
-            f'<text x="{x + _BOX[0] / 2:g}" y="{y + 20:g}">{html.escape(name)}</text>'
-            f'<text class="kind" x="{x + _BOX[0] / 2:g}" y="{y + 36:g}">{html.escape(kinds[name])}</text>'
+            f'<rect x="{x:g}" y="{y:g}" width="{box:g}" height="{_BOX[1]}" rx="8"/>'
+            f'<text x="{x + box / 2:g}" y="{y + 20:g}">{html.escape(name)}</text>'
+            f'<text class="kind" x="{x + box / 2:g}" y="{y + 36:g}">{html.escape(kinds[name])}</text>'
         )
     return "".join([*parts, "</svg>"])
 
 
 def _layout(
-    sources: Mapping[str, Sequence[str]],
+    sources: Mapping[str, Sequence[str]], box: float
 ) -> tuple[dict[str, tuple[float, float]], dict[tuple[str, int], float]]:
     """Where each stage's box begins, and the height of the lanes, by source and column, on which edges to later columns
     pass between boxes."""
@@ -218,16 +220,16 @@ def _layout(
             if size == _LANE:
                 lanes[name, level] = middle[name]
             else:
-                place[name] = (2.0 + level * (_BOX[0] + _GAP[0]), y)
+                place[name] = (2.0 + level * (box + _GAP[0]), y)
             y += size + _GAP[1]
     top = min([y for _, y in place.values()] + list(lanes.values())) - 2
     return {name: (x, y - top) for name, (x, y) in place.items()}, {key: y - top for key, y in lanes.items()}
 
 
-def _edge(source: str, target: str, place, lanes) -> str:
+def _edge(source: str, target: str, place, lanes, box: float) -> str:
     """An SVG path from one box to another, on the source's lanes through the columns between them."""
-    step, bend = _BOX[0] + _GAP[0], _GAP[0] * 0.7
-    x, y = place[source][0] + _BOX[0], place[source][1] + _BOX[1] / 2
+    step, bend = box + _GAP[0], _GAP[0] * 0.7
+    x, y = place[source][0] + box, place[source][1] + _BOX[1] / 2
     end, height = place[target][0], place[target][1] + _BOX[1] / 2
     parts = [f"M{x:g} {y:g}"]
     while x < end:
@@ -236,7 +238,7 @@ def _edge(source: str, target: str, place, lanes) -> str:
         parts.append(f"C{x + bend:g} {y:g} {left - bend:g} {following:g} {left:g} {following:g}")
         x, y = left, following
         if left < end:
-            x = left + _BOX[0]
+            x = left + box
             parts.append(f"H{x:g}")
     return "".join(parts)
 

@@ -1,6 +1,7 @@
 """The report of a made run in a real Chromium: every plot is shown, nothing is asked for, markup in a reply is text."""
 
 import csv
+import itertools
 import json
 import re
 from xml.etree import ElementTree
@@ -226,6 +227,15 @@ def test_unfinished_and_absent_stages_are_left_out(workdir):
 
 def test_a_run_without_any_finished_stage(tmp_path):
     assert "<section" not in report.write(epath.Path(tmp_path), kinds.shown()).read_text()
+
+
+def test_boxes_of_the_graph_hold_the_longest_name():
+    sources = {"base": [], "blend_of_ppo_sft_and_mpo": ["base"], "judge": ["blend_of_ppo_sft_and_mpo"]}
+    drawn = figures.graph(sources, dict.fromkeys(sources, "kind"))
+    widths = {float(width) for width in re.findall(r'<rect [^>]*width="(\S+)"', drawn)}
+    assert len(widths) == 1 and widths.pop() >= 8 * len("blend_of_ppo_sft_and_mpo")
+    lefts = sorted(float(x) for x in re.findall(r'<rect x="(\S+)"', drawn))
+    assert all(b - a > 8 * 24 for a, b in itertools.pairwise(lefts))
 
 
 def test_no_edge_of_the_graph_passes_behind_a_box():
