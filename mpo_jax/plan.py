@@ -65,7 +65,7 @@ def plan(
         jax.config.update("jax_num_cpu_devices", chips.gpu(name)[0])
     topology = chips.topology(name)
     jobs = stages.jobs(config, topology, only)
-    mesh = next(iter(jobs.values())).mesh.shape
+    mesh = stages.run_mesh(config, topology).shape
     print(report.heading(config, topology, mesh, assumptions), report.COLUMNS, sep="\n", flush=True)
     plans, proposals, tuned = {}, {}, {}
     known: compiler.Known = {}

@@ -6,7 +6,7 @@ error, never a replicated default.
 
 import collections
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,6 +95,11 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
     if slices(devices) > 1:
         return Mesh(over_slices(sizes, devices), MESH_AXES, axis_types=types)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+
+
+def divided(mesh: Mesh, sizes: Mapping[str, int]) -> Mesh:
+    """The devices of a mesh, divided another way: axis -> its size, as `make_mesh` takes them."""
+    return make_mesh(**sizes, devices=list(mesh.devices.flat))
 
 
 def slices(devices: Sequence[Any]) -> int:
