@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from etils import epath
@@ -42,6 +43,8 @@ def finished(tmp_path):
         artifacts.write_json(node.folder / artifacts.INPUTS, states.inputs(nodes, node))
         artifacts.write_manifest(node.folder, {"name": node.name, "kind": node.kind, "made": "once", "summary": {}})
     artifacts.write_text(workdir / artifacts.REPORT_PAGE, "a page")
+    later = time.time() + 5
+    os.utime(workdir / artifacts.REPORT_PAGE, (later, later))
     return flags
 
 

@@ -17,7 +17,9 @@ def config(stories):
     made.data.max_length, made.data.max_response = 64, 16
     made.stages.sft = recipes.stage("sft", batch_size=8, steps=4)
     made.stages.reward = recipes.stage("reward", batch_size=8)
-    made.stages.evaluate = recipes.stage("evaluate", policies=("sft",), baseline="sft", count=64, max_new_tokens=8)
+    made.stages.evaluate = recipes.stage(
+        "evaluate", policies=("sft",), baseline="sft", prompts="data", count=64, max_new_tokens=8
+    )
     return made
 
 
@@ -45,15 +47,17 @@ def test_stages_compare_as_their_traced_products_do(config):
     assert all(0.6 < ratio < 1.5 for ratio in ratios.values())
 
 
-def test_twice_the_rows_or_steps_are_twice_the_work(config):
-    before = planned(config)
-    config.stages.sft.update({"steps": 8, "eval_every": 2})
-    config.stages.sft.eval_batches = 64
-    after = planned(config)
-    assert amount.of_stage(after["reward"], 2000) == pytest.approx(2 * amount.of_stage(before["reward"], 1000), rel=0.3)
-    assert amount.of_stage(after["sft"], 1) > 1.5 * amount.of_stage(before["sft"], 1)
+def test_it_grows_by_the_same_for_each_row_and_each_step(config):
+    reward = planned(config)["reward"]
+    by_rows = [amount.of_stage(reward, pairs) for pairs in (1000, 2000, 3000)]
+    by_steps = []
+    for steps in (4, 8, 12):
+        config.stages.sft.update({"steps": steps, "eval_every": steps, "eval_batches": 1})
+        by_steps.append(amount.of_stage(planned(config)["sft"], 1))
+    for one, two, three in (by_rows, by_steps):
+        assert three - two == pytest.approx(two - one) and two - one > 0.2 * one
 
 
 def test_a_stage_that_computes_nothing_on_the_devices_says_so(config):
-    config.stages.judge = recipes.stage("judge", evaluate="evaluate", left="sft", right="sft")
+    config.stages.judge = recipes.stage("judge", judge="reward")
     assert amount.of_stage(planned(config)["judge"], 1000) is None
