@@ -1,13 +1,11 @@
 """Training states and weights enter; folders leave that are whole or not there, and restore onto any mesh.
 
 Arrays go through Orbax, written in the background and marked as complete at the end: no folder is renamed, which object
-stores can't. All paths go through epath. The hash by which settings are known is made here too.
+stores can't. All paths go through epath.
 """
 
 import contextlib
 import functools
-import hashlib
-import json
 from typing import Any
 
 import jax
@@ -305,11 +303,3 @@ def _with_keys(found: PyTree, like: PyTree) -> PyTree:
         for leaf, old in zip(jax.tree.leaves(found), jax.tree.leaves(like), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-# Hash ---------------------------------------------------------------------------------------------------------------
-
-
-def hash_settings(value: Any) -> str:
-    """A stable hash of a JSON-able value: 32 hex digits. The order of keys does not matter; tuples are lists."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()

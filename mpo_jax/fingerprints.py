@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from mpo_jax import artifacts, integrity
+from mpo_jax import artifacts, integrity, progress
 from mpo_jax.artifacts import is_remote
 from mpo_jax.errors import InputError
 
@@ -85,9 +85,12 @@ def _digests(place: epath.Path, files: list[tuple[str, epath.Path]]) -> dict[str
 
 def _digest(file: epath.Path) -> str:
     content = hashlib.blake2b(digest_size=32)
-    with file.open("rb") as stream:
+    whole = int(file.stat().length) // _BLOCK + 1
+    with file.open("rb") as stream, progress.work(f"hash {file.name} in blocks of 4 MiB", whole) as here:
         while block := stream.read(_BLOCK):
             content.update(block)
+            here.add()
+        here.n = whole
     return content.hexdigest()
 
 

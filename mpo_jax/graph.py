@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from mpo_jax import checkpoint, fingerprints, processes, settings
+from mpo_jax import fingerprints, integrity, processes, settings
 from mpo_jax.artifacts import BASE, DATA, PARTS, POLICY
 from mpo_jax.data import sources as data_sources
 from mpo_jax.data import template
@@ -91,7 +91,7 @@ def _keys(run: Run, inputs: Mapping[str, Inputs]) -> dict[str, tuple[str, str]]:
             parts["plugins"] = plugged
         if beside := kinds.of(stage).content(stage):
             parts["content"] = beside
-        found[name] = checkpoint.hash_settings(parts)[:12], hashes[read]
+        found[name] = integrity.hash_settings(parts)[:12], hashes[read]
     return found
 
 
@@ -111,7 +111,7 @@ def _shared(run: Run, base: str, read: Sequence[str]) -> str:
     named = {name: run.data.sources[name] for name in read if name}
     if named:
         kept["sources"] = {name: [_reading(source), _fingerprint(name, source)] for name, source in named.items()}
-    return checkpoint.hash_settings(kept)
+    return integrity.hash_settings(kept)
 
 
 def _reading(source: Source) -> dict[str, Any]:

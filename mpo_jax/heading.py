@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
-from mpo_jax import artifacts, eta
+from mpo_jax import artifacts, eta, sharding
 from mpo_jax.eta import Eta
-from mpo_jax.run import Run
+from mpo_jax.run import Run, mesh_of
 
 _WIDTH = 80
 
@@ -16,15 +16,23 @@ _WIDTH = 80
 def of_run(config: Run, workdir: epath.Path, mesh: jax.sharding.Mesh, done: Sequence[str], to_do: Sequence[str],
            left: Eta) -> str:  # fmt: skip
     """Lines of 80 columns, where names allow. done, to_do: stages, in order. left: of the latter."""
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    where = f"{eta.devices(mesh)}{_memory(mesh)}, mesh {axes}"
+    where = f"{eta.devices(mesh)}{_memory(mesh)}, mesh {_axes(mesh)}"
     if jax.process_count() > 1:
         where += f", {jax.process_count()} processes"
     lines = [f"run {config.name} in {workdir}", *_wrapped("devices", where)]
+    own = {name: mesh_of(config, stage) for name, stage in config.stages.items() if name in to_do}
+    told = [
+        f"{name}: {_axes(sharding.divided(mesh, sizes))}" for name, sizes in own.items() if sizes != dict(config.mesh)
+    ]
+    lines += _wrapped("meshes", "; ".join(told)) if told else []
     lines += _wrapped("to do", ", ".join(to_do) or "nothing")
     lines += _wrapped("done", ", ".join(done)) if done else []
     lines += _wrapped("ETA", str(left)) if to_do else []
     return "\n".join([*lines, f"  report   {workdir / artifacts.REPORT_PAGE}"])
+
+
+def _axes(mesh: jax.sharding.Mesh) -> str:
+    return ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
 
 
 def _wrapped(name: str, text: str) -> list[str]:

@@ -1,8 +1,10 @@
-"""Files and JSON values enter; their checksums leave, and are held against those that were written down.
+"""Files and JSON values enter; their checksums leave, and are held against those that were written down. The hash by
+which settings are known is made here too.
 
 CRC-32 finds every flipped bit and every cut of a file; it is no defence against somebody who changes a file on purpose.
 """
 
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +12,7 @@ from typing import Any
 
 from etils import epath
 
+from mpo_jax import progress
 from mpo_jax.errors import InputError
 
 SEAL = "checksum"
@@ -44,10 +47,9 @@ def verify(
     wanted: which of the names to hold against their checksums. advice: what helps; "" for `remedy`."""
     folder = epath.Path(folder)
     advice = advice or remedy(folder)
-    for name, known in sums.items():
-        if not wanted(name):
-            continue
-        path = folder / name
+    names = [name for name in sums if wanted(name)]
+    for name in progress.each(names, f"check {folder.name}", len(names)):
+        path, known = folder / name, sums[name]
         if not path.exists():
             raise InputError(f"{path}: missing; {advice}")
         if (found := of_file(path)) != known:
@@ -97,3 +99,8 @@ def _files(path: epath.Path, name: str) -> Iterable[tuple[str, epath.Path]]:
         return
     for child in sorted(path.iterdir()):
         yield from _files(child, f"{name}/{child.name}")
+
+
+def hash_settings(value: Any) -> str:
+    """A stable hash of a JSON-able value: 32 hex digits. The order of keys does not matter; tuples are lists."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()

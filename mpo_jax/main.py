@@ -27,8 +27,9 @@ from mpo_jax.data import parts
 from mpo_jax.data.reading import of_source
 from mpo_jax.errors import InputError
 from mpo_jax.models import hub, presets
-from mpo_jax.run import Run
+from mpo_jax.run import Run, StageMesh, mesh_of
 from mpo_jax.stages import kinds
+from mpo_jax.stages.job import Job
 
 
 def define() -> None:
@@ -58,8 +59,15 @@ def work() -> int | None:
     jax.config.update("jax_compilation_cache_dir", str(workdir / COMPILED))
     mesh = sharding.make_mesh(**dict(config.mesh))
     with stopping.Notice(), peers.watched(locks.give_up):
-        pipeline.run(config, workdir, mesh, given.stages, profile, given.wait)
+        pipeline.run(config, workdir, mesh, given.stages, profile, given.wait, _amount)
     return None
+
+
+def _amount(job: Job, pairs: int) -> float | None:
+    """Of a stage, see `planning.amount`, which is imported where it is asked."""
+    from mpo_jax.planning import amount
+
+    return amount.of_stage(job, pairs)
 
 
 def read(config) -> Run:
@@ -78,17 +86,29 @@ def dry_run(config: Run, workdir: epath.Path, only: list[str]) -> str:
     for name, source in {"": config.data, **config.data.sources}.items():
         with of_source(name):
             known = known and (not source.path or parts.at_hand(source.path))
-    notes = []
-    try:
-        mesh = sharding.make_mesh(**dict(config.mesh))
-    except InputError as error:
-        if len(jax.devices()) >= config.mesh.data * config.mesh.tensor and config.mesh.fsdp != -1:
-            raise
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        notes.append(f"not checked here: {error} (`mpo plan --topology=...` checks it for any slice)")
-    pipeline.check(config, workdir, mesh, only, None if here else presets.find(config.model.path))
+    checked, mesh, notes = _here(config)
+    pipeline.check(checked, workdir, mesh, only, None if here else presets.find(config.model.path))
+    if here:
+        pipeline.check_tokenizer(checked, workdir, mesh, config.stages)
     nodes = graph.resolve(config, workdir, None if known else graph.UNKNOWN)
     return "\n".join([states.tree(config, nodes), *notes])
+
+
+def _here(config: Run) -> tuple[Run, jax.sharding.Mesh, list[str]]:
+    """The run as it can be checked on this machine's devices, their mesh, and notes. Where the meshes need more devices
+    than there are: on one device, without the stages' own meshes. InputError for what no machine can do."""
+    try:
+        mesh = sharding.make_mesh(**dict(config.mesh))
+        pipeline.meshes(config, mesh)
+        return config, mesh, []
+    except InputError as error:
+        sizes = [dict(config.mesh), *(mesh_of(config, stage) for stage in config.stages.values())]
+        if all(len(jax.devices()) >= each["data"] * each["tensor"] and each["fsdp"] != -1 for each in sizes):
+            raise
+        one = {name: stage.model_copy(update={"mesh": StageMesh()}) for name, stage in config.stages.items()}
+        told = str(error).replace("\n", "; ")
+        note = f"not checked here: {told} (`mpo plan --topology=...` checks it for any slice)"
+        return config.model_copy(update={"stages": one}), sharding.make_mesh(devices=jax.devices()[:1]), [note]
 
 
 def run() -> None:

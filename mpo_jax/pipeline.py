@@ -32,6 +32,7 @@ from mpo_jax import (
     profiling,
     progress,
     settings,
+    sharding,
     states,
     stopping,
     store,
@@ -42,7 +43,7 @@ from mpo_jax.evaluation.sections import Finished
 from mpo_jax.graph import Inputs, Node
 from mpo_jax.models import hf, hub
 from mpo_jax.models.presets import Preset
-from mpo_jax.run import Run, as_json, sources_of
+from mpo_jax.run import Run, StageMesh, as_json, mesh_of, sources_of
 from mpo_jax.scorers import names
 from mpo_jax.stages import corpus, kinds
 from mpo_jax.stages import job as jobs
@@ -50,6 +51,9 @@ from mpo_jax.stages.base import Training
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.nonfinite import NonFinite
 from mpo_jax.states import DONE, STALE, UNFINISHED, statuses
+
+Amount = Callable[[Job, int], float | None]
+"""(job, records of the data) -> how much a stage has to compute, in any unit; None: nobody knows."""
 
 PACKAGES = ("mpo_jax", "jax", "flax", "optax", "orbax-checkpoint")
 
@@ -64,6 +68,7 @@ def check(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = (), pres
     wanted = graph.needed(inputs, only)
     if not store.is_remote(workdir) and workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir: {workdir} is no folder; expected one, or a name that is not taken")
+    meshes(config, mesh)
     if preset is None:
         try:
             hf.resolve(config.model.path)
@@ -76,8 +81,11 @@ def check(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = (), pres
 def check_jobs(planned: Iterable[Job], around: Callable[[Job], Any] = contextlib.nullcontext) -> None:
     """Every stage's own check, all that is wrong told together. around: (job) -> a context that each is checked in."""
     told: list[str] = []
-    for number, job in enumerate(planned):
-        for each in ([jobs.check] if number == 0 else []) + [kinds.of(job.settings).check]:
+    known: set[Any] = set()  # meshes on which the run's own check was made
+    for job in planned:
+        first = job.mesh not in known
+        known.add(job.mesh)
+        for each in ([jobs.check] if first else []) + [kinds.of(job.settings).check]:
             try:
                 with around(job):
                     each(job)
@@ -90,12 +98,34 @@ def check_jobs(planned: Iterable[Job], around: Callable[[Job], Any] = contextlib
 def plan_jobs(
     config: Run, workdir: epath.Path, mesh, inputs: Mapping[str, Inputs], preset: Preset | None = None
 ) -> Iterable[Job]:
-    """The job of every stage of the graph, with folders that need not be there."""
+    """The job of every stage of the graph, with folders that need not be there. mesh: the run's."""
+    own = meshes(config, mesh)
     folders = {name: workdir / name for name in inputs}
     for name, above in inputs.items():
         stage = config.stages[name]
         taken = graph.artifacts(config, above, stage, folders)
-        yield Job(name, stage, config, folders[name], workdir, taken, mesh, preset)
+        yield Job(name, stage, config, folders[name], workdir, taken, own[name], preset, planned=True)
+
+
+def meshes(config: Run, mesh) -> dict[str, Any]:
+    """The mesh of every stage: the run's, or the same devices divided as the stage says. InputError, by the stages'
+    keys, where that can't be."""
+    found, told = {}, []
+    for name, stage in config.stages.items():
+        try:
+            found[name] = mesh if stage.mesh == StageMesh() else sharding.divided(mesh, mesh_of(config, stage))
+        except InputError as error:
+            told.append(f"stages.{name}.{error}")
+    if told:
+        raise InputError("\n".join(told))
+    return found
+
+
+def check_tokenizer(config: Run, workdir: epath.Path, mesh, names: Iterable[str]) -> None:
+    """InputError for what is wrong with the model's tokenizer in view of the data that the stages named read."""
+    own = meshes(config, mesh)
+    for name in {tuple(sources_of(config.stages[name])): name for name in names}.values():
+        jobs.check_tokenizer(Job(name, config.stages[name], config, workdir / name, workdir, {}, own[name]))
 
 
 def run(
@@ -105,18 +135,25 @@ def run(
     only: Iterable[str] = (),
     profile: profiling.Wanted | None = None,
     wait: bool = False,
+    amount: Amount = lambda job, pairs: None,
 ) -> dict[str, Node]:
     """Runs every stage that is not done (or those of `only`, with what they need), in order.
 
     profile: steps of a stage of which a device trace is written. wait: for a stage that another run is at work on,
-    rather than to raise InputError."""
+    rather than to raise InputError. amount: for the ETA of stages that were never measured."""
     metrics.compiles()  # from here on progress is told of them
     with progress.shown(jobs.is_first()), disk.full_disk_told(workdir):
-        return _run(config, workdir, mesh, only, profile, wait)
+        return _run(config, workdir, mesh, only, profile, wait, amount)
 
 
 def _run(
-    config: Run, workdir: epath.Path, mesh, only: Iterable[str], profile: profiling.Wanted | None, wait: bool
+    config: Run,
+    workdir: epath.Path,
+    mesh,
+    only: Iterable[str],
+    profile: profiling.Wanted | None,
+    wait: bool,
+    amount: Amount,
 ) -> dict[str, Node]:
     for model in _models(config):
         hub.pin(model)
@@ -130,7 +167,7 @@ def _run(
         expected = f"expected one of {', '.join(waiting)}" if waiting else "nothing is left to run"
         raise InputError(f"--profile: stage {profile.stage!r} will not run; {expected}")
     checked = processes.told(
-        functools.partial(_check_data, config, workdir, [nodes[name] for name in waiting]), "data checked"
+        functools.partial(_check_data, config, workdir, mesh, [nodes[name] for name in waiting]), "data checked"
     )
     with locks.held(workdir / artifacts.LOCKS / artifacts.STAGES_FILE, "the list of stages", wait=True):
         if jobs.is_first():
@@ -138,10 +175,10 @@ def _run(
             artifacts.write_json(workdir / artifacts.STAGES_FILE, folders)
             if checked != _checked(workdir):
                 artifacts.write_json(workdir / artifacts.CACHE / artifacts.CHECKED, checked)
-    here = _Here(config, workdir, mesh, nodes, profile, wait)
+    here = _Here(config, workdir, mesh, nodes, profile, wait, _amounts(config, workdir, mesh, amount))
     if jobs.is_first():
         done = [name for name in order if name not in waiting]
-        jobs.say(heading.of_run(config, workdir, mesh, done, waiting, _left(config, workdir, mesh, waiting)))
+        jobs.say(heading.of_run(config, workdir, mesh, done, waiting, _left(here, waiting)))
     for number, name in enumerate(order, 1):
         left = [each for each in order[number - 1 :] if each in waiting]
         try:
@@ -169,6 +206,7 @@ class _Here:
     nodes: Mapping[str, Node]
     profile: profiling.Wanted | None
     wait: bool
+    amounts: Callable[[str, int], float | None]
 
 
 def _bring_up(here: _Here, node: Node, place: str, left: Iterable[str]) -> None:
@@ -190,8 +228,7 @@ def _bring_up(here: _Here, node: Node, place: str, left: Iterable[str]) -> None:
             return
         resumed = found == UNFINISHED
         if jobs.is_first():
-            eta_of_run = _left(config, workdir, mesh, left)
-            jobs.say(f"{place}{' resumed' if resumed else ''} (ETA of the run {eta_of_run})")
+            jobs.say(f"{place}{' resumed' if resumed else ''} (ETA of the run {_left(here, left)})")
         began = time.perf_counter()
         if found == STALE:
             _set_aside(node, workdir)
@@ -209,18 +246,34 @@ def _warn(node: Node) -> None:
         progress.say(f"warning: {sign}", sys.stderr)
 
 
-def _left(config: Run, workdir: epath.Path, mesh, names: Iterable[str]) -> eta.Eta:
+def _left(here: _Here, names: Iterable[str]) -> eta.Eta:
     """How long stages will take."""
-    return eta.of_stages(names, config, eta.measured(workdir), eta.devices(mesh))
+    return eta.of_stages(names, here.config, eta.measured(here.workdir), eta.devices(here.mesh), here.amounts)
 
 
-def _check_data(config: Run, workdir: epath.Path, waiting: Iterable[Node]) -> list[str]:
-    """InputError for what is wrong with the data that stages will read, as far as `corpus.check_data` tells; what was
-    found right under the same settings and contents is not opened. The hashes (`Node.shared`) of all that is right."""
+def _amounts(config: Run, workdir: epath.Path, mesh, amount: Amount) -> Callable[[str, int], float | None]:
+    """(stage, records of the data) -> how much there is to compute, asked once; None where that can't be said."""
+
+    @functools.cache
+    def of(name: str, pairs: int) -> float | None:
+        planned = {job.name: job for job in plan_jobs(config, workdir, mesh, graph.connections(config))}
+        try:
+            return amount(planned[name], pairs)
+        except InputError:
+            return None
+
+    return of
+
+
+def _check_data(config: Run, workdir: epath.Path, mesh, waiting: Iterable[Node]) -> list[str]:
+    """InputError for what is wrong with the data that stages will read, as far as `corpus.check_data` tells, or with
+    the tokenizer; what was found right under the same settings and contents is not opened. The hashes (`Node.shared`)
+    of all that is right."""
     before = _checked(workdir)
     new = [node for node in waiting if sources_of(node.settings) and node.shared not in before]
     read = dict.fromkeys(source for node in new for source in sources_of(node.settings))
     corpus.check_data(config.data, read)
+    check_tokenizer(config, workdir, mesh, [node.name for node in new])
     return list(dict.fromkeys([*before, *(node.shared for node in new)]))
 
 
@@ -255,12 +308,13 @@ def _report(workdir: epath.Path) -> None:
 def run_stage(
     config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node], node: Node, resumed: bool = False
 ) -> None:
-    """Runs one stage, writes its manifest and, as the last thing, drops what it could have resumed from. resumed:
-    whether a part of it was done before."""
+    """Runs one stage, writes its manifest and, as the last thing, drops what it could have resumed from. mesh: the
+    run's; what the stage reads of others is restored straight onto its own. resumed: whether a part of it was done
+    before."""
     began = time.perf_counter()
     folders = {name: each.folder for name, each in nodes.items()}
     taken = graph.artifacts(config, node.inputs, node.settings, folders)
-    job = Job(node.name, node.settings, config, node.folder, workdir, taken, mesh)
+    job = Job(node.name, node.settings, config, node.folder, workdir, taken, meshes(config, mesh)[node.name])
     kind = kinds.of(node.settings)
     kind.check(job)
     packages = {name: _version(name) for name in PACKAGES}
@@ -271,7 +325,7 @@ def run_stage(
         artifacts.write_json(node.folder / artifacts.CONFIG, as_json(config))
         artifacts.write_json(node.folder / artifacts.INPUTS, inputs)
     processes.barrier(f"{node.name} begun")
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(job.mesh):
         try:
             summary = kind.run(job)
         except NonFinite as error:

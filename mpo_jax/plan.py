@@ -83,7 +83,7 @@ def plan(
         jax.config.update("jax_num_cpu_devices", chips.gpu(name)[0])
     topology = chips.topology(name)
     jobs = stages.jobs(config, topology, only)
-    mesh = next(iter(jobs.values())).mesh.shape
+    mesh = stages.run_mesh(config, topology).shape
     assumptions = with_lengths(assumptions, jobs.values()) if read_lengths else assumptions
     print(report.heading(config, topology, mesh, assumptions), report.COLUMNS, sep="\n", flush=True)
     plans, proposals, tuned = {}, {}, None

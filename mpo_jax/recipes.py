@@ -46,7 +46,10 @@ def stage(kind: str, **given: Any) -> ml_collections.ConfigDict:
             raise InputError(
                 f"config: a stage of kind {kind!r} has no key {key!r}{settings.nearest(key, section.model_fields)}"
             )
-    values = _values(section()) | {"kind": kind} | given
+    values = _values(section()) | {"kind": kind}
+    for key, value in given.items():
+        within = isinstance(values[key], dict) and isinstance(value, Mapping)  # some settings of a section
+        values[key] = values[key] | dict(value) if within else value
     # Names in a ConfigDict hold no dots, and those of scorers may: a weighted sum of them stands there as its JSON.
     sums = [key for key in scorers.settings_of(section()) if isinstance(given.get(key), Mapping)]
     values |= {key: json.dumps(dict(given[key])) for key in sums}

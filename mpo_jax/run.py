@@ -207,11 +207,20 @@ def _over(own: Any, given: Any) -> Any:
     return {**own, **changed}
 
 
+class StageMesh(Section):
+    """Another division of the run's devices, for one stage."""
+
+    data: AxisSize = setting(0, "as mesh.data, for this stage; 0: the run's", unit="devices", operational=True)
+    fsdp: AxisSize = setting(0, "as mesh.fsdp, for this stage; 0: the run's", unit="devices", operational=True)
+    tensor: AxisSize = setting(0, "as mesh.tensor, for this stage; 0: the run's", unit="devices", operational=True)
+
+
 class StageSettings(Section):
     """What every kind of stage has."""
 
     kind: str = ""
     seed: Seed = setting(0, "added to the run's, for a stage of another seed in the same run")
+    mesh: StageMesh = setting(StageMesh(), "how the run's devices are divided for the stage", operational=True)
 
 
 def sources_of(stage: StageSettings) -> dict[str, float]:
@@ -244,6 +253,12 @@ class Run(Section):
     stages: dict[str, Any] = {}  # noqa: RUF012, pydantic copies it
 
 
+def mesh_of(run: Run, stage: StageSettings) -> dict[str, int]:
+    """Axis -> its size in a stage's mesh: its own, and where it gives none the run's."""
+    own = dict(stage.mesh)
+    return {axis: own[axis] or size for axis, size in dict(run.mesh).items()}
+
+
 def parse(values: Mapping[str, Any], kinds: Mapping[str, type[StageSettings]], from_json: bool = False) -> Run:
     """The run that a config's plain values describe. kinds: the settings of every kind of stage.
 
@@ -274,6 +289,7 @@ def parse(values: Mapping[str, Any], kinds: Mapping[str, type[StageSettings]], f
             told.append(str(error))
     if whole is not None:
         told += [line for name, stage in stages.items() for line in _wrong_data(name, stage, whole.data)]
+        told += [line for name, stage in stages.items() for line in _wrong_mesh(name, stage, whole)]
     if told or whole is None:
         raise InputError("\n".join(dict.fromkeys(told)))
     return whole.model_copy(update={"stages": stages})
@@ -293,6 +309,14 @@ def _wrong_data(name: str, stage: StageSettings, data: Data) -> list[str]:
         if not source and not data.path:
             told.append(f"data.path: empty; expected {Source.model_fields['path'].description}")
     return told
+
+
+def _wrong_mesh(name: str, stage: StageSettings, run: Run) -> list[str]:
+    """What is wrong with the sizes of a stage's mesh, whatever the devices."""
+    sizes = mesh_of(run, stage)
+    if list(sizes.values()).count(-1) <= 1:
+        return []
+    return [f"stages.{name}.mesh: {sizes}, with those of the run; expected at most one -1"]
 
 
 def check_name(name: Any) -> None:

@@ -6,7 +6,7 @@ error, never a replicated default.
 
 import collections
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -99,6 +99,11 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
     except NotImplementedError:  # JAX gives each axis whole rings of the chips' torus, and 8 x 2 has none on 4 x 4
         split = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(split, MESH_AXES, axis_types=types)
+
+
+def divided(mesh: Mesh, sizes: Mapping[str, int]) -> Mesh:
+    """The devices of a mesh, divided another way: axis -> its size, as `make_mesh` takes them."""
+    return make_mesh(**sizes, devices=list(mesh.devices.flat))
 
 
 def slices(devices: Sequence[Any]) -> int:

@@ -137,8 +137,8 @@ NAMES = (
 )  # fmt: skip
 
 
-FOUND_BY_THE_STAGE = ("reply of the wrong kind", "choice 2", "empty share", "wrong vocabulary", "pickled weights")
-"""In what single rows say, in tokenizer and weights, which only the stage itself reads: its folder is there by then."""
+FOUND_BY_THE_STAGE = ("reply of the wrong kind", "choice 2", "empty share", "pickled weights")
+"""In what single rows say, and in weights, which only the stage itself reads: its folder is there by then."""
 
 
 @pytest.mark.parametrize("name", NAMES)

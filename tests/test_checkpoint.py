@@ -410,15 +410,6 @@ def test_a_broken_manifest_is_named(tmp_path, text, found):
         artifacts.read_manifest(tmp_path)
 
 
-def test_hash_settings():
-    assert checkpoint.hash_settings({"a": 1, "b": (1, 2)}) == checkpoint.hash_settings({"b": [1, 2], "a": 1})
-    assert checkpoint.hash_settings({"a": 1}) != checkpoint.hash_settings({"a": 2})
-    known = checkpoint.hash_settings({"threshold": 1.0, "kind": "split"})
-    assert known == "c5080738c0bea988da93aa8456cbaeba", "a changed hash makes every finished stage run again"
-    with pytest.raises(TypeError):
-        checkpoint.hash_settings({"a": object()})
-
-
 def test_relative_folders(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = trained(1)

@@ -79,14 +79,34 @@ def test_a_sum_names_what_it_leaves_out():
     assert str(Eta(None, ("a",))) == "unknown" and str(Eta(None, ())) == "0 s"
 
 
+def test_stages_that_were_never_measured_are_estimated_by_what_they_compute():
+    """In 60 s 300 were computed: 2,000 take 400 s. Nothing is known of c, and split says nothing of this run."""
+    run = run_of(a=("sft", {"steps": 10}), b=("reward", {}), c=("judge", {"evaluate": "a"}), d=("sft", {"steps": 20}))
+    amounts = {("a", 500): 300.0, ("b", 500): 2000.0}
+    plain = settings.plain(run)
+    known = [
+        Measured("a", plain, 60.0, ON, pairs=500),
+        Measured("a", plain, 999.0, ON, pairs=500),  # an older making
+        Measured("b", settings.plain(run_of(b=("reward", {"batch_size": 3}))), 999.0, ON, pairs=900),
+        Measured("a", plain, 999.0, "16 x TPU v5 lite", pairs=900),
+    ]
+    found = eta.of_stages(("b", "c", "d"), run, known, ON, lambda name, pairs: amounts.get((name, pairs)))
+    assert found == Eta(400.0 + 120.0, ("c",), ("b",))
+    assert str(found) == "8 min 40 s, estimated for b, without c"
+    assert eta.of_stages(("b",), run, known[2:], ON, lambda name, pairs: 1.0) == Eta(None, ("b",))
+    unread = [Measured("a", plain, 60.0, ON)]
+    assert eta.of_stages(("b",), run, unread, ON, lambda name, pairs: 1.0).unknown == ("b",), "how many rows?"
+
+
 def test_measured_reads_finished_stages_and_passes_over_what_says_nothing(tmp_path):
     run = run_of(a=("sft", {"steps": 10}))
     for folder, seconds in (("a-1", 4.0), ("a-2", None), ("a-3", 6.0)):
         artifacts.write_json(tmp_path / folder / artifacts.CONFIG, settings.plain(run))
-        artifacts.write_manifest(tmp_path / folder, {"name": "a", "seconds": seconds, "devices": ON})
+        read = [{"kept": 7}, {"kept": 9}]
+        artifacts.write_manifest(tmp_path / folder, {"name": "a", "seconds": seconds, "devices": ON, "data": read})
     (tmp_path / "a-3" / artifacts.MANIFEST).write_text(json.dumps({"name": "a", "seconds": 1.0}))  # without its seal
     artifacts.write_manifest(tmp_path / "a-4", {"name": "a"})  # of an earlier version
-    assert [(each.name, each.seconds) for each in eta.measured(epath.Path(tmp_path))] == [("a", 4.0)]
+    assert [(each.name, each.seconds, each.pairs) for each in eta.measured(epath.Path(tmp_path))] == [("a", 4.0, 9)]
 
 
 def test_the_first_screen_is_short_and_fits_80_columns(tmp_path):

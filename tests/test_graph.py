@@ -65,7 +65,13 @@ def test_a_changed_setting_changes_its_stage_and_what_rests_on_it(config):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("stages.dpo.microbatch", 4), ("stages.mpo.log_every", 7), ("model.remat", "full"), ("mesh.tensor", 2)],
+    [
+        ("stages.dpo.microbatch", 4),
+        ("stages.mpo.log_every", 7),
+        ("stages.mpo.mesh.tensor", 2),
+        ("model.remat", "full"),
+        ("mesh.tensor", 2),
+    ],
 )
 def test_operational_keys_change_nothing(config, name, value):
     before = keys(config)

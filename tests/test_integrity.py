@@ -107,3 +107,12 @@ def test_damaged_rows_are_told_and_a_damaged_cache_is_made_again(tmp_path, capsy
         assert np.array_equal(again.tokens, made.tokens) and name in capsys.readouterr().err
     (folder / "offsets.npy").write_bytes(b"")
     assert np.array_equal(encode.encode(records, tokenizer, 2, limits, tmp_path).offsets, made.offsets)
+
+
+def test_hash_settings():
+    assert integrity.hash_settings({"a": 1, "b": (1, 2)}) == integrity.hash_settings({"b": [1, 2], "a": 1})
+    assert integrity.hash_settings({"a": 1}) != integrity.hash_settings({"a": 2})
+    known = integrity.hash_settings({"threshold": 1.0, "kind": "split"})
+    assert known == "c5080738c0bea988da93aa8456cbaeba", "a changed hash makes every finished stage run again"
+    with pytest.raises(TypeError):
+        integrity.hash_settings({"a": object()})

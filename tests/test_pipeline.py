@@ -60,6 +60,8 @@ def run(tmp_path, stories, monkeypatch):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text((stories / "config.json").read_text())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_bytes((stories / name).read_bytes())
     (model / "model.safetensors").write_bytes(b"weights")
     data = tmp_path / "pairs.jsonl"
     data.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")

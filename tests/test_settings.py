@@ -7,14 +7,27 @@ import pytest
 
 from mpo_jax import command, recipes, settings
 from mpo_jax.errors import InputError
-from mpo_jax.run import Columns, Constants, Data, Lora, Mesh, Model, Run, Shares, StageSettings, as_json, parse
+from mpo_jax.run import (
+    Columns,
+    Constants,
+    Data,
+    Lora,
+    Mesh,
+    Model,
+    Run,
+    Shares,
+    StageMesh,
+    StageSettings,
+    as_json,
+    parse,
+)  # fmt: skip
 from mpo_jax.scorers.limits import Limits
 from mpo_jax.settings import Section
 from mpo_jax.stages import kinds
 
 SECTIONS = {
     "Run": Run, "model": Model, "model.lora": Lora, "mesh": Mesh, "data": Data, "data.shares": Shares,
-    "data.columns": Columns, "data.constants": Constants, "scorers": Limits,
+    "data.columns": Columns, "data.constants": Constants, "scorers": Limits, "stages.sft.mesh": StageMesh,
 } | {f"stages.{name}": kind.settings for name, kind in kinds.KINDS.items()}  # fmt: skip
 ODD = {
     "an object": object(), "a dict": {"a": 1}, "nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"),
@@ -45,7 +58,7 @@ def test_the_table_has_every_section():
         SECTIONS.values()
     )
     for kind in kinds.KINDS.values():
-        assert not inside(kind.settings), "a stage's settings are its own: extend the table"
+        assert inside(kind.settings) == {"mesh": StageMesh}, "a stage's settings are its own: extend the table"
 
 
 @pytest.mark.parametrize(("where", "name"), EVERY, ids=[key_of(*each) for each in EVERY])

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from mpo_jax import progress
 from mpo_jax.data.reading import ROLES, Reading
 from mpo_jax.data.row import Row, is_empty, is_list
 from mpo_jax.errors import InputError
@@ -77,7 +78,7 @@ def survey(rows: Sequence[Row]) -> Survey:
     """Of all rows."""
     kinds: dict[str, set[str]] = {}
     first: dict[str, str] = {}
-    for row in rows:
+    for row in progress.each(rows, "survey", len(rows)):
         for name, value in row.values.items():
             found = kinds.setdefault(name, set())
             if not is_empty(value):

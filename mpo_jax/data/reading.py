@@ -99,7 +99,7 @@ class Reading:
                 raise InputError(f"data.{key}: {value!r}; expected one of {', '.join(known)}")
         if both := sorted(set(self.keep) & set(self.ignore)):
             raise InputError(f"data.keep: {both[0]!r} is in data.ignore too; expected it in one of them")
-        taken = _template_arguments() & set(self.template_kwargs)
+        taken = _template_arguments() & set(self.template_kwargs) if self.template_kwargs else set()
         if taken:
             raise InputError(
                 f"data.template_kwargs: {', '.join(sorted(taken))} cannot be set here; they are not a template's own"

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import special
 
 from mpo_jax.errors import InputError
 
@@ -52,6 +51,8 @@ class Difference:
 
 def difference(left_scores, right_scores, level: float = 0.95) -> Difference:
     """Of paired scores, [prompts] each. InputError for less than two finite pairs."""
+    from scipy import special  # not at the top, where it would be a tenth of a command's start
+
     left, right = np.asarray(left_scores, np.float64), np.asarray(right_scores, np.float64)
     if left.shape != right.shape or left.size < 2 or not np.all(np.isfinite(left) & np.isfinite(right)):
         raise InputError(
@@ -110,6 +111,8 @@ def bootstrap_interval(outcomes, resamples: int = 2000, level: float = 0.95, see
 
 def percentiles(drawn: np.ndarray, prompts: int, level: float = 0.95) -> tuple[float, float]:
     """The interval of a figure that was computed of many resamples of so many prompts: see `bootstrap_interval`."""
+    from scipy import special
+
     expanded = special.ndtr(math.sqrt(prompts / (prompts - 1)) * special.stdtrit(prompts - 1, (1 - level) / 2))
     low, high = np.quantile(drawn, [expanded, 1 - expanded])
     return float(low), float(high)
@@ -134,6 +137,8 @@ def ratio_interval(
 
 def sign_test(outcomes) -> float:
     """Two-sided exact p-value of as many prompts won and lost, were either as likely; ties say nothing."""
+    from scipy import special
+
     won = _checked(outcomes)
     wins, losses = int(np.sum(won > 0.5)), int(np.sum(won < 0.5))
     return min(1.0, 2 * float(special.bdtr(min(wins, losses), wins + losses, 0.5)))
@@ -160,6 +165,8 @@ def length_controlled(outcomes, length_difference) -> float:
     Logistic regression of the outcome on tanh(difference / its standard deviation), under Firth's penalty (1993), which
     keeps the estimate finite where length alone decides. The win rate is the regression's value at difference 0.
     """
+    from scipy import special
+
     won = _checked(outcomes)
     difference = np.asarray(length_difference, np.float64)
     if difference.shape != won.shape or not np.all(np.isfinite(difference)):
@@ -176,6 +183,8 @@ def sample_size(win_rate: float, level: float = 0.95, power: float = 0.8) -> int
 
     Fleiss, Statistical Methods for Rates and Proportions, the one-sample case without ties.
     """
+    from scipy import special
+
     if not 0 <= win_rate <= 1 or win_rate == 0.5:
         raise InputError(f"a win rate of {win_rate} is told from one half by no number of prompts; expected 0 to 1")
     null, alternative = 0.5, math.sqrt(win_rate * (1 - win_rate))
@@ -185,6 +194,8 @@ def sample_size(win_rate: float, level: float = 0.95, power: float = 0.8) -> int
 
 def share_interval(part: int, whole: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval (1927) of a share seen in `whole` independent trials."""
+    from scipy import special
+
     z = float(special.ndtri((1 + level) / 2))
     middle = (part + z**2 / 2) / (whole + z**2)
     half = z * math.sqrt(part * (whole - part) / whole + z**2 / 4) / (whole + z**2)
@@ -218,6 +229,8 @@ def _checked(outcomes) -> np.ndarray:
 
 def _firth(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Coefficients f64 [columns] of the logistic regression whose score is X'(y - p + h (1/2 - p)), h the leverages."""
+    from scipy import special
+
     weights = np.zeros(inputs.shape[1])
     for _ in range(200):
         p = special.expit(inputs @ weights)

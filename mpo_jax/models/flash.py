@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.sharding import AxisType, PartitionSpec
 
 from mpo_jax.errors import InputError
@@ -134,13 +133,19 @@ def _own_kv_heads(config: ModelConfig, x: jax.Array, heads: int, shard: jax.Arra
     return jnp.take(x, (shard * heads + jnp.arange(heads, dtype=jnp.int32)) // group, axis=2)
 
 
-def _real(segments: jax.Array) -> splash.SegmentIds:
+def _real(segments: jax.Array):
+    """Segment ids, as the kernels take them."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash  # see `_kernel`
+
     real = (segments > 0).astype(jnp.int32)
     return splash.SegmentIds(q=real, kv=real)
 
 
 def _kernel(softcap: float | None, interpret: bool, mask: np.ndarray | jax.Array) -> Callable:
     """Splash attention under a mask: bool [heads or 1, T, T], a constant (NumPy) or computed (jax)."""
+    # Pallas is a tenth of a command's start, and only programs with these kernels need it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
     block = next(size for size in _BLOCKS if mask.shape[-1] % size == 0)
     kernel = splash.make_splash_mha(
         mask,

@@ -19,8 +19,8 @@ from mpo_jax.planning.chips import Topology, larger, topology
 from mpo_jax.planning.estimate import Assumptions
 from mpo_jax.planning.known import Known
 from mpo_jax.planning.stages import StagePlan
-from mpo_jax.run import Run
-from mpo_jax.sharding import BATCH_AXES, axis_size
+from mpo_jax.run import Run, mesh_of
+from mpo_jax.sharding import BATCH_AXES, axis_size, divided
 from mpo_jax.stages import kinds
 from mpo_jax.stages.base import Training
 
@@ -83,7 +83,7 @@ def changes(config: Run, name: str, place: Topology) -> Iterator[Change]:
         if (stage.remat or config.model.remat) != "full":
             kept[f"stages.{name}.remat"] = "full"
             yield Change(dict(kept), place.name)
-        mesh = stages.make_mesh(config, place, model)
+        mesh = divided(stages.run_mesh(config, place), mesh_of(config, stage))
         smallest = axis_size(mesh, BATCH_AXES)
         rows = stage.microbatch or stage.batch_size
         while rows % 2 == 0 and rows // 2 >= smallest:
@@ -92,8 +92,8 @@ def changes(config: Run, name: str, place: Topology) -> Iterator[Change]:
         if rows != (stage.microbatch or stage.batch_size):
             kept[f"stages.{name}.microbatch"] = rows
     for mesh_ in stages.meshes(model, place.size, stage.batch_size, place.slices):
-        sizes = {f"mesh.{axis}": size for axis, size in mesh_.items()}
-        if sizes != {f"mesh.{axis}": size for axis, size in dict(config.mesh).items()}:
+        if mesh_ != mesh_of(config, stage):
+            sizes = {f"stages.{name}.mesh.{axis}": size for axis, size in mesh_.items()}
             yield Change(_with_rows(kept, name, mesh_) | sizes, place.name)
     if isinstance(stage, Training) and stage.moments != "factored":
         yield Change(kept | {f"stages.{name}.moments": "factored"}, place.name)

@@ -17,11 +17,10 @@ from mpo_jax.run import Run
 def heading(config: Run, topology: Topology, mesh: Mapping[str, int], assumptions: Assumptions) -> str:
     """What was planned, and what was assumed."""
     data = config.data
-    sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
     source = "by the compiler of that hardware" if topology.compiled else "BY ARITHMETIC, not by a compiler"
     return (
         f"{config.name}: {config.model.path} on {topology.name}, {topology.size} x {topology.chip.name} with "
-        f"{topology.chip.memory / GIB:.2f} GiB each, mesh {sizes}\n"
+        f"{topology.chip.memory / GIB:.2f} GiB each, mesh {_sizes(mesh)}\n"
         f"memory {source}; rows of at most {data.max_length} tokens, replies of {data.max_response}; seconds and "
         f"chip-hours are estimates: {assumptions.pairs:,} pairs{_read(assumptions)}, {assumptions.easy:.0%} of them "
         f"easy, {assumptions.utilisation:.0%} of a chip's peak"
@@ -49,7 +48,8 @@ COLUMNS = (
 
 
 def lines(name: str, plan: StagePlan) -> str:
-    """A line for each program, then what its biggest temporary and its collectives are; last, the stage's disk."""
+    """A line for each program, then what its biggest temporary and its collectives are; last, the stage's disk, and the
+    mesh where it has one of its own."""
     found = []
     for program, planned in plan.programs.items():
         report, seconds = planned.report, planned.seconds
@@ -72,7 +72,13 @@ def lines(name: str, plan: StagePlan) -> str:
         f"(weights {disk.weights / GIB:.2f}, checkpoints {disk.states / GIB:.2f}, rows at most {disk.rows / GIB:.2f}"
         + (f", snapshots {disk.snapshots / GIB:.2f})" if disk.snapshots else ")")
     )
+    if plan.mesh:
+        found.append(f"    mesh of {name}: {_sizes(plan.mesh)}")
     return "\n".join(found)
+
+
+def _sizes(mesh: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in mesh.items())
 
 
 def disk_line(plans: Mapping[str, StagePlan]) -> str:
@@ -150,13 +156,16 @@ def as_json(
         "disk_bytes_at_rest": sum(plan.storage.rest for plan in plans.values()),
         "disk_bytes_at_peak": storage.peak(plan.storage for plan in plans.values()),
         "tuned_mesh": mesh_name(tuned.mesh) if tuned else None,
-        "stages": {name: _stage(name, plan, proposals.get(name), tuned) for name, plan in plans.items()},
+        "stages": {name: _stage(name, plan, mesh, proposals.get(name), tuned) for name, plan in plans.items()},
     }
 
 
-def _stage(name: str, plan: StagePlan, proposal: Proposal | None, tuned: Tuned | None) -> dict[str, Any]:
+def _stage(
+    name: str, plan: StagePlan, mesh: Mapping[str, int], proposal: Proposal | None, tuned: Tuned | None
+) -> dict[str, Any]:
     found = {
         "fits": plan.fits,
+        "mesh": dict(plan.mesh or mesh),
         "peak_bytes_per_chip": plan.peak,
         "seconds_estimate": plan.seconds,
         "chip_hours_estimate": plan.chip_hours,

@@ -1,6 +1,6 @@
 """A config, a topology and the stages' names enter; the report of every program of every stage leaves.
 
-The base model need not be at hand: see `models.presets`. The mesh is the config's, over the topology's devices.
+The base model need not be at hand: see `models.presets`. Meshes are the config's, over the topology's devices.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from mpo_jax.planning.compile import Report
 from mpo_jax.planning.estimate import Assumptions, Seconds
 from mpo_jax.planning.known import Known
 from mpo_jax.planning.storage import Storage
-from mpo_jax.run import Run
+from mpo_jax.run import Run, StageMesh
 from mpo_jax.stages import kinds
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Program
@@ -51,11 +51,12 @@ class Planned:
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """A stage's programs, by name, and what it writes to disk."""
+    """A stage's programs, by name, and what it writes to disk. mesh: the sizes of its own; {}: it has the run's."""
 
     programs: dict[str, Planned]
     chips: int
     storage: Storage
+    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -83,15 +84,18 @@ class StagePlan:
 
 
 def jobs(config: Run, topology: Topology, only: Iterable[str] = ()) -> dict[str, Job]:
-    """A job for each stage (or those of `only`), on the topology's mesh. InputError for what can't be."""
+    """A job for each stage (or those of `only`), on its mesh over the topology. InputError for what can't be."""
     preset = presets.find(config.model.path)
     if not topology.compiled:
         config = _for_accelerator(config)
-    mesh = make_mesh(config, topology, preset.architecture)
+    mesh = run_mesh(config, topology)
     inputs = graph.connections(config)
     only = list(only)
     graph.needed(inputs, only)
-    planned = {job.name: job for job in pipeline.plan_jobs(config, epath.Path("."), mesh, inputs, preset)}
+    try:
+        planned = {job.name: job for job in pipeline.plan_jobs(config, epath.Path("."), mesh, inputs, preset)}
+    except InputError as error:  # a stage's own mesh
+        raise InputError(f"{error} on {topology.name}; {_fitting(topology, preset.architecture)}") from error
     pipeline.check_jobs(planned.values(), functools.partial(meshes_that_work, topology=topology))
     return {name: job for name, job in planned.items() if not only or name in only}
 
@@ -120,7 +124,13 @@ def plan(
             each = estimate.seconds(report, topology.chip, assumptions)
             parts = lengths.shares(job, program, each, topology, assumptions)
             planned[name] = Planned(report, each, estimate.calls(job, program, assumptions), *parts)
-    return StagePlan(planned, topology.size, storage.of_stage(job, programs, assumptions))
+    own = {} if job.settings.mesh == StageMesh() else dict(job.mesh.shape)
+    return StagePlan(planned, topology.size, storage.of_stage(job, programs, assumptions), own)
+
+
+def run_mesh(config: Run, topology: Topology) -> jax.sharding.Mesh:
+    """The mesh of all stages that have none of their own."""
+    return make_mesh(config, topology, presets.find(config.model.path).architecture)
 
 
 def make_mesh(config: Run, topology: Topology, model: ModelConfig) -> jax.sharding.Mesh:
@@ -128,8 +138,11 @@ def make_mesh(config: Run, topology: Topology, model: ModelConfig) -> jax.shardi
     try:
         return sharding.make_mesh(**dict(config.mesh), devices=topology.devices)
     except InputError as error:
-        fitting = meshes(model, topology.size, slices=topology.slices)
-        raise InputError(f"{error} on {topology.name}; {_say(fitting)}") from error
+        raise InputError(f"{error} on {topology.name}; {_fitting(topology, model)}") from error
+
+
+def _fitting(topology: Topology, model: ModelConfig) -> str:
+    return _say(meshes(model, topology.size, slices=topology.slices))
 
 
 def meshes(model: ModelConfig, devices: int, rows: int | None = None, slices: int = 1) -> list[dict[str, int]]:

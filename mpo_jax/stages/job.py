@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import jax
 from etils import epath
 
-from mpo_jax import artifacts, checkpoint, progress, sharding
+from mpo_jax import artifacts, progress, sharding
 from mpo_jax.artifacts import BASE, POLICY, REWARD
 from mpo_jax.data import encode, reading, shares, template, tokenizer
 from mpo_jax.data.account import Account
@@ -23,7 +23,7 @@ from mpo_jax.models import attention, decoder, hf, lora, parameters
 from mpo_jax.models import config as model_config
 from mpo_jax.models.config import LoraConfig, ModelConfig
 from mpo_jax.models.presets import Preset
-from mpo_jax.run import Data, Run, StageSettings, sources_of
+from mpo_jax.run import Data, Run, StageMesh, StageSettings, sources_of
 from mpo_jax.settings import plain
 from mpo_jax.types import PyTree
 
@@ -45,8 +45,8 @@ S = TypeVar("S", bound=StageSettings, covariant=True)
 class Job(Generic[S]):
     """settings: the stage's own. config: the whole run's. folder: where its artifact goes.
     inputs: role ("init", "reference", "reward", "pairs", ...) → artifact, or the list of them where it takes several.
-    preset: the base model where it is known by its numbers alone, as a plan knows it. accounts: of the data that the
-    stage has read so far."""
+    preset: the base model where it is known by its numbers alone, as a plan knows it. planned: its settings are looked
+    at, but it does not run: then no tokenizer is loaded. accounts: of the data that the stage has read so far."""
 
     name: str
     settings: S
@@ -56,6 +56,7 @@ class Job(Generic[S]):
     inputs: Mapping[str, Any]
     mesh: jax.sharding.Mesh
     preset: Preset | None = None
+    planned: bool = False
     accounts: list[Account] = dataclasses.field(default_factory=list, compare=False)
 
     @property
@@ -136,9 +137,12 @@ def frozen_dtype(job: Job) -> str:
 
 
 def stop_ids(job: Job) -> tuple[int, ...]:
-    """What ends a reply: the base model's own stop ids, and whatever ends a reply in training data."""
+    """What ends a reply: the base model's own stop ids, and whatever ends a reply in training data. () of a job that is
+    only planned, see `check_tokenizer`."""
     if job.preset is not None:
         return job.preset.stop_ids
+    if job.planned:
+        return ()
     folder = str(hf.resolve(job.config.model.path))
     loaded, own = tokenizer.load_tokenizer(folder), hf.read_stop_ids(folder)
     ends = [tokenizer.stop_ids(dressed(job, loaded, name), own) for name in ("", *sources_of(job.settings))]
@@ -163,6 +167,8 @@ def load_weights(
         if model.lora is None:
             return _narrowed(model, hf.import_weights(job.config.model.path, model, job.mesh, dtype), dtype)
         return lora.init(model, jax.random.fold_in(key(job), 0), job.mesh)
+    from mpo_jax import checkpoint  # see `save_weights`
+
     stored = "bfloat16" if dtype == "int8" else dtype
     abstract = abstract_weights(model, job.mesh, head=artifact.produces == REWARD, dtype=stored)
     return _narrowed(model, checkpoint.restore_weights(artifact.folder / name, abstract), dtype)
@@ -175,6 +181,8 @@ def _narrowed(model: ModelConfig, weights: PyTree, dtype: str) -> PyTree:
 
 def save_weights(job: Job, weights: PyTree, name: str = artifacts.WEIGHTS) -> None:
     """Leaves a stage's final weights in its folder."""
+    from mpo_jax import checkpoint  # Orbax is a tenth of a command's start, and only stages that run need it
+
     checkpoint.save_weights(job.folder / name, weights)
 
 
@@ -291,16 +299,43 @@ def check_batch(job: Job, rows: int, setting: str = "batch_size") -> None:
 
 
 def check(job: Job) -> None:
-    """InputError for what no stage of the run can do: rows beyond the model's context, attention that its backend can't
-    compute. Nothing is loaded."""
+    """InputError for what no stage of the run can do on the job's mesh: rows beyond the model's context, attention that
+    its backend can't compute, weights that the mesh does not divide. Nothing is loaded."""
     decoder_config, data = model(job), job.config.data
+    _check_division(job, decoder_config)
     if frozen_dtype(job) == "int8" and job.mesh.size > 1:
         raise InputError(f"model.frozen_dtype: int8 is for one device; found {job.mesh.size}")
-    for name, read in {"": data, **data.sources}.items():
+    for name in ("", *data.sources):
         data_division(data, name)
-        if read.end_of_turn and job.preset is None:
-            dressed(job, tokenizer.load_tokenizer(str(hf.resolve(job.config.model.path))), name)
     if data.max_length > decoder_config.max_positions:
         raise InputError(
             f"data.max_length: {data.max_length} is above the model's context of {decoder_config.max_positions} tokens"
         )
+
+
+def _check_division(job: Job, model: ModelConfig) -> None:
+    """InputError, by the axis, where the mesh does not divide what `sharding.weight_spec` spreads over it."""
+    key = "mesh" if job.settings.mesh == StageMesh() else f"stages.{job.name}.mesh"
+    tensor, fsdp = (job.mesh.shape[axis] for axis in ("tensor", "fsdp"))
+    spread = [
+        ("fsdp", fsdp, "width", model.width),
+        ("tensor", tensor, "heads", model.heads),
+        ("tensor", tensor if model.kv_heads >= tensor else 1, "key-value heads", model.kv_heads),
+        ("tensor", tensor, "feed-forward", model.mlp_width),
+    ]
+    for axis, shards, name, size in spread:
+        if size % shards:
+            raise InputError(f"{key}.{axis}: {shards} does not divide the model's {name} of {size}")
+
+
+def check_tokenizer(job: Job) -> None:
+    """InputError for a tokenizer that can't be used: it can't be loaded, it or the model's stop ids name tokens that
+    the model has not, or it has no such end of turn as the data names. `check` leaves that out: to import
+    `transformers` takes longer than all else that the start of a finished run does."""
+    decoder_config = model(job)
+    loaded = load_tokenizer(job, decoder_config)
+    for name in job.config.data.sources:
+        dressed(job, loaded, name)
+    outside = [stop for stop in stop_ids(job) if not 0 <= stop < decoder_config.vocab_size]
+    if outside:
+        raise InputError(f"stop_ids: {outside} outside the vocabulary; expected ids below {decoder_config.vocab_size}")

@@ -18,7 +18,6 @@ from etils import epath
 
 from mpo_jax import artifacts, checkpoint, optim, profiling, progress, sharding, stopping, trackers
 from mpo_jax import metrics as metrics_log
-from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.data.account import epochs
 from mpo_jax.data.loader import Loader
 from mpo_jax.evaluation import signatures
@@ -324,6 +323,8 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
     after warm-up. Raises Stopped, having saved, after the step in which the run was told to stop. Raises NonFinite;
     such a step is never saved.
     """
+    from mpo_jax.checkpoint import Checkpoints  # not at the top: a command's start that trains nothing needs no Orbax
+
     settings, loader = training.settings, training.loader
     checkpoints = Checkpoints(folder / artifacts.CHECKPOINTS, keep=settings.keep)
     progress: dict[str, Any] = {"best": None, "best_step": None, "evaluation": {}}
@@ -424,6 +425,8 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
 
 
 def _best_params(folder: epath.Path, step: int, like: PyTree) -> PyTree:
+    from mpo_jax.checkpoint import Checkpoints
+
     with Checkpoints(folder / artifacts.CHECKPOINTS) as checkpoints:
         return checkpoints.restore_best(step, like)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mpo_jax import artifacts, checkpoint, fingerprints, processes, progress
+from mpo_jax import artifacts, fingerprints, integrity, processes, progress
 from mpo_jax.artifacts import BASE
 from mpo_jax.data import encode
 from mpo_jax.data.encode import Encoded
@@ -61,4 +61,4 @@ def _identity(job: Job) -> list[str]:
 
 
 def _cached(job: Job, parts: list[Any]) -> epath.Path:
-    return epath.Path(job.workdir) / artifacts.CACHE / f"reference-{checkpoint.hash_settings(parts)}.npz"
+    return epath.Path(job.workdir) / artifacts.CACHE / f"reference-{integrity.hash_settings(parts)}.npz"

@@ -67,7 +67,7 @@ def of_tokens(job: Job, key: str) -> dict[str, hf.Model]:
     """The models of others that a setting names and that read the run's own tokens, by their scorers' names: they can
     score a rollout where it lies. None in a plan, which knows no tokenizer of the run."""
     found = {name: hf.find(name) for name, _ in models(job.settings, key)}
-    if not found or job.preset is not None:
+    if not found or job.preset is not None or job.planned:
         return {}
     own = jobs.load_tokenizer(job, jobs.model(job))
     return {name: model for name, model in found.items() if hf.same_tokens(own, model.tokenizer)}

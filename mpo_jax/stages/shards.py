@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mpo_jax import artifacts, checkpoint, processes, profiling, progress, stopping
+from mpo_jax import artifacts, integrity, processes, profiling, progress, stopping
 from mpo_jax.data import encode
 from mpo_jax.data.loader import Loader
 from mpo_jax.errors import InputError
@@ -72,7 +72,7 @@ def _name(job: Job, loader: Loader, of: Sequence[Any]) -> str:
     batches = hashlib.blake2b(np.ascontiguousarray(plan.rows).tobytes(), digest_size=16)
     batches.update(repr((loader.buckets, plan.rows.shape)).encode() + np.ascontiguousarray(plan.bucket).tobytes())
     parts = [FORMAT, list(of), job.seed, jobs.model(job).dtype, jobs.frozen_dtype(job)]
-    return checkpoint.hash_settings([*parts, encode.rows_fingerprint(loader.encoded), batches.hexdigest()])[:16]
+    return integrity.hash_settings([*parts, encode.rows_fingerprint(loader.encoded), batches.hexdigest()])[:16]
 
 
 def _gaps(done: set[int], total: int) -> list[tuple[int, int]]:

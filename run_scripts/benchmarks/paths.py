@@ -1,9 +1,11 @@
 """A case enters; the speed of what surrounds a step leaves: pairs from disk to device, a model from its folder, a
-command from its start to its first step."""
+command from its start to its first step, or to its end where nothing is left to do."""
 
 import contextlib
+import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import statistics
@@ -17,6 +19,7 @@ from typing import Any
 
 import jax
 
+from mpo_jax import fingerprints
 from mpo_jax.data import encode
 from mpo_jax.data.loader import Loader
 from mpo_jax.models import hf
@@ -25,6 +28,8 @@ from run_scripts.benchmarks.programs import PAIRS, Case, random_rows, random_wei
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _BATCHES = 256
+_ROWS = 160_000  # about HH's
+_QUICKSTART = [sys.executable, "-m", "mpo_jax.main", "--config=configs/quickstart.py"]
 _PATIENCE = 600  # seconds until a command that shows no step is given up
 
 
@@ -83,14 +88,56 @@ def start(case: Case, mesh, runs: int) -> dict[str, Any]:
     return {"best": statistics.median(warm), "cold": cold, "samples": warm}
 
 
-PATHS = {"input": input_path, "load": load, "start": start}
+def finished(case: Case, mesh, runs: int) -> dict[str, Any]:
+    """CPU seconds, of the process and the system, of `python -m mpo_jax.main` on a quickstart of `_ROWS` rows whose
+    stages are all done: what a start costs beside the work. The stages are made up, since it reads their manifests
+    alone. seconds: on the clock."""
+    with _folder() as folder:
+        story = "Once upon a time there was a little girl named Lily. " * 8
+        lines = (json.dumps({"prompt": f"{number}. {story}", "chosen": story}) for number in range(_ROWS))
+        (folder / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        time.sleep(fingerprints.SETTLED + 1)
+        command = [*_QUICKSTART, f"--config.data.path={folder / 'rows.jsonl'}", f"--workdir={folder / 'run'}"]
+        maker = "from run_scripts.benchmarks import paths; paths.make_up()"
+        subprocess.run([sys.executable, "-c", maker, *command[3:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        samples, clock = [], []
+        for _ in range(runs + 1):
+            before, began = _of_children(), time.perf_counter()
+            shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+            samples.append(_of_children() - before)
+            clock.append(time.perf_counter() - began)
+            if "to do    nothing" not in shown:
+                sys.exit(f"error: stages were left to do: {shown[-500:]}")
+    return {"best": statistics.median(samples[1:]), "seconds": statistics.median(clock[1:]), "samples": samples[1:]}
+
+
+def make_up() -> None:
+    """Runs the command of `sys.argv` with stages that compute nothing."""
+    from mpo_jax import main
+    from mpo_jax.stages import kinds
+
+    def nothing(job) -> dict[str, Any]:
+        return {}
+
+    nothing.__module__ = kinds.__name__  # or the stages would have the keys of a plugin's
+    for name, kind in list(kinds.KINDS.items()):
+        kinds.KINDS[name] = dataclasses.replace(kind, run=nothing)
+    main.run()
+
+
+def _of_children() -> float:
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
+PATHS = {"input": input_path, "load": load, "start": start, "finished": finished}
 
 
 def _first_step(workdir: Path) -> float:
     for path in workdir.iterdir():
         if path.name != "compiled":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    command = [sys.executable, "-m", "mpo_jax.main", "--config=configs/quickstart.py", f"--workdir={workdir}"]
+    command = [*_QUICKSTART, f"--workdir={workdir}"]
     command += ["--stages=sft", "--config.stages.sft.log_every=1"]
     log = workdir / "log"
     with log.open("w") as file:

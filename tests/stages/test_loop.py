@@ -17,6 +17,7 @@ from etils import epath
 
 from mpo_jax import checkpoint, metrics, sharding
 from mpo_jax import settings as declared
+from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.data.encode import Encoded
 from mpo_jax.data.loader import Loader
 from mpo_jax.data.tokenizer import Conventions
@@ -211,7 +212,7 @@ def test_state_moves_to_another_mesh(tmp_path, uninterrupted):
     whole, _ = training(eight)
     with jax.set_mesh(eight):
         state = loop.init_state(whole.optimizer, whole.params, whole.key, eight)
-        checkpoints = loop.Checkpoints(tmp_path / "checkpoints")
+        checkpoints = Checkpoints(tmp_path / "checkpoints")
         checkpoints.save(0, state, {"best": None, "best_step": None, "evaluation": {}})
         checkpoints.close()
     train(tmp_path)
@@ -251,7 +252,7 @@ def test_non_finite_loss_stops_and_names_the_rows(tmp_path):
     whole, steps = training(mesh, loss=poisoned, save_every=1)
     with jax.set_mesh(mesh), pytest.raises(nonfinite.NonFinite, match=r"loss is nan; batch ids \[.*1007.*\]"):
         loop.train(whole, steps, tmp_path, mesh)
-    found = loop.Checkpoints(tmp_path / "checkpoints")
+    found = Checkpoints(tmp_path / "checkpoints")
     step = found.latest_step()
     if step is not None:
         with jax.set_mesh(mesh):
@@ -277,7 +278,7 @@ def bad_steps(ids, steps=12):
 
 def saved_states(folder, whole, mesh):
     """Step -> parameters of every state that is there, the best apart from them."""
-    with loop.Checkpoints(folder / "checkpoints") as found, jax.set_mesh(mesh):
+    with Checkpoints(folder / "checkpoints") as found, jax.set_mesh(mesh):
         like = loop.abstract_state(whole.optimizer, whole.params, mesh)
         return {step: found.restore(step, like)[0].params for step in found._last.all_steps()}
 
@@ -412,5 +413,5 @@ def test_sigterm_saves_and_says_so(tmp_path):
     process.send_signal(signal.SIGTERM)
     process.wait(60)
     assert process.returncode == PREEMPTED, process.stderr.read().decode()[-2000:]
-    saved = loop.Checkpoints(tmp_path / "checkpoints").latest_step()
+    saved = Checkpoints(tmp_path / "checkpoints").latest_step()
     assert saved == max(int(line["step"]) for line in metrics.read(tmp_path))

@@ -231,7 +231,7 @@ def load_statistics(job: Job[Settings]) -> tuple[float, float] | None:
     there yet, as in a plan, those that change nothing."""
     if not job.settings.normalise_scores:
         return None
-    if job.preset is not None:
+    if job.preset is not None or job.planned:
         return 0.0, 1.0
     statistics = artifacts.read_json(job.inputs["reward"].folder / artifacts.STATISTICS)
     return statistics["mean"], statistics["std"]

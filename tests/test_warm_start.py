@@ -1,0 +1,81 @@
+"""A run whose stages are all done is started again, in a process of its own; what that imports is looked at."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from etils import epath
+
+from configs import quickstart
+from mpo_jax import artifacts, graph, pipeline, recipes, sharding, states
+from mpo_jax.errors import InputError
+from mpo_jax.run import as_json
+from mpo_jax.stages import kinds
+from tests.conftest import ROOT
+
+HEAVY = (
+    "datasets", "jax.experimental.pallas.tpu", "matplotlib", "mpo_jax.planning", "orbax", "scipy", "sklearn",
+    "tensorstore", "torch", "transformers",
+)  # fmt: skip
+"""What only stages that run need; together they took two thirds of the start of a finished run."""
+
+START = """
+import sys
+from mpo_jax import main
+try:
+    main.run()
+finally:
+    print("imported:", *(name for name in HEAVY if any(f"{each}.".startswith(f"{name}.") for each in sys.modules)))
+"""
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The flags of the quickstart in a folder in which all its stages are done, as far as a start looks."""
+    flags = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]
+    config = kinds.read(quickstart.get_config().to_dict())
+    workdir = epath.Path(tmp_path / "run")
+    nodes = graph.resolve(config, workdir)
+    for node in nodes.values():
+        artifacts.write_json(node.folder / artifacts.CONFIG, as_json(config))
+        artifacts.write_json(node.folder / artifacts.INPUTS, states.inputs(nodes, node))
+        artifacts.write_manifest(node.folder, {"name": node.name, "kind": node.kind, "made": "once", "summary": {}})
+    artifacts.write_text(workdir / artifacts.REPORT_PAGE, "a page")
+    later = time.time() + 5
+    os.utime(workdir / artifacts.REPORT_PAGE, (later, later))
+    return flags
+
+
+def start(flags):
+    script = START.replace("HEAVY", repr(HEAVY))
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    return done.stdout, done.stderr
+
+
+def test_the_start_of_a_finished_run_imports_nothing_that_stages_alone_need(finished):
+    told, errors = start(finished)
+    assert "  to do    nothing\n" in told and "stage 9 of 9: " in told, told + errors
+    assert told.split("imported:")[1].split() == []
+
+
+def test_what_a_stage_that_will_run_needs_is_checked_before_the_first(tmp_path, stories):
+    """The tokenizer, which the start of a finished run does not load, is refused before any stage begins."""
+    (tmp_path / "model").mkdir()
+    for path in stories.iterdir():
+        (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    rows = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    (tmp_path / "rows.jsonl").write_text(rows)
+    config = recipes.config()
+    config.model.path, config.data.path = str(tmp_path / "model"), str(tmp_path / "rows.jsonl")
+    config.stages.sft = recipes.stage("sft", batch_size=8)
+    run = kinds.read(config.to_dict())
+    workdir = epath.Path(tmp_path / "run")
+    with pytest.raises(InputError, match="no tokenizer can be loaded from here"):
+        pipeline.run(run, workdir, sharding.make_mesh(data=1, fsdp=8))
+    assert not list(workdir.glob("sft-*"))
