@@ -20,9 +20,9 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 """Curves that stand in one figure differ in colour, dashes and marker, so that no reader has to tell colours apart."""
 _MARKED, _FEW = 8, 3
 """Markers along a curve, about, and the curves whose legend has room inside the axes."""
-_BOX, _GAP, _LANE, _LETTER = (128, 46), (52, 18), 8, 8.6
-"""Width (at least) and height of a stage's box, the space between boxes, the height of an edge that passes by, and the
-width of a name's letter, pixels."""
+_BOX, _GAP, _LANE, _LETTER, _LEAST = (128, 46), (52, 18), 8, 8.6, 0.75
+"""Width (at least) and height of a stage's box, the space between boxes, the height of an edge that passes by, and a
+letter's width, pixels; and the scale below which a graph is scrolled, not made smaller."""
 
 Points = Sequence[tuple[float, float]]
 _numbers = itertools.count()
@@ -177,6 +177,7 @@ def graph(sources: Mapping[str, Sequence[str]], kinds: Mapping[str, str]) -> str
     height = max([y + _BOX[1] for _, y in place.values()] + list(lanes.values())) + 2
     parts = [
         f'<svg class="graph" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" '
+        f'style="min-width:{_LEAST * width:.0f}px" '
         'aria-label="The stages and what each rests on">'
     ]
     for name, above in sources.items():
