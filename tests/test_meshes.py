@@ -123,7 +123,7 @@ def test_stages_on_meshes_of_their_own_leave_the_same(config, whole, tmp_path, c
     assert apart(config, whole, found, "sft") < 1e-4
 
 
-@pytest.mark.parametrize("name", ["sft", pytest.param("pairs", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["sft", "pairs"])
 def test_a_stage_goes_on_on_another_mesh(config, whole, tmp_path, monkeypatch, name):
     """Stopped behind its second step or batch, with a checkpoint or a shard, and ended on another mesh."""
     first = with_meshes(config, **{name: {"data": 2, "fsdp": 2, "tensor": 2}})
@@ -154,7 +154,7 @@ def test_all_models_of_ppo_are_on_its_mesh(config, whole, tmp_path):
     made.stages.reward = recipes.stage("reward", pairs="pairs", **SMALL)
     more = {"prompts": "data", "max_new_tokens": 8, "minibatches": 2, "eval_prompts": 8, "table_rows": 2}
     made.stages.mpo = recipes.stage("ppo", **(SMALL | more))
-    policies = {"policies": ("sft", "dpo", "mpo"), "baseline": "sft", "reward": "reward"}
+    policies = {"policies": ("sft", "dpo", "mpo"), "baseline": "sft", "reward": "reward", "prompts": "data"}
     made.stages.evaluate = recipes.stage("evaluate", count=32, batch_size=16, max_new_tokens=8, **policies)
     one, other = tmp_path / "one", tmp_path / "other"
     one, other = run(made, one), run(with_meshes(made, **OWN), other)
