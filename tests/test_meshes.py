@@ -123,7 +123,7 @@ def test_stages_on_meshes_of_their_own_leave_the_same(config, whole, tmp_path, c
     assert apart(config, whole, found, "sft") < 1e-4
 
 
-@pytest.mark.parametrize("name", ["sft", pytest.param("pairs", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["sft", "pairs"])
 def test_a_stage_goes_on_on_another_mesh(config, whole, tmp_path, monkeypatch, name):
     """Stopped behind its second step or batch, with a checkpoint or a shard, and ended on another mesh."""
     first = with_meshes(config, **{name: {"data": 2, "fsdp": 2, "tensor": 2}})
@@ -149,18 +149,23 @@ def test_a_stage_goes_on_on_another_mesh(config, whole, tmp_path, monkeypatch, n
 
 @pytest.mark.slow
 def test_all_models_of_ppo_are_on_its_mesh(config, whole, tmp_path):
-    """Reward model, PPO and evaluation too: the policies' weights are the same."""
+    """Reward model, PPO and evaluation too: weights are the same, and what PPO's first replies score."""
     made = config.copy_and_resolve_references()
     made.stages.reward = recipes.stage("reward", pairs="pairs", **SMALL)
     more = {"prompts": "data", "max_new_tokens": 8, "minibatches": 2, "eval_prompts": 8, "table_rows": 2}
     made.stages.mpo = recipes.stage("ppo", **(SMALL | more))
-    policies = {"policies": ("sft", "dpo", "mpo"), "baseline": "sft", "reward": "reward"}
+    policies = {"policies": ("sft", "dpo", "mpo"), "baseline": "sft", "reward": "reward", "prompts": "data"}
     made.stages.evaluate = recipes.stage("evaluate", count=32, batch_size=16, max_new_tokens=8, **policies)
     one, other = tmp_path / "one", tmp_path / "other"
     one, other = run(made, one), run(with_meshes(made, **OWN), other)
     assert {name: folder.name for name, folder in one.items()} == {name: folder.name for name, folder in other.items()}
-    for name, share in (("sft", 1e-3), ("dpo", 1e-3), ("mpo", 0.1)):  # a token drawn otherwise is no rounding
-        assert apart(made, one, other, name) < share, name
+    for name in ("sft", "dpo"):
+        assert apart(made, one, other, name) < 1e-4, name
+    # Later updates see replies of a policy that differs by its rounding, which a draw may lie between.
+    scores = [metrics.curve(folders["mpo"], "score")[:2] for folders in (one, other)]
+    for (step, left), (_, right) in zip(*scores, strict=True):
+        assert right == pytest.approx(left, rel=1e-4), step
+    assert len(scores[0]) == 2 and all((folders["evaluate"] / artifacts.MANIFEST).exists() for folders in (one, other))
 
 
 # What can't be meant --------------------------------------------------------------------------------------------------
