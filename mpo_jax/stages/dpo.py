@@ -28,7 +28,7 @@ from mpo_jax.ops import losses, masks
 from mpo_jax.ops.preferences import OBJECTIVES
 from mpo_jax.optim import Rate
 from mpo_jax.settings import Amount, OneOf, Positive, Share, Whole, changed, role, setting
-from mpo_jax.stages import buckets, loop, reference, rows
+from mpo_jax.stages import buckets, gradients, loop, reference, rows
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import PolicyTraining, Stage, Training
@@ -91,7 +91,7 @@ class Settings(PolicyTraining):
         return self
 
 
-def make_loss(model: ModelConfig, settings: Settings, moving: bool = False) -> loop.Loss:
+def make_loss(model: ModelConfig, settings: Settings, moving: bool = False) -> gradients.Loss:
     """The loss on pairs. The reference's log-probs are the batch's ref_logps or, of one that is `moving`, computed here
     with frozen["reference"]; an objective without a reference reads neither."""
 
@@ -101,7 +101,7 @@ def make_loss(model: ModelConfig, settings: Settings, moving: bool = False) -> l
     return loss
 
 
-def make_judge(model: ModelConfig, settings: Settings) -> loop.Loss:
+def make_judge(model: ModelConfig, settings: Settings) -> gradients.Loss:
     """The loss, whose metrics tell accuracy and margin of easy, hard and flipped pairs apart too, with the share of
     each, where the batch has the pairs' buckets."""
 

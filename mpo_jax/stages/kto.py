@@ -22,7 +22,7 @@ from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import preferences
 from mpo_jax.optim import Rate
 from mpo_jax.settings import Amount, Positive, changed, role, setting
-from mpo_jax.stages import buckets, corpus, loop, reference, rows
+from mpo_jax.stages import buckets, corpus, gradients, loop, reference, rows
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import PolicyTraining, Stage, Training
@@ -55,7 +55,7 @@ class Settings(PolicyTraining):
         return self
 
 
-def make_loss(model: ModelConfig, settings: Settings) -> loop.Loss:
+def make_loss(model: ModelConfig, settings: Settings) -> gradients.Loss:
     """The loss on rows of a reply and one that belongs to another prompt, whose batch carries ref_logps and label."""
 
     def loss(params, frozen, batch, key):

@@ -22,7 +22,7 @@ from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import losses
 from mpo_jax.run import ShareName
 from mpo_jax.settings import Share, Whole, role, setting
-from mpo_jax.stages import corpus, loop, rows
+from mpo_jax.stages import corpus, gradients, loop, rows
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage, Training, rows_of_share
@@ -60,7 +60,7 @@ class Settings(Training):
         return self
 
 
-def make_loss(model: ModelConfig, margin: bool = False) -> loop.Loss:
+def make_loss(model: ModelConfig, margin: bool = False) -> gradients.Loss:
     """Bradley-Terry on (chosen, rejected) rows; with `margin`, the annotator's margin is asked of the gap."""
 
     def loss(params, frozen, batch, key):

@@ -14,7 +14,7 @@ from mpo_jax.ops import losses
 from mpo_jax.optim import Rate
 from mpo_jax.run import ShareName
 from mpo_jax.settings import changed, role, setting
-from mpo_jax.stages import buckets, corpus, loop
+from mpo_jax.stages import buckets, corpus, gradients, loop
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import PolicyTraining, Stage, Training, rows_of_share
@@ -33,7 +33,7 @@ class Settings(PolicyTraining):
     learning_rate: Rate = changed(Training, "learning_rate", 2e-5, "peak of the schedule; ours")
 
 
-def make_loss(model: ModelConfig) -> loop.Loss:
+def make_loss(model: ModelConfig) -> gradients.Loss:
     """Per-token negative log-likelihood, over the tokens of all rows of positive weight."""
 
     def loss(params, frozen, batch, key):

@@ -23,7 +23,7 @@ from mpo_jax.models.presets import Preset
 from mpo_jax.planning import arithmetic
 from mpo_jax.run import Data, Lora, Model, Run
 from mpo_jax.sampling import SamplingConfig
-from mpo_jax.stages import candidates, dpo, kinds, loop, reward
+from mpo_jax.stages import candidates, dpo, gradients, kinds, reward
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.ppo import update
@@ -171,7 +171,7 @@ def ppo_update(case: Case, mesh) -> Work:
         "reward": weights(model, mesh, 2, head=True)[1] if beneath else frozen(model, mesh, 2, head=True),
     }
     optimizer, _ = update.make_optimizer(settings, settings.steps)
-    state = loop.init_state(optimizer, params, jax.random.key(0), mesh, update.first_extra(settings))
+    state = gradients.init_state(optimizer, params, jax.random.key(0), mesh, update.first_extra(settings))
     compiled = kinds.KINDS["ppo"].programs(job, settings.steps)
     step = update.make_step(job, compiled, update.scored_on_device(compiled))
     tokens = rows * settings.samples * (case.prompt + case.response) * PPO_EPOCHS
@@ -231,7 +231,7 @@ def _job(case: Case, mesh, kind: str, rows: int, inputs: tuple[str, ...] = (), *
 def _state(job: Job, params: PyTree):
     """A training's first state."""
     optimizer, _ = optim.of_settings(job.settings, job.settings.steps)
-    return loop.init_state(optimizer, params, jax.random.key(0), job.mesh)
+    return gradients.init_state(optimizer, params, jax.random.key(0), job.mesh)
 
 
 def _planned(model: ModelConfig, state, batch, held, mesh) -> int:

@@ -25,7 +25,7 @@ from mpo_jax.errors import PREEMPTED, InputError
 from mpo_jax.models import decoder
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.run import Run
-from mpo_jax.stages import kinds, loop, nonfinite, reward, sft
+from mpo_jax.stages import gradients, kinds, loop, nonfinite, reward, sft
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.job import Job
 
@@ -159,7 +159,7 @@ def test_snapshots_are_the_states_parameters_and_change_no_number(uninterrupted,
     for step in (3, 6, 9):
         with loop.Checkpoints(whole / "checkpoints") as checkpoints:
             best = checkpoints.restore(
-                step, loop.abstract_state(training(one_device())[0].optimizer, like, one_device())
+                step, gradients.abstract_state(training(one_device())[0].optimizer, like, one_device())
             )
         assert equal(checkpoint.restore_weights(whole / "snapshots" / str(step), like), best[0].params)
 
@@ -211,7 +211,7 @@ def test_state_moves_to_another_mesh(tmp_path, uninterrupted):
     eight = sharding.make_mesh(2, 2, 2)
     whole, _ = training(eight)
     with jax.set_mesh(eight):
-        state = loop.init_state(whole.optimizer, whole.params, whole.key, eight)
+        state = gradients.init_state(whole.optimizer, whole.params, whole.key, eight)
         checkpoints = Checkpoints(tmp_path / "checkpoints")
         checkpoints.save(0, state, {"best": None, "best_step": None, "evaluation": {}})
         checkpoints.close()
@@ -227,7 +227,7 @@ def test_memorises_64_pairs(tmp_path):
     whole, steps = training(mesh, train_rows=random_rows(64), **settings)
     with jax.set_mesh(mesh):
         params, _ = loop.train(whole, steps, tmp_path, mesh)
-        judge = loop.evaluation_step(reward.make_loss(CONFIG))
+        judge = gradients.evaluation_step(reward.make_loss(CONFIG))
         found = loop.evaluate(judge, params, whole.frozen, whole.loader, 1000)
     assert found["accuracy"] >= 0.99
 
@@ -256,7 +256,7 @@ def test_non_finite_loss_stops_and_names_the_rows(tmp_path):
     step = found.latest_step()
     if step is not None:
         with jax.set_mesh(mesh):
-            state, _ = found.restore(step, loop.abstract_state(whole.optimizer, whole.params, mesh))
+            state, _ = found.restore(step, gradients.abstract_state(whole.optimizer, whole.params, mesh))
         assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.params))
 
 
@@ -279,7 +279,7 @@ def bad_steps(ids, steps=12):
 def saved_states(folder, whole, mesh):
     """Step -> parameters of every state that is there, the best apart from them."""
     with Checkpoints(folder / "checkpoints") as found, jax.set_mesh(mesh):
-        like = loop.abstract_state(whole.optimizer, whole.params, mesh)
+        like = gradients.abstract_state(whole.optimizer, whole.params, mesh)
         return {step: found.restore(step, like)[0].params for step in found._last.all_steps()}
 
 
@@ -346,7 +346,7 @@ def test_a_skipped_step_leaves_parameters_and_moments_as_they_were():
     mesh = one_device()
     whole, _ = training(mesh, loss=poisoned_by(*range(1000, 1045)), on_nonfinite="skip")
     with jax.set_mesh(mesh):
-        state = loop.init_state(whole.optimizer, whole.params, whole.key, mesh)
+        state = gradients.init_state(whole.optimizer, whole.params, whole.key, mesh)
         before = jax.device_get((state.params, state.opt_state))
         state, out = whole.step(state, whole.frozen, whole.loader.batch(0))
     assert int(state.step) == 1 and np.isnan(float(out["loss"]))

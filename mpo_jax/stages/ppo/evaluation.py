@@ -14,7 +14,7 @@ from mpo_jax import metrics as metrics_log
 from mpo_jax.data.encode import Encoded
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.sampling import SamplingConfig
-from mpo_jax.stages import candidates, loop
+from mpo_jax.stages import candidates, gradients, loop
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.ppo import experience as experiences
@@ -38,7 +38,7 @@ class Replied(NamedTuple):
 
     rollout: Rollout
     scores: jax.Array
-    sums: loop.Metrics
+    sums: gradients.Metrics
 
 
 def reply(
@@ -82,7 +82,7 @@ def make_evaluation(
     settings = job.settings
 
     def evaluate(params: PyTree, frozen: PyTree, step: int) -> dict[str, float]:
-        sums: loop.Metrics = {}
+        sums: gradients.Metrics = {}
         table: list[dict[str, Any]] = []
         for rollout, scores, new in replied(params, frozen):
             if gold is not None:

@@ -257,7 +257,7 @@ def _mean(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def make_loss(model: ModelConfig, rules: Rules, clip: float, value_clip: float | None, entropy: float):
-    """The loss of one minibatch of experience, for `loop.accumulate`: policy, critic, entropy bonus, k2 term.
+    """The loss of one minibatch of experience, for `gradients.accumulate`: policy, critic, entropy bonus, k2 term.
 
     entropy: the bonus's coefficient; 0 leaves it out. frozen: {"base", "kl_coefficient": f32 [], for k2}.
     """

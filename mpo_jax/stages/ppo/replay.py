@@ -18,7 +18,7 @@ from mpo_jax.data.loader import Loader
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import losses, preferences
 from mpo_jax.settings import Amount, Positive, Section, role, setting
-from mpo_jax.stages import buckets, loop, reference, rows
+from mpo_jax.stages import buckets, gradients, reference, rows
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.job import Job
@@ -51,13 +51,13 @@ class Replay(Section):
 class Second:
     """loss: of a batch of pairs, by {"policy"} and {"base"}. coefficient: beside PPO's loss."""
 
-    loss: loop.Loss
+    loss: gradients.Loss
     coefficient: float
 
     def gradient(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, microbatches: int):
         """coefficient * the policy's gradient of the mean loss, and that mean."""
         own = {"policy": params["policy"]}
-        grads, total, weight, _ = loop.accumulate(self.loss, own, frozen, batch, key, microbatches)
+        grads, total, weight, _ = gradients.accumulate(self.loss, own, frozen, batch, key, microbatches)
         weight = jnp.maximum(weight, 1e-8)
         return jax.tree.map(lambda g: self.coefficient * g / weight, grads["policy"]), total / weight
 

@@ -21,7 +21,7 @@ from mpo_jax.evaluation import ppo_curves
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.sampling import SamplingConfig
-from mpo_jax.stages import buckets, candidates, loop, scores
+from mpo_jax.stages import buckets, candidates, gradients, loop, scores
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage
@@ -90,7 +90,7 @@ def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
         if role in job.inputs
     }
     optimizer, _ = make_optimizer(settings, steps)
-    state = loop.abstract_state(optimizer, params, job.mesh, first_extra(settings))
+    state = gradients.abstract_state(optimizer, params, job.mesh, first_extra(settings))
     weights = frozen["base"] | params["policy"]
     prompts = shapes.batch(job, settings.batch_size, shapes.prompt_length(job), 0)
     held = (state, frozen, scores.held(job, "scorer", "gold"))

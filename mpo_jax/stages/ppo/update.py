@@ -13,8 +13,8 @@ from mpo_jax import optim, sharding
 from mpo_jax.data.loader import Loader
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import returns
+from mpo_jax.stages import gradients, loop, nonfinite
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import loop, nonfinite
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.ppo import experience as experiences
 from mpo_jax.stages.ppo.others import Ask
@@ -77,8 +77,8 @@ def weighing_step(rules: Rules, mesh):
 
 
 def update_step(settings: Settings, model: ModelConfig, optimizer, state: TrainState, mesh):
-    """Jitted `make_update`. state: the training's `loop.abstract_state`."""
-    return loop.jit_step(make_update(settings, model, optimizer), state, mesh)
+    """Jitted `make_update`. state: the training's `gradients.abstract_state`."""
+    return gradients.jit_step(make_update(settings, model, optimizer), state, mesh)
 
 
 Prepare = Callable[[TrainState, PyTree, Rollout], tuple[Experience, dict[str, jax.Array]]]
@@ -182,7 +182,7 @@ def make_update(settings: Settings, model: ModelConfig, optimizer):
             def go(params, opt_state):
                 before = params, opt_state
                 key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), index)
-                grads, total, weight, sums = loop.accumulate(loss, params, frozen, minibatch, key, rows // part)
+                grads, total, weight, sums = gradients.accumulate(loss, params, frozen, minibatch, key, rows // part)
                 found = weight > 0
                 weight = jnp.maximum(weight, 1e-8)
                 grads = jax.tree.map(lambda g: g / weight, grads)
@@ -194,7 +194,7 @@ def make_update(settings: Settings, model: ModelConfig, optimizer):
                 updates, opt_state = optimizer.update(grads, opt_state, params)
                 # Not the gradients: a critic on the policy's trunk would move it, and the moments may warm up.
                 updates |= {"policy": jax.tree.map(lambda u: warm * u, updates["policy"])}
-                out = loop.means(sums) | {"loss": value, "grad_norm": optax.tree.norm(grads)}
+                out = gradients.means(sums) | {"loss": value, "grad_norm": optax.tree.norm(grads)}
                 if second is not None:
                     out["replay_loss"] = replayed
                 updated = optax.apply_updates(params, updates), opt_state
