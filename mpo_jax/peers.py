@@ -94,6 +94,7 @@ class _Watch:
     def start(self) -> None:
         if self._index:
             _when_aborted(distributed.global_state.coordinator_address, lambda: self._leave(PREEMPTED, ADVICE))
+        self._tell("0")  # the host's name is known, however soon the process falls silent
         self._thread.start()
 
     def stop(self, failed: bool = False) -> None:

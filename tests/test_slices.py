@@ -40,7 +40,7 @@ for name, sizes in WANTED:
     place = chips.topology(name)
     made = sharding.make_mesh(*sizes, devices=place.devices)
     report[f"{name} {sizes}"] = {
-        "slices": [sorted({device.slice_index for device in block.flat}) for block in made.devices],
+        "slices": [sorted({getattr(device, "slice_index", 0) for device in block.flat}) for block in made.devices],
         "shape": dict(made.shape), "devices": len(set(made.devices.flat)), "size": place.size,
         "larger": chips.larger(place),
     }

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 
-from mpo_jax import artifacts, checkpoint, optim, profiling, progress, stopping, trackers
+from mpo_jax import artifacts, optim, profiling, progress, stopping, trackers
 from mpo_jax import metrics as metrics_log
 from mpo_jax.data.account import epochs
 from mpo_jax.data.loader import Loader
@@ -200,10 +200,10 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
     after warm-up. Raises Stopped, having saved, after the step in which the run was told to stop. Raises NonFinite;
     such a step is never saved.
     """
-    from mpo_jax.checkpoint import Checkpoints  # not at the top: a command's start that trains nothing needs no Orbax
+    from mpo_jax import checkpoint  # not at the top: a command's start that trains nothing needs no Orbax
 
     settings, loader = training.settings, training.loader
-    checkpoints = Checkpoints(folder / artifacts.CHECKPOINTS, keep=settings.keep)
+    checkpoints = checkpoint.Checkpoints(folder / artifacts.CHECKPOINTS, keep=settings.keep)
     progress: dict[str, Any] = {"best": None, "best_step": None, "evaluation": {}}
     if (latest := checkpoints.latest_step()) is None:
         state = gradients.init_state(training.optimizer, training.params, training.key, mesh, training.extra)

@@ -118,7 +118,7 @@ def test_sections_render_whole_and_escaped(run):
     finished = {name: Finished(name, stage, {"name": name}) for name, stage in stages.items()}
     parts = {
         "judge": [sections.verdicts(finished["judge"])],
-        "human": human.section(epath.Path(workdir), stages),
+        "human": human.section(human.judged(epath.Path(workdir)), stages),
         "validation": validation.section(finished.values()),
     }
     for name, found in parts.items():
@@ -133,4 +133,4 @@ def test_sections_render_whole_and_escaped(run):
 
 def test_absent_sections_are_none(tmp_path):
     assert validation.section([]) is None
-    assert human.section(epath.Path(tmp_path), {}) is None
+    assert human.section(human.judged(epath.Path(tmp_path)), {}) is None

@@ -157,7 +157,7 @@ def test_snapshots_are_the_states_parameters_and_change_no_number(uninterrupted,
     assert "snapshots" not in uninterrupted[1]
     like = training(one_device())[0].params
     for step in (3, 6, 9):
-        with loop.Checkpoints(whole / "checkpoints") as checkpoints:
+        with checkpoint.Checkpoints(whole / "checkpoints") as checkpoints:
             best = checkpoints.restore(
                 step, gradients.abstract_state(training(one_device())[0].optimizer, like, one_device())
             )
