@@ -13,6 +13,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _quick = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # 0.11 knows no such flag, and ends the process
     _quick += " --xla_cpu_use_fusion_emitters=false"
+    # On a machine that others use too, one of 8 virtual devices may wait for the rest for longer than the 40 s after
+    # which XLA aborts the process.
+    _quick += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 os.environ["XLA_FLAGS"] = f"{_quick} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
