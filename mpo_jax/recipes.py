@@ -337,31 +337,11 @@ def mpo_stages(pair_source: str) -> dict[str, ml_collections.ConfigDict]:
 
 _WIDE = {"batch_size": 256}  # prompts sampled at a time: weights are read once for all of them
 _KEPT = {"microbatch": 0, "remat": "dots"}  # products are kept for the backward pass, since there is room
+_EVERYWHERE = dict.fromkeys(("sft", "reward", "dpo"), _KEPT) | dict.fromkeys(("split", "evaluate"), _WIDE)
 SLICES: dict[str, dict[str, dict[str, Any]]] = {
-    "v5e-32": {
-        "sft": _KEPT,
-        "reward": _KEPT,
-        "dpo": _KEPT,
-        "ppo": {"microbatch": 0},
-        "split": _WIDE,
-        "evaluate": _WIDE,
-    },
-    "v5p-16": {
-        "sft": _KEPT,
-        "reward": _KEPT,
-        "dpo": _KEPT,
-        "ppo": {"remat": "dots"},
-        "split": _WIDE,
-        "evaluate": _WIDE,
-    },
-    "v6e-16": {
-        "sft": _KEPT,
-        "reward": _KEPT,
-        "dpo": _KEPT,
-        "ppo": {"microbatch": 0},
-        "split": _WIDE,
-        "evaluate": _WIDE,
-    },
+    "v5e-32": _EVERYWHERE | {"ppo": {"microbatch": 0}},
+    "v5p-16": _EVERYWHERE | {"ppo": {"remat": "dots"}},
+    "v6e-16": _EVERYWHERE | {"ppo": {"microbatch": 0}},
 }
 """Slice -> kind of stage -> what is fastest there at 7B, as docs/pods.md tells; the mesh is that of `large_run`. In the
 plan they are v5e:4x8, v5p:2x2x2 (16 cores are 8 chips) and v6e:4x4."""

@@ -5,7 +5,7 @@ they have run.
 import jax
 
 from mpo_jax.models.config import ModelConfig
-from mpo_jax.planning import estimate
+from mpo_jax.planning import arithmetic, estimate
 from mpo_jax.planning.estimate import Assumptions
 from mpo_jax.stages import kinds
 from mpo_jax.stages.job import Job
@@ -26,12 +26,9 @@ def of_stage(job: Job, pairs: int) -> float | None:
 
 
 def _of_call(extent: Extent) -> float:
-    tokens = extent.rows * (extent.length + (extent.window if extent.kind == "decode" else 0))
-    return _PASSES[extent.kind] * tokens * extent.repeats * extent.trunks * _weights(extent.model)
+    return _PASSES[extent.kind] * estimate.tokens(extent) * extent.trunks * _weights(extent.model)
 
 
 def _weights(model: ModelConfig) -> int:
     """Of the matrices that every token is multiplied with."""
-    attention = 2 * model.width * model.head_dim * (model.heads + model.kv_heads)
-    mlp = (3 if model.gated_mlp else 2) * model.width * model.mlp_width
-    return model.layers * (attention + mlp) + model.vocab_size * model.width
+    return model.layers * arithmetic.layer_weights(model) + model.vocab_size * model.width

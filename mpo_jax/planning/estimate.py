@@ -107,9 +107,12 @@ def scaled(
 
 def _work(extent: Extent) -> float:
     """Of one call, in passes of a token: only ratios of it count."""
-    passes = _PASSES[extent.model.remat] if extent.kind == "train" else 1
-    tokens = extent.length + (extent.window if extent.kind == "decode" else 0)
-    return passes * extent.rows * extent.repeats * tokens
+    return tokens(extent) * (_PASSES[extent.model.remat] if extent.kind == "train" else 1)
+
+
+def tokens(extent: Extent) -> int:
+    """That one call takes through a trunk, those that it draws among them."""
+    return extent.rows * extent.repeats * (extent.length + (extent.window if extent.kind == "decode" else 0))
 
 
 def calls(job: Job, program: Program, assumptions: Assumptions) -> float:
