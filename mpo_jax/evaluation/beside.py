@@ -8,11 +8,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jinja2
 from etils import epath
 
 from mpo_jax import artifacts
-from mpo_jax.evaluation import figures
+from mpo_jax.evaluation import figures, pages
 from mpo_jax.evaluation.figures import Drawn
 
 _LONGEST = 80  # of a file's name
@@ -73,10 +72,7 @@ def table(drawn: Drawn) -> str:
 
 def markdown(page: Mapping[str, Any], names: list[str]) -> str:
     """The page's tables and sentences as Markdown. names: of the figures beside it."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mpo_jax.evaluation", "templates"), trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
+    environment = pages.environment(escaped=False)
     environment.filters["cell"] = cell
     text = environment.get_template("report.md").render(page, figures=names)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import jinja2
 from etils import epath
 
 from mpo_jax import artifacts
 from mpo_jax.artifacts import BASE, DATA
 from mpo_jax.errors import InputError
-from mpo_jax.evaluation import beside, report, sections
+from mpo_jax.evaluation import beside, pages, report, sections
 from mpo_jax.evaluation.sections import Finished
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -40,9 +39,7 @@ def text(
     finished, _ = report.finished(folder.parent)
     beneath = artifacts.beneath(folder)
     own = [stage for stage in finished if stage.name in beneath] + [Finished(manifest["name"], folder, manifest)]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mpo_jax.evaluation", "templates"), trim_blocks=True, lstrip_blocks=True
-    )
+    environment = pages.environment(escaped=False, strict=False)  # manifests of earlier versions lack some
     named = Path(base).name if epath.Path(base).is_dir() else base
     environment.filters["public"] = beside.public
     return environment.get_template("model_card.md").render(

@@ -10,14 +10,13 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jinja2
 from etils import epath
 from markupsafe import Markup
 
 from mpo_jax import artifacts, progress
 from mpo_jax.artifacts import BASE
 from mpo_jax.errors import InputError
-from mpo_jax.evaluation import beside, effort, figures, human, sections, signatures, validation
+from mpo_jax.evaluation import beside, effort, figures, human, pages, sections, signatures, validation
 from mpo_jax.evaluation.sections import Finished, Shown
 
 PARTS = ("evaluations", "preferences", "splits", "judge", "rewards")
@@ -36,27 +35,20 @@ def write(workdir: epath.Path, shown: Mapping[str, Shown]) -> epath.Path:
         beside.write(workdir, shown_page)
     except Exception as error:  # the page is what a run is read by
         progress.say(f"report: no {artifacts.REPORT_TEXT} beside it: {type(error).__name__}: {error}", sys.stderr)
-    artifacts.write_text(target, environment().get_template("report.html").render(shown_page))
+    artifacts.write_text(target, pages.environment(escaped=True).get_template("report.html").render(shown_page))
     return target
-
-
-def environment() -> jinja2.Environment:
-    """Of the templates: what they show is escaped."""
-    loader = jinja2.PackageLoader("mpo_jax.evaluation", "templates")
-    return jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
 
 
 def page(workdir: epath.Path, shown: Mapping[str, Shown]) -> dict[str, Any]:
     """What each template shows; None for a section without a stage. left_out: what is wrong with those that can't be
     shown, a line each: a damaged file of one stage must cost neither the page nor a run that has come to its end."""
     stages, damaged = finished(workdir)
+    judged = functools.cache(lambda: human.judged(workdir))  # asked where a part that fails is left out alone
     makers: dict[str, Callable[[], Any]] = {
         "graph": lambda: _graph(stages),
         "training": lambda: list(sections.training(stages, shown)),
-        "human": lambda: human.section(human.judged(workdir), {stage.name: stage.folder for stage in stages}),
-        "agreements": lambda: sections.agreements(stages, human.judged(workdir)),
+        "human": lambda: human.section(judged(), {stage.name: stage.folder for stage in stages}),
+        "agreements": lambda: sections.agreements(stages, judged()),
         "validation": lambda: validation.section(stages),
         "data": lambda: sections.data(stages),
         "efforts": lambda: effort.section(stages, shown),

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from mpo_jax import artifacts
-from mpo_jax.evaluation import figures, over_runs, report, verdict
+from mpo_jax.evaluation import figures, over_runs, pages, verdict
 from mpo_jax.evaluation.over_runs import Evaluated, Over
 from mpo_jax.evaluation.sections import COLUMNS
 from mpo_jax.store import is_remote
@@ -25,7 +25,7 @@ def write(target: epath.Path, runs: Sequence[Evaluated]) -> None:
         "differing": over_runs.differing(parts),
         "columns": COLUMNS,
     }
-    artifacts.write_text(target, report.environment().get_template("runs.html").render(shown))
+    artifacts.write_text(target, pages.environment(escaped=True).get_template("runs.html").render(shown))
 
 
 def _letters(parts: Sequence[Any]) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 from etils import epath
 
 from mpo_jax import artifacts
-from mpo_jax.evaluation import effort, report
+from mpo_jax.evaluation import effort, pages, report
 from mpo_jax.stages import kinds
 
 
@@ -64,7 +64,7 @@ def test_the_page_shows_it_and_leaves_nothing_out(workdir):
     page = report.page(workdir, kinds.shown())
     assert page["efforts"] == [] and "efforts" not in str(page["left_out"])
     stages, _ = report.finished(workdir)
-    text = report.environment().get_template("effort.html").render(
+    text = pages.environment(escaped=True).get_template("effort.html").render(
         efforts=effort.section([*stages, stages[0].__class__("evaluate", workdir, {"kind": "evaluate", "inputs": {
             "policies": [{"name": name} for name in ("sft", "dpo", "mpo")]}})], kinds.shown())
     )  # fmt: skip
