@@ -11,7 +11,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -243,8 +243,13 @@ def read(folder: epath.PathLike) -> list[dict[str, float]]:
 
 
 def curve(folder: epath.PathLike, name: str) -> list[tuple[int, float]]:
-    """(step, value) of one metric, wherever it was written."""
-    return [(int(row["step"]), float(row[name])) for row in read(folder) if name in row]
+    """(step, value) of one metric of a stage, wherever it was written."""
+    return points(read(folder), name)
+
+
+def points(rows: Iterable[Mapping[str, float]], name: str) -> list[tuple[int, float]]:
+    """(step, value) of one metric in rows of a stage's metrics, wherever it was written."""
+    return [(int(row["step"]), float(row[name])) for row in rows if name in row]
 
 
 def compiles() -> int:

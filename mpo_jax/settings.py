@@ -296,9 +296,14 @@ def _either(names: list[str], given: Any) -> str:
 
 def _short(value: Any) -> str:
     """A value in few characters, without the password of an address."""
-    text = re.sub(r"(://[^\s?#]*)[?#][^\s'\"]*", r"\1?...", " ".join(repr(value).split()))
-    text = re.sub(r"//\S*@", "//...@", text)
+    text = without_secrets(" ".join(repr(value).split()))
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def without_secrets(text: str, mark: str = "...") -> str:
+    """A text with a mark in place of what may be secret in its addresses: a password, and what stands behind ? or #."""
+    text = re.sub(r"(://[^\s?#]*)[?#][^\s'\"]*", rf"\1?{mark}", text)
+    return re.sub(r"//\S*@", f"//{mark}@", text)
 
 
 # What a section says of itself ----------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ from etils import epath
 
 from mpo_jax import artifacts, store
 from mpo_jax.errors import InputError
+from mpo_jax.settings import without_secrets
 
 METRICS = ("loss", "eval/loss", "eval/accuracy", "eval/score", "eval/kl")
 """Those that TensorBoard's table of settings shows, where a stage has them."""
 _KEY = re.compile(r"(.+)-[0-9a-f]{12}")
 """A stage's folder: its name and its key."""
-_SECRET = re.compile(r"(?<=//)[^/@\s]+(?=@)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Account:
 
 def known(folder: epath.Path) -> dict[str, Any]:
     """The settings of the stage in a folder, and those of its run, flat by dotted names as the command line has them;
-    {} where the folder has none. Passwords in addresses are left out."""
+    {} where the folder has none. What may be secret in addresses is left out."""
     if not (folder / artifacts.CONFIG).exists():
         return {}
     config = artifacts.read_json(folder / artifacts.CONFIG)
@@ -44,7 +44,7 @@ def _flat(value: Any, name: str):
             yield from _flat(each, f"{name}{key}.")
         return
     plain = value if isinstance(value, bool | int | float) else str(value)
-    yield name.rstrip("."), _SECRET.sub("…", plain) if isinstance(plain, str) else plain
+    yield name.rstrip("."), without_secrets(plain, "…") if isinstance(plain, str) else plain
 
 
 def wandb_id(folder: epath.Path) -> str:

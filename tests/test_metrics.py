@@ -225,6 +225,13 @@ def test_wandb_only_when_asked_and_installed(tmp_path, monkeypatch):
                               "stage.scorer": "http://…@host/score", "stage.wandb": True}  # fmt: skip
 
 
+def test_no_tracker_is_told_what_stands_behind_an_address(tmp_path):
+    folder = epath.Path(tmp_path / "mpo-0123456789ab")
+    address = "https://me:pass/word@host/score?token=hush"
+    artifacts.write_json(folder / artifacts.CONFIG, {"name": "x", "stages": {"mpo": {"scorer": address}}})
+    assert trackers.known(folder) == {"name": "x", "stage.scorer": "https://…@host/score?…"}
+
+
 def test_the_run_at_wandb_is_the_stages_own(tmp_path):
     """By its key, in whatever workdir; one that an earlier version began keeps its id."""
     assert trackers.wandb_id(stage_folder(tmp_path)) == trackers.wandb_id(stage_folder(tmp_path / "again"))

@@ -23,12 +23,11 @@ def by_gold(stage: Finished, rows: Sequence[Any]) -> Found:
 
 def by_judge(stage: Finished, rows: Sequence[Any]) -> Found:
     """Of a judge's table, beside the evaluation whose replies it judged."""
-    given = stage.manifest.get("inputs", {}).get("evaluate", ())
-    folders = artifacts.stage_folders(stage.folder.parent)
-    if not given or given[0]["name"] not in folders:
+    folder = stage.read_as("evaluate")
+    if folder is None:
         return None
     judged = (stage.manifest["summary"] or {}).get("pairs", [])
-    return _found(_report(folders[given[0]["name"]]), judged)
+    return _found(_report(folder), judged)
 
 
 def _report(folder) -> list[Mapping[str, Any]]:

@@ -20,8 +20,7 @@ Rows = Sequence[Mapping[str, float]]
 
 def points(rows: Rows, bucket: str, of: str = "accuracy") -> list[tuple[int, float]]:
     """(step, value) of a bucket's held-out pairs at each evaluation. rows: of a stage's metrics."""
-    key = f"eval/{bucket}_{of}"
-    return [(int(row["step"]), float(row[key])) for row in rows if key in row]
+    return metrics.points(rows, f"eval/{bucket}_{of}")
 
 
 def pictures(stage: Finished) -> Iterable[figures.Drawn]:

@@ -1,7 +1,7 @@
 """A finished PPO stage enters; the pictures of its training that need more than one number a step leave: scores beside
 the range that the reward model was trained on, KL beside its target."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from mpo_jax import artifacts, metrics
@@ -29,14 +29,9 @@ def pictures(stage: Finished) -> Iterable[figures.Drawn]:
         ({"training": "unscored"}, "share of prompts without a score", {}),
     ]
     for names, label, levels in drawn:
-        curves = {name: found for name, key in names.items() if (found := curve(rows, key))}
+        curves = {name: found for name, key in names.items() if (found := metrics.points(rows, key))}
         if curves:
             yield figures.lines(curves, "step", label, levels=levels)
-
-
-def curve(rows: Iterable[Mapping[str, float]], key: str) -> list[tuple[int, float]]:
-    """(step, value) of a metric."""
-    return [(int(row["step"]), float(row[key])) for row in rows if key in row]
 
 
 def highest(stage: Finished) -> float | None:
@@ -50,9 +45,6 @@ def highest(stage: Finished) -> float | None:
 
 def _statistics(stage: Finished) -> dict[str, Any] | None:
     """Of the scores of the reward model that a stage has learned from."""
-    given = stage.manifest.get("inputs", {}).get("reward", ())
-    folders = artifacts.stage_folders(stage.folder.parent)
-    if not given or given[0]["name"] not in folders:
-        return None
-    manifest = artifacts.read_manifest(folders[given[0]["name"]]) or {}
-    return (manifest.get("summary") or {}).get("statistics")
+    folder = stage.read_as("reward")
+    manifest = None if folder is None else artifacts.read_manifest(folder)
+    return ((manifest or {}).get("summary") or {}).get("statistics")

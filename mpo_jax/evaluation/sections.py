@@ -45,6 +45,12 @@ class Finished:
     def settings(self) -> Mapping[str, Any]:
         return artifacts.read_json(self.folder / artifacts.CONFIG)["stages"].get(self.name, {})
 
+    def read_as(self, role: str) -> epath.Path | None:
+        """The folder of the run's stage that this one read in a role; None where it read none, or the run has it no
+        more."""
+        given = self.manifest.get("inputs", {}).get(role, ())
+        return artifacts.stage_folders(self.folder.parent).get(given[0]["name"]) if given else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Shown:

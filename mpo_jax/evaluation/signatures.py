@@ -94,7 +94,7 @@ def weak_reward(summary: Summary, rows: Rows) -> Found:
 
 def learned_by_heart(summary: Summary, rows: Rows) -> Found:
     """Held-out loss that rises again while the training's falls: for DPO, too much of the easy pairs."""
-    held = [(int(row["step"]), row["eval/loss"]) for row in rows if "eval/loss" in row]
+    held = metrics.points(rows, "eval/loss")
     trained = [row["loss"] for row in rows if "loss" in row]
     if len(held) < 3 or len(trained) < 2:
         return None
