@@ -255,10 +255,13 @@ def _amounts(config: Run, workdir: epath.Path, mesh, amount: Amount) -> Callable
     """(stage, records of the data) -> how much there is to compute, asked once; None where that can't be said."""
 
     @functools.cache
+    def planned() -> dict[str, Job]:
+        return {job.name: job for job in plan_jobs(config, workdir, mesh, graph.connections(config))}
+
+    @functools.cache
     def of(name: str, pairs: int) -> float | None:
-        planned = {job.name: job for job in plan_jobs(config, workdir, mesh, graph.connections(config))}
         try:
-            return amount(planned[name], pairs)
+            return amount(planned()[name], pairs)
         except InputError:
             return None
 

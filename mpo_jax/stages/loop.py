@@ -171,7 +171,7 @@ def total_steps(job: Job[Training], loader: Loader) -> int:
 def evaluate(step: Callable, params: PyTree, frozen: PyTree, loader: Loader, batches: int) -> dict[str, float]:
     """Means of the loss and its metrics over a fair sample of a loader's rows, of `batches` batches at most.
 
-    step: an `gradients.evaluation_step`, compiled once for a run.
+    step: a `gradients.evaluation_step`, compiled once for a run.
     """
     sums: gradients.Metrics = {}
     with loader.sample(batches) as stream:
@@ -302,9 +302,9 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
 
 
 def _best_params(folder: epath.Path, step: int, like: PyTree) -> PyTree:
-    from mpo_jax.checkpoint import Checkpoints
+    from mpo_jax import checkpoint
 
-    with Checkpoints(folder / artifacts.CHECKPOINTS) as checkpoints:
+    with checkpoint.Checkpoints(folder / artifacts.CHECKPOINTS) as checkpoints:
         return checkpoints.restore_best(step, like)
 
 
