@@ -15,7 +15,7 @@ from mpo_jax.artifacts import STAGES_FILE
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import over_runs, report, runs_page
 from mpo_jax.evaluation.over_runs import Evaluated
-from mpo_jax.run import Run, StageSettings
+from mpo_jax.run import Run, StageSettings, flat
 from mpo_jax.stages import kinds
 
 SEVERAL = "runs_report.html"
@@ -68,7 +68,7 @@ def meant(config: Run) -> dict[str, Any]:
     """What tells a run from others, by dotted names: all settings that enter a key, the stages' inputs, and the names
     of model and data, but no seed."""
     found: dict[str, Any] = {}
-    for name, value in _flat(settings.content(config)):
+    for name, value in flat(settings.content(config)).items():
         if name != "seed" and not (name.startswith("stages.") and name.count(".") == 2 and name.endswith(".seed")):
             found[name] = value
     for name, stage in config.stages.items():
@@ -76,12 +76,6 @@ def meant(config: Run) -> dict[str, Any]:
         found[f"stages.{name}.kind"] = stage.kind
     named = {"model.path": config.model.path, "data.path": config.data.path}
     return found | {key: value.rstrip("/").rpartition("/")[2] for key, value in named.items()}
-
-
-def _flat(values: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(values, dict):
-        return [(prefix, values)]
-    return [each for name, value in values.items() for each in _flat(value, f"{prefix}.{name}" if prefix else name)]
 
 
 def seeds(config: Run) -> str:

@@ -326,6 +326,16 @@ def check_name(name: Any) -> None:
         raise InputError(f"stages.{name}: expected a name of letters, digits, '_', '-' and '.', as a folder has")
 
 
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts by dotted names; an empty one leaves nothing."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for name, each in value.items():
+        found |= flat(each, f"{prefix}.{name}" if prefix else name)
+    return found
+
+
 def as_json(run: Run) -> dict[str, Any]:
     """A run as JSON holds it; `parse` with from_json reads it again."""
     return settings.plain(run)

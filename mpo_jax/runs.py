@@ -15,6 +15,7 @@ from etils import epath
 from mpo_jax import artifacts, command, disk, locks
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation.sections import Shown
+from mpo_jax.run import flat
 from mpo_jax.stages import kinds
 
 
@@ -101,8 +102,8 @@ def settings_of(workdir: epath.Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, folder in artifacts.stage_folders(workdir).items():
         config = artifacts.read_json(folder / artifacts.CONFIG, default={})
-        values |= _flat({"stages": {name: config.get("stages", {}).get(name, {})}})
-        values |= _flat({key: value for key, value in config.items() if key != "stages"})
+        values |= flat({"stages": {name: config.get("stages", {}).get(name, {})}})
+        values |= flat({key: value for key, value in config.items() if key != "stages"})
     return values
 
 
@@ -114,15 +115,6 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str
         for name in names
         if first.get(name, "-") != second.get(name, "-")
     ]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    values: dict[str, Any] = {}
-    for name, each in value.items():
-        values |= _flat(each, f"{prefix}.{name}" if prefix else name)
-    return values
 
 
 def run() -> None:
