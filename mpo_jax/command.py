@@ -70,6 +70,9 @@ def start(
         told = "; the same command goes on from what was saved" if resumable else ""
         progress.say(f"stopped{told}", sys.stderr)
         sys.exit(INTERRUPTED)
+    finally:
+        for name in set(flags.FLAGS) - known:  # another command in this process may define the same name
+            delattr(flags.FLAGS, name)
 
 
 def required(value: Any, flag: str, expected: str) -> Any:

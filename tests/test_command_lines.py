@@ -3,6 +3,7 @@
 The lines are drawn (`tests.tools.command_lines`); a failure prints the line and all that the command wrote.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -11,7 +12,9 @@ import sys
 import time
 
 import pytest
+from absl import flags
 
+from mpo_jax import mpo
 from tests.tools import command_lines, processes
 from tests.tools.processes import ENVIRONMENT, ROOT
 
@@ -55,3 +58,14 @@ def test_an_interrupt_during_the_imports_is_no_traceback(begin, tmp_path):
     process.send_signal(signal.SIGINT)
     told = [line for line in process.stderr.read().split("\n") if line and not line.startswith("import time:")]
     assert process.wait() == 130 and told == ["stopped"], told
+
+
+def test_commands_that_begin_in_one_process_leave_no_flag_behind(monkeypatch, capsys):
+    known = set(flags.FLAGS)
+    for name, (module, _) in mpo.COMMANDS.items():
+        for given, code in (("--help", 0), ("--nonsense", 1)):
+            monkeypatch.setattr(sys, "argv", [f"mpo {name}", given])
+            with pytest.raises(SystemExit) as ended:
+                importlib.import_module(module).run()
+            assert ended.value.code == code and set(flags.FLAGS) == known, (name, given)
+    assert "--seed" in capsys.readouterr().out
