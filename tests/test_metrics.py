@@ -225,6 +225,21 @@ def test_wandb_only_when_asked_and_installed(tmp_path, monkeypatch):
                               "stage.scorer": "http://…@host/score", "stage.wandb": True}  # fmt: skip
 
 
+def test_the_package_itself_keeps_one_run_of_a_stage_that_is_resumed(tmp_path, monkeypatch):
+    """Where `wandb` is installed: offline, in whose files strings lie as they are."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = stage_folder(tmp_path)
+    for start in (0, 1):
+        with MetricsWriter(folder, start=start, wandb=trackers.Account("runs", "team")) as log:
+            log.write(start + 1, {"loss": 1.0})
+    kept = [path.read_bytes() for path in sorted(Path(tmp_path).rglob("*.wandb"))]
+    assert len(kept) == 2 and b"secret" not in b"".join(kept)
+    for content in kept:
+        assert all(word in content for word in (b"mpo-0123456789ab", b"team", b"runs", b"stage.beta", b"loss"))
+
+
 def test_no_tracker_is_told_what_stands_behind_an_address(tmp_path):
     folder = epath.Path(tmp_path / "mpo-0123456789ab")
     address = "https://me:pass/word@host/score?token=hush"
