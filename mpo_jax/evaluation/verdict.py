@@ -61,12 +61,32 @@ def at_equal_kl(made: Any, along: Mapping[str, Any]) -> Any:
     return made | {"at_equal_kl": told, "sentences": [*made["sentences"], told]} if told else made
 
 
+_OUTCOMES = {
+    (1, 0): ("better", "better than"),
+    (1, 1): ("better", "better than"),
+    (-1, 0): ("worse", "worse than"),
+    (-1, -1): ("worse", "worse than"),
+    (1, -1): ("higher score, fewer wins", "of higher score but fewer wins than"),
+    (-1, 1): ("lower score, more wins", "of lower score but more wins than"),
+    (0, 1): ("no difference of score, more wins", "without a shown difference of score but with more wins than"),
+    (0, -1): ("no difference of score, fewer wins", "without a shown difference of score but with fewer wins than"),
+    (0, 0): ("no difference found", "not shown to differ from"),
+}
+"""(what was found of the score, of the wins; 0: no difference) -> what a table calls it, and what a sentence says."""
+_WORDS = dict(_OUTCOMES.values())
+
+
 def outcome(each: Mapping[str, Any]) -> str:
-    """What one comparison of a verdict found: "better", "worse" or "no difference found"."""
-    score = each["difference"]
-    if score["adjusted_p"] >= LEVEL:
-        return "no difference found"
-    return "better" if score["mean"] > 0 else "worse"
+    """What one comparison of a verdict found: "better", "worse", "no difference found", or that its score and its wins
+    say different things, as they may where a few prompts' scores differ by much."""
+    score, wins = each["difference"], each.get("wins")
+    by_wins = _sign(wins["rate"] - 0.5, wins["adjusted_p"]) if wins is not None else 0
+    return _OUTCOMES[_sign(score["mean"], score["adjusted_p"]), by_wins][0]
+
+
+def _sign(difference: float, adjusted_p: float) -> int:
+    """1 or -1 for a difference that was found, else 0."""
+    return 0 if adjusted_p >= LEVEL else 1 if difference > 0 else -1
 
 
 def _whole(made: Mapping[str, Any]) -> str:
@@ -82,11 +102,9 @@ def summary(outcomes: Iterable[tuple[str, str]]) -> str:
     """What was found of whom, in words. outcomes: (name, see `outcome`)."""
     names: dict[str, list[str]] = {}
     for name, found in outcomes:
-        names.setdefault(found, []).append(name)
-    told = [f"{how} than {listed(names[how])}" for how in ("better", "worse") if how in names]
-    if none := names.get("no difference found"):
-        told.append(f"not shown to differ from {listed(none)}")
-    return ", and ".join(told)
+        names.setdefault(_WORDS[found], []).append(name)
+    told = [f"{words} {listed(names[words])}" for words in sorted(names, key=list(_WORDS.values()).index)]
+    return told[0] if len(told) == 1 else f"{', '.join(told[:-1])}, and {told[-1]}"
 
 
 def _range(values: Sequence[float]) -> str:
@@ -118,8 +136,7 @@ def equal_kl_sentence(name: str, against: Sequence[Mapping[str, Any]], baseline:
     compared = [row for row in against if row["difference"] is not None]
     missing = [row["name"] for row in against if row["difference"] is None and not row["begins"]]
     begins = [row["name"] for row in against if row["begins"]]
-    words = {"better": "better than", "worse": "worse than", "no difference found": "not shown to differ from"}
-    parts = [f"{words[outcome(row)]} {row['name']} ({_told_at(row)})" for row in compared]
+    parts = [f"{_WORDS[outcome(row)]} {row['name']} ({_told_at(row)})" for row in compared]
     text = f"At equal KL to {baseline}, {name} is {listed(parts)}." if parts else ""
     text = text or f"At equal KL to {baseline}, {name} can't be compared with the others."
     if begins:

@@ -28,7 +28,7 @@ from mpo_jax.settings import Count, Names, Whole, role, setting
 from mpo_jax.stages import buckets, candidates, corpus, curves, decodings, rows, scores, shards
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
-from mpo_jax.stages.base import Sampling, Stage
+from mpo_jax.stages.base import Sampling, Stage, Training
 from mpo_jax.stages.curves import Curves
 from mpo_jax.stages.decodings import Decodings
 from mpo_jax.stages.job import Artifact, Job
@@ -194,7 +194,9 @@ def run(job: Job[Settings]) -> dict[str, Any]:
         for name in replied
     }
     report["frontier"] = frontier(job, report["policies"])
-    subject = verdict.subject(settings.policies, {each.name: artifacts.beneath(each.folder) for each in policies})
+    trained = [name for name in settings.policies if isinstance(job.config.stages.get(name), Training)]
+    beneath = {each.name: artifacts.beneath(each.folder) for each in policies}
+    subject = verdict.subject(trained or settings.policies, beneath)  # a blend rests on more, but ends no training
     plain = {entry.name: report["policies"][entry.name] for entry in entries if not entry.decoding}
     report["verdict"] = verdict.given(lines, subject, plain, settings.baseline)
     if (along := curves.section(job, columns, kept, part, subject)) is not None:

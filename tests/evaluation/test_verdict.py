@@ -37,7 +37,7 @@ def test_better_worse_and_not_shown():
     told = {each["name"]: verdict.outcome(each) for each in found["against"]}
     assert told == {"sft": "better", "best": "worse", "same": "no difference found"}
     assert found["sentences"][0] == (
-        "mpo is better than sft, and worse than best, and not shown to differ from same, by the gold labeller, on 200 "
+        "mpo is better than sft, worse than best, and not shown to differ from same, by the gold labeller, on 200 "
         "held-out prompts, at 3.0 nats of KL to sft (the others: 0.0 to 4.0)."
     )
     assert found["sentences"][3].endswith(": no difference found.") and " nats" not in found["sentences"][3]
@@ -45,6 +45,32 @@ def test_better_worse_and_not_shown():
     adjusted = statistics.holm_adjusted(raw)  # held against R's in test_statistics.py
     held = [each[part]["adjusted_p"] for each in found["against"] for part in ("difference", "wins")]
     np.testing.assert_allclose(held, adjusted, rtol=1e-12)
+
+
+def comparison(mean, p, rate, wins_p):
+    return {"difference": {"mean": mean, "adjusted_p": p}, "wins": {"rate": rate, "adjusted_p": wins_p}}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [((0.1, 0.01, 0.6, 0.2), "better"), ((0.1, 0.01, 0.6, 0.01), "better"), ((-0.1, 0.01, 0.4, 0.01), "worse"),
+     ((-0.1, 0.6, 0.23, 0.001), "no difference of score, fewer wins"),
+     ((-0.1, 0.6, 0.77, 0.001), "no difference of score, more wins"),
+     ((0.1, 0.01, 0.3, 0.01), "higher score, fewer wins"), ((-0.1, 0.01, 0.7, 0.01), "lower score, more wins"),
+     ((0.1, 0.05, 0.9, 0.05), "no difference found")],
+)  # fmt: skip
+def test_score_and_wins_that_disagree_are_both_told(given, told):
+    assert verdict.outcome(comparison(*given)) == told
+
+
+def test_a_few_large_differences_make_no_difference_of_score_but_fewer_wins_are_told():
+    base = RNG.normal(size=64)
+    other = base + np.where(np.arange(64) < 6, -4.0, 0.1 + 0.01 * RNG.random(64))
+    found = verdict.given(rows(mpo=base, other=other, same=base), "mpo", means("mpo", "other", "same"), "")
+    assert found["sentences"][0] == (
+        "mpo is without a shown difference of score but with fewer wins than other, and not shown to differ from same, "
+        "by the gold labeller, on 64 held-out prompts."
+    )
 
 
 def _p_values(lines, left, right):
