@@ -6,6 +6,7 @@ Waiting has an end: where a process has died or hangs, the others stop with an e
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,10 @@ _numbers = itertools.count()
 def start(coordinator: str | None, processes: int | None, process: int | None, detect: bool) -> None:
     """Joins the processes of a run: by host:port of process 0, their number and this one's index, or, with `detect`,
     by what the platform tells (Cloud TPU, GKE, SLURM, MPI). Alone, where neither is given."""
+    if (devices := _virtual_devices()) > 1:
+        # The devices' parts of a program wait for each other in XLA's threads, of which there are as many as devices or
+        # processors: one that something else holds, and all have been seen to wait for ever.
+        os.environ.setdefault("PJRT_NPROC", str(3 * devices))
     if coordinator is None and not detect:
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `stopping`
@@ -40,6 +45,12 @@ def start(coordinator: str | None, processes: int | None, process: int | None, d
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"--distributed: {' '.join(str(error).split())[:300]}; or give --coordinator") from error
+
+
+def _virtual_devices() -> int:
+    """How many devices this process was told to have on its CPU."""
+    flag = re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    return max(getattr(jax.config, "jax_num_cpu_devices", 1), int(flag[1]) if flag else 1)
 
 
 def together(work: Callable[[], Any], what: str = "") -> None:

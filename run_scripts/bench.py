@@ -9,6 +9,7 @@ lengths, replies and devices, as a table and a plot; --json names the table, bes
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def main(argv) -> None:
 def run(what: str, case: Case, runs: int, devices: int = 1, traced: bool = False) -> dict[str, Any]:
     if devices > 1:
         jax.config.update("jax_num_cpu_devices", devices)
+        os.environ.setdefault("PJRT_NPROC", str(3 * devices))  # see `processes.start`
     mesh = sharding.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):
         if what in PATHS:

@@ -43,6 +43,23 @@ def curves(path: Path) -> dict[str, list[float]]:
     return {name: [line[name] for line in lines if name in line] for name in names}
 
 
+@pytest.mark.parametrize(
+    "given", [{"JAX_NUM_CPU_DEVICES": "4"}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}]
+)
+def test_virtual_devices_have_threads_to_spare(given):
+    """XLA runs each device's part of a program in a thread, where it waits for the others."""
+    code = (
+        "from mpo_jax import processes; processes.start(None, None, None, False)\n"
+        "import jax, os; jax.numpy.ones(1).block_until_ready(); assert jax.device_count() == 4\n"
+        "names = [open(f'/proc/self/task/{each}/comm').read() for each in os.listdir('/proc/self/task')]\n"
+        "print(names.count('tf_XLAEigen\\n'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("PJRT_NPROC", "XLA_FLAGS")}
+    found = subprocess.run([sys.executable, "-c", code], env=environment | {"JAX_PLATFORMS": "cpu"} | given,
+                           cwd=processes.ROOT, capture_output=True, text=True, check=True)  # fmt: skip
+    assert int(found.stdout) >= 12
+
+
 def test_waiting_for_a_process_that_never_comes_ends_with_its_place(tmp_path):
     port = processes.free_port()
     started = [

@@ -128,7 +128,7 @@ judged(SimpleNamespace(url=sys.argv[1]), Path(sys.argv[2]), concurrency=3)
 
 def test_killed_in_the_middle_it_repeats_no_finished_call(tmp_path):
     path = tmp_path / "c.sqlite"
-    with JudgeServer(by_quality, delay=0.03) as server:
+    with JudgeServer(by_quality, delay=0.1) as server:
         command = [sys.executable, "-c", KILLED, server.url, str(path)]
         child = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
         deadline = time.monotonic() + 120
@@ -136,6 +136,7 @@ def test_killed_in_the_middle_it_repeats_no_finished_call(tmp_path):
             time.sleep(0.002)
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
+        server.settle()
         questions = judge_prompts.questions(made_rows(), PAIRS, judge_prompts.load("helpful"))
         with Cache(path) as cache:
             kept = {q.text for q in questions if cache.get(endpoint(server).cache_key(q.text)) is not None}
@@ -164,7 +165,7 @@ with stopping.Notice():
 
 def test_an_interrupt_ends_the_asking_behind_the_calls_in_flight(tmp_path):
     path = tmp_path / "c.sqlite"
-    with JudgeServer(by_quality, delay=0.03) as server:
+    with JudgeServer(by_quality, delay=0.1) as server:
         child = subprocess.Popen(
             [sys.executable, "-c", STOPPED, server.url, str(path)],
             cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
