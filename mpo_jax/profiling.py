@@ -168,15 +168,16 @@ def end(step: int, result: Any) -> None:
 
 
 @contextlib.contextmanager
-def batch() -> Iterator[None]:
-    """A batch of a stage that does not train is computed, and its results are read, within the context."""
+def batch(pending: list[Any]) -> Iterator[None]:
+    """A batch of a stage that does not train is dispatched within the context. pending: what the devices may be busy
+    with, to which the batch's own results are added."""
     counting = [recorder for recorder in _recorders if not recorder.training]
     for recorder in counting:
         recorder.batches += 1
-        recorder.begin(recorder.batches, ())
+        recorder.begin(recorder.batches, pending)
     yield
     for recorder in counting:
-        recorder.end(recorder.batches, ())
+        recorder.end(recorder.batches, pending)
 
 
 # The table ------------------------------------------------------------------------------------------------------------

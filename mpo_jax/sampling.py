@@ -1,110 +1,39 @@
-"""Takes a model's weights and left-padded prompts; gives a Rollout: n responses to each prompt, with the
-log-probabilities of the very distribution they were drawn from. Prefill and decode loop are one jitted call.
+"""Takes a model's weights and left-padded prompts; gives a Rollout: n responses to each prompt, in one jitted call in
+which no response waits for a longer one.
 
-Letters: B prompts, N responses to each, P prompt slots, R response slots (max_new_tokens), V padded vocabulary.
+Rows that are done leave. While prompts wait, they take the places of those rows, a few at a time; when none waits, what
+is left goes on in half as many rows, and half again. Letters: B prompts, W of them decoded at a time, N responses to
+each, P prompt slots, R response slots (max_new_tokens).
 """
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mpo_jax import sharding
-from mpo_jax.errors import InputError
+from mpo_jax import decoding, places
+from mpo_jax.decoding import Decoding, SamplingConfig, advance, begin, decode_layout, decode_weights
 from mpo_jax.models import decoder
 from mpo_jax.models.config import ModelConfig
-from mpo_jax.ops import choose
 from mpo_jax.ops.masks import FIRST_RESPONSE_SEGMENT
-from mpo_jax.sharding import constrain
 from mpo_jax.types import Batch, PyTree, Rollout, record
 
 _WIDTHS, _SLOTS = 4, 16  # widths of the caches at most, and what they are multiples of: a TPU's bfloat16 rows
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How responses are drawn. temperature 0 is greedy; top_k, top_p None: no truncation (see `choose.weights`).
-
-    n: responses to a prompt. stop_ids: a response ends with any of them, which is its last token; none of them is
-    drawn before min_new_tokens. max_new_tokens: R, the stop token included. InputError for what can't be meant.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_new_tokens: int = 0
-    max_new_tokens: int = 64
-    n: int = 1
-    stop_ids: tuple[int, ...] = ()
-
-    @property
-    def truncation(self) -> str:
-        """What makes the samples those of another distribution than the softmax, in words; "" for nothing. The mean of
-        log-ratios over such samples is no KL of the policy."""
-        kinds = {
-            "temperature 0": self.temperature == 0,
-            f"top_k {self.top_k}": self.top_k is not None,
-            f"top_p {self.top_p}": self.top_p is not None and self.top_p < 1,
-            f"min_new_tokens {self.min_new_tokens}": self.min_new_tokens > 0,
-        }
-        return ", ".join(kind for kind, used in kinds.items() if used)
-
-    def __post_init__(self):
-        object.__setattr__(self, "stop_ids", tuple(sorted({int(stop) for stop in self.stop_ids})))
-        if self.n < 1:
-            raise InputError(f"n: {self.n}; expected at least 1 response to a prompt")
-        if not math.isfinite(self.temperature) or 0 < self.temperature < 1e-3 or self.temperature < 0:
-            raise InputError(f"temperature: {self.temperature}; expected 0 (greedy) or a number from 0.001 up")
-        if self.temperature == 0 and self.n > 1:
-            raise InputError(
-                f"temperature: 0 is greedy, so n = {self.n} replies would be equal; take n = 1 or raise it"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k: {self.top_k}; expected at least 1, or None for the whole vocabulary")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p: {self.top_p}; expected above 0 and at most 1, or None for no truncation")
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens: {self.max_new_tokens}; expected at least 1")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise InputError(
-                f"min_new_tokens: {self.min_new_tokens}; expected 0 to max_new_tokens {self.max_new_tokens}"
-            )
-
-    def check(self, config: ModelConfig, prompt_len: int) -> None:
-        """InputError where the model can't do this with prompts of `prompt_len` slots."""
-        outside = [stop for stop in self.stop_ids if not 0 <= stop < config.vocab_size]
-        if outside:
-            raise InputError(f"stop_ids: {outside} outside the vocabulary; expected ids below {config.vocab_size}")
-        if self.min_new_tokens and len(self.stop_ids) == config.vocab_size:
-            raise InputError("min_new_tokens: every token is a stop id, so none can be drawn before it")
-        if prompt_len + self.max_new_tokens > config.max_positions:
-            raise InputError(
-                f"max_new_tokens: {prompt_len} prompt tokens and {self.max_new_tokens} new ones are above the model's "
-                f"context of {config.max_positions}; expected at most {max(config.max_positions - prompt_len, 0)}"
-            )
+_HALVINGS = 2  # of rows, at most; each is one more loop to compile
+_PARTS = 8  # in which waiting prompts take places: fewer rows stand empty, and more prefills are small
 
 
 @record
-class Decoding:
-    """Responses so far. step: i32 [], tokens drawn for each response. drawn: i32 [B,N,R]; logps: f32 [B,N,R]; lengths:
-    i32 [B,N], real tokens; done, finished: bool [B,N] (finished: by a stop token). last: i32 [B,N], what the next step
-    reads. uniforms: f32 [B,N,R], what decides each token. prompt_lens: i32 [B]."""
+class Drawn:
+    """What is kept of responses. tokens: i32 [B,N,R]; logps: f32 [B,N,R]; lengths: i32 [B,N]; finished: bool [B,N]."""
 
-    step: jax.Array
-    drawn: jax.Array
+    tokens: jax.Array
     logps: jax.Array
     lengths: jax.Array
-    done: jax.Array
     finished: jax.Array
-    last: jax.Array
-    uniforms: jax.Array
-    prompt_lens: jax.Array
-    cache: decoder.Cache
 
 
 def sample(
@@ -114,28 +43,34 @@ def sample(
     prompts: Batch,
     seed: jax.Array | int,
     round: jax.Array | int,
+    rows: int | None = None,
 ) -> Rollout:
-    """N responses to each prompt. Pure; to be jitted with `config` and `settings` static, once for each P.
+    """N responses to each prompt. Pure; to be jitted with `config`, `settings` and `rows` static, once for each P.
 
     prompts: slot form, left-padded to P columns; rows of weight 0 get empty responses. seed, round: i32 []; with the
-    prompt id, the sample index and the position they alone decide every uniform. Returns a Rollout whose batch has
-    P + N x R columns: tokens, positions that continue from the prompt, segment 2 + n up to and with the stop token, 0
-    (like token and position) after it. Under a mesh (`jax.set_mesh`) weights may be laid out as for training; they are
-    resharded once, before the loop. InputError, before anything is computed, where the model can't do this.
+    prompt id, the sample index and the position they alone decide every uniform. rows: W, prompts that are decoded at a
+    time; None: all. Returns a Rollout whose batch has P + N x R columns: tokens, positions that continue from the
+    prompt, segment 2 + n up to and with the stop token, 0 (like token and position) after it. Under a mesh
+    (`jax.set_mesh`) weights may be laid out as for training; they are resharded once, before the loop. InputError,
+    before anything is computed, where the model can't do this.
     """
+    return counted(config, settings, weights, prompts, seed, round, rows)[0]
+
+
+def counted(config, settings, weights, prompts, seed, round, rows=None) -> tuple[Rollout, jax.Array]:
+    """`sample`, and the work of its loops: rows times steps, i32 []."""
+    settings.check(config, prompts.tokens.shape[1])
     weights = decode_weights(config, weights)
     layout = decode_layout(config, weights)
-    first, *wider = cache_widths(settings.max_new_tokens)
-    state = begin(config, settings, weights, prompts, seed, round, first)
-    state = advance(config, settings, layout, state, first)
-    for width in wider:
-        state = dataclasses.replace(state, cache=decoder.widen(state.cache, width))
-        state = advance(config, settings, layout, state, width)
-    return rollout(settings, prompts, state)
+    if rows is None or rows >= len(prompts.tokens):
+        drawn, work = _together(config, settings, weights, layout, prompts, seed, round)
+    else:
+        drawn, work = _in_turn(config, settings, weights, layout, prompts, seed, round, rows)
+    return rollout(settings, prompts, drawn), work
 
 
 def cache_widths(slots: int) -> list[int]:
-    """How many slots the caches of responses have, one after the other, up to `slots`.
+    """How many slots the caches of responses that begin together have, one after the other, up to `slots`.
 
     A step reads its caches whole, filled or not: in at most four widths it reads three eighths less of them, and the
     loop is compiled once for each.
@@ -144,71 +79,177 @@ def cache_widths(slots: int) -> list[int]:
     return [*range(size, slots, size), slots]
 
 
-def begin(
-    config: ModelConfig,
-    settings: SamplingConfig,
-    weights: PyTree,
-    prompts: Batch,
-    seed: jax.Array | int,
-    round: jax.Array | int,
-    slots: int,
-) -> Decoding:
-    """Reads the prompts, once each, and draws every response's first token. weights: `decode_weights`; slots: of the
-    caches, for as many tokens of a response as will be decoded in them."""
-    rows, length = prompts.tokens.shape
-    settings.check(config, length)
-    hidden, cache = decoder.prefill(
-        config, weights, prompts.tokens, prompts.positions, prompts.segments, settings.n, slots
+def row_counts(rows: int) -> list[int]:
+    """How many rows of a group are decoded, one after the other, when no prompt waits."""
+    counts = [rows]
+    while counts[-1] > 1 and len(counts) <= _HALVINGS:
+        counts.append(-(-counts[-1] // 2))
+    return counts
+
+
+def trips(slots: int, rows: int, batches: int) -> tuple[int, int]:
+    """For a plan: iterations of each loop over tokens, and turns in which waiting prompts take places, of a call that
+    answers `batches` times as many prompts as it decodes at a time. All responses are taken to be as long as may be,
+    and all loops to run alike. rows: of a group."""
+    halved = len(row_counts(rows)) - 1
+    if batches == 1:
+        return -(-slots // (len(cache_widths(slots)) + halved)), 1
+    turns = batches * -(-rows // _part(rows))
+    return -(-batches * slots // (turns + halved)), turns
+
+
+def _part(rows: int) -> int:
+    """How many prompts take places at a time, of a group's rows."""
+    return max(1, rows // _PARTS)
+
+
+def _together(config, settings, weights, layout, prompts, seed, round) -> tuple[Drawn, jax.Array]:
+    """Responses that all begin at once."""
+    groups = places.groups(len(prompts.tokens))
+    counts = row_counts(len(prompts.tokens) // groups)
+    widths = cache_widths(settings.max_new_tokens)
+    state = begin(config, settings, weights, prompts, seed, round, widths[0])
+
+    def until(width: int) -> Callable[[Decoding], jax.Array]:
+        return lambda state: (state.step < width) & (_most(state, groups) > _next(counts))
+
+    for width in widths:
+        state = dataclasses.replace(state, cache=decoder.widen(state.cache, width))
+        state = advance(config, settings, layout, state, until(width))
+    return _halved(config, settings, layout, state, counts)
+
+
+def _in_turn(config, settings, weights, layout, prompts, seed, round, rows) -> tuple[Drawn, jax.Array]:
+    """Responses of which `rows` prompts' are decoded at a time, each beginning when there is a place for it.
+
+    Every group of rows has its own queue, of the prompts that lie on its device.
+    """
+    groups = places.groups(rows, len(prompts.tokens))
+    counts = row_counts(rows // groups)
+    size, part = rows // groups, _part(rows // groups)
+    queue = places.first(prompts.weight > 0, groups)
+    count = places.per_group(prompts.weight > 0, groups)
+    nowhere, turns = queue.shape[1], jnp.arange(part, dtype=jnp.int32)[None]
+
+    def free(state: Decoding) -> jax.Array:
+        return size - places.per_group(decoding.live(state), groups)
+
+    def turn(carry):
+        """Some prompts take the places of rows that are done, whose responses are put away; then all go on until there
+        is room for as many again, or nearly: a group waits for no other's last row. When none waits any more, until
+        few enough are left."""
+        state, source, asked, kept = carry
+        where = places.first(~decoding.live(state), groups)[:, :part]
+        fills = turns < jnp.minimum(free(state), count - asked)[:, None]
+        left = places.grouped(places.take(source, where), groups)
+        kept = places.put(kept, jnp.where(fills, left, nowhere), _unrolled(*places.take(_rings(state), where)))
+        which = jnp.take_along_axis(queue, jnp.minimum(asked[:, None] + turns, nowhere - 1), axis=1)
+        new = begin(config, settings, weights, places.take(prompts, which), seed, round, 1, state.step)
+        to = jnp.where(fills, where, size)
+        state, source = _put(state, to, new), places.put(source, to, places.flat(which))
+        asked = asked + jnp.sum(fills, axis=1, dtype=jnp.int32)
+        room = jnp.minimum(count - asked, part)
+
+        some_wait = jnp.any(room > 0)
+
+        def more(state: Decoding):
+            # One sum over the groups says either: devices have one number to tell each other at a step.
+            empty = free(state)
+            told = jnp.sum(jnp.where(some_wait, jnp.minimum(empty, room), size - empty > _next(counts)))
+            return jnp.where(some_wait, 8 * told < 7 * jnp.sum(room), told > 0)
+
+        return advance(config, settings, layout, state, more), source, asked, kept
+
+    begun = (
+        _empty(config, settings, weights, prompts, rows),
+        jnp.full(rows, nowhere, jnp.int32),
+        jnp.zeros(groups, jnp.int32),
+        _nothing(settings, len(prompts.tokens)),
     )
+    state, source, _, kept = jax.lax.while_loop(lambda carry: jnp.any(carry[2] < count), turn, begun)
+    last, work = _halved(config, settings, layout, state, counts)
+    return places.put(kept, places.grouped(source, groups), last), work
 
-    def by_head(x: jax.Array) -> jax.Array:
-        """Spread over key-value heads, also where the axis holds them times responses."""
-        heads = x.reshape(rows, config.kv_heads, -1, *x.shape[2:])
-        return constrain(heads, "batch", "kv_heads", None, None, None).reshape(x.shape)
 
-    layers = jax.tree.map(by_head, cache.layers)
-    shape = (rows, settings.n)
-    room = (*shape, settings.max_new_tokens)
-    filler = jnp.broadcast_to((prompts.weight == 0)[:, None], shape)
-    prompt_lens = prompts.positions[:, -1] + 1
-    keys = response_keys(seed, round, prompts.prompt_id, settings.n)
-    positions = prompt_lens[:, None, None] + jnp.arange(settings.max_new_tokens, dtype=jnp.int32)[None, None]
-    # All of them here: in the loop, such small integer work is many short kernels a token.
-    every = uniforms(jnp.broadcast_to(keys[:, :, None], room), jnp.broadcast_to(positions, room))
-    state = Decoding(
-        step=jnp.zeros((), jnp.int32),
-        drawn=constrain(jnp.zeros(room, jnp.int32), "batch", None, None),
-        logps=constrain(jnp.zeros(room, jnp.float32), "batch", None, None),
-        lengths=jnp.zeros(shape, jnp.int32),
-        done=filler,
-        finished=jnp.zeros(shape, bool),
-        last=jnp.zeros(shape, jnp.int32),
-        uniforms=constrain(every, "batch", None, None),
-        prompt_lens=prompt_lens,
-        cache=dataclasses.replace(cache, layers=layers),
+def _halved(config, settings, layout, state: Decoding, counts: list[int]) -> tuple[Drawn, jax.Array]:
+    """Decodes to the end of every response, in fewer and fewer rows. counts: rows of a group now, and what they are to
+    be; of no group do more go on than fit in the next."""
+    now, *fewer = counts
+    groups = state.done.shape[0] // now
+    if not fewer:
+        return _unrolled(*_rings(state)), state.decoded
+    order = places.first(decoding.live(state), groups)
+    some, others = order[:, : fewer[0]], order[:, fewer[0] :]
+    small = places.take(state, some)
+    small = advance(config, settings, layout, small, lambda state: _most(state, groups) > _next(fewer))
+    ended, work = _halved(config, settings, layout, small, fewer)
+    before = _unrolled(*places.take(_rings(state), others))
+
+    def back(new: jax.Array, old: jax.Array) -> jax.Array:
+        both = jnp.concatenate([places.grouped(new, groups), places.grouped(old, groups)], axis=1)
+        return places.take(places.flat(both), jnp.argsort(order, axis=1))
+
+    return jax.tree.map(back, ended, before), work
+
+
+def _next(counts: list[int]) -> int:
+    """With how many rows of a group a loop ends."""
+    return counts[1] if counts[1:] else 0
+
+
+def _most(state: Decoding, groups: int) -> jax.Array:
+    """Rows that go on, of the group that has most of them, i32 []."""
+    return jnp.max(places.per_group(decoding.live(state), groups))
+
+
+def _empty(config, settings, weights, prompts: Batch, rows: int) -> Decoding:
+    """A state of `rows` rows that nothing is asked of yet, with caches as wide as any response."""
+    some = jax.tree.map(lambda x: x[:rows], prompts)
+    shapes = jax.eval_shape(lambda: begin(config, settings, weights, some, 0, 0, settings.max_new_tokens))
+    state = places.over_rows(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+    cache = dataclasses.replace(state.cache, layers=decoding.spread_over_heads(config, state.cache.layers))
+    return dataclasses.replace(state, step=state.step + 1, done=jnp.ones_like(state.done), cache=cache)
+
+
+def _put(state: Decoding, to: jax.Array, new: Decoding) -> Decoding:
+    """The state with new rows at some places; their responses' slots need no clearing, being older than the rows."""
+
+    def apart(state: Decoding):
+        layers = state.cache.layers
+        rest = dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=()))
+        return rest, [(layer.prompt_keys, layer.prompt_values) for layer in layers]
+
+    rest, of_prompts = places.put(apart(state), to, apart(new))
+    layers = tuple(
+        dataclasses.replace(layer, prompt_keys=keys, prompt_values=values)
+        for layer, (keys, values) in zip(state.cache.layers, of_prompts, strict=True)
     )
-    # Every response's first distribution is that of its prompt's last column; only the uniforms differ.
-    logits = decoder.logits(config, weights, hidden[:, -1:])
-    return _draw(settings, jnp.broadcast_to(logits, (*shape, logits.shape[-1])), state)
+    return dataclasses.replace(rest, cache=dataclasses.replace(rest.cache, layers=layers))
 
 
-def advance(
-    config: ModelConfig, settings: SamplingConfig, layout: PyTree, state: Decoding, until: jax.Array | int
-) -> Decoding:
-    """Decodes until every response is done or has `until` tokens, at most as many as the caches have slots."""
+def _rings(state: Decoding) -> tuple[Drawn, jax.Array]:
+    """What rows have drawn, as it lies, and where each began."""
+    return Drawn(state.drawn, state.logps, state.lengths, state.finished), state.cache.began
 
-    def more(state: Decoding):
-        return (state.step < until) & ~jnp.all(state.done)
 
-    def one_token(state: Decoding):
-        positions = state.prompt_lens[:, None] + state.step - 1
-        positions = jnp.broadcast_to(positions, state.last.shape)
-        hidden, cache = decoder.decode_step(config, layout, state.last, positions, state.cache)
-        products = decoder.output_products(config, hidden, layout["output"], transposed=False)
-        logits = decoder.finish_logits(config, products)
-        return _draw(settings, logits, dataclasses.replace(state, cache=cache))
+def _unrolled(drawn: Drawn, began: jax.Array) -> Drawn:
+    """Responses from their first token on."""
+    slots = drawn.tokens.shape[2]
+    order = (began[:, None, None] + jnp.arange(slots, dtype=jnp.int32)[None, None]) % slots
 
-    return jax.lax.while_loop(more, one_token, state)
+    def of(ring: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(ring, jnp.broadcast_to(order, ring.shape), axis=2)
+
+    return dataclasses.replace(drawn, tokens=of(drawn.tokens), logps=of(drawn.logps))
+
+
+def _nothing(settings: SamplingConfig, prompts: int) -> Drawn:
+    """Empty responses."""
+    shape = (prompts, settings.n)
+    tokens = jnp.zeros((*shape, settings.max_new_tokens), jnp.int32)
+    return places.over_rows(
+        Drawn(tokens, tokens.astype(jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
+    )
 
 
 def stream(
@@ -225,9 +266,9 @@ def stream(
         # One copy out of the state, which the next step writes over.
         drawn, lengths, done = jax.device_get((state.drawn, state.lengths, state.done))
         yield drawn, lengths, done
-        if done.all() or until >= settings.max_new_tokens:
+        if done.all():
             return
-        until = min(until + chunk, settings.max_new_tokens)
+        until += chunk
         state = _advance(config, settings, layout, state, until)
 
 
@@ -241,125 +282,25 @@ def _begin(config, settings, weights, prompts, seed, round):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _advance(config, settings, layout, state, until):
-    return advance(config, settings, layout, state, until)
+    return advance(config, settings, layout, state, lambda s: (s.step < until) & jnp.any(decoding.live(s)))
 
 
-def rollout(settings: SamplingConfig, prompts: Batch, state: Decoding) -> Rollout:
-    """What was decoded, as slots behind the prompts."""
-    rows = prompts.tokens.shape[0]
+def rollout(settings: SamplingConfig, prompts: Batch, drawn: Drawn) -> Rollout:
+    """Responses as slots behind their prompts."""
+    rows = len(prompts.tokens)
     slots = jnp.arange(settings.max_new_tokens, dtype=jnp.int32)[None, None]
-    real = slots < state.lengths[:, :, None]
+    real = slots < drawn.lengths[:, :, None]
     segments = FIRST_RESPONSE_SEGMENT + jnp.arange(settings.n, dtype=jnp.int32)[None, :, None]
+    positions = (prompts.positions[:, -1] + 1)[:, None, None] + slots
 
     def behind(prompt: jax.Array, responses: jax.Array) -> jax.Array:
         return jnp.concatenate([prompt, jnp.where(real, responses, 0).reshape(rows, -1)], axis=1)
 
     batch = dataclasses.replace(
         prompts,
-        tokens=behind(prompts.tokens, state.drawn),
-        positions=behind(prompts.positions, state.prompt_lens[:, None, None] + slots),
+        tokens=behind(prompts.tokens, drawn.tokens),
+        positions=behind(prompts.positions, positions),
         segments=behind(prompts.segments, segments),
         window=settings.n * settings.max_new_tokens,
     )
-    return Rollout(batch, state.logps, state.finished)
-
-
-def response_keys(seed: jax.Array | int, round: jax.Array | int, prompt_id: jax.Array, n: int) -> jax.Array:
-    """One key for each response, typed keys [B,N], from (seed, round, prompt id, sample index) alone."""
-    key = jax.random.fold_in(jax.random.key(seed), round)
-
-    def of_sample(prompt, index):
-        return jax.random.fold_in(jax.random.fold_in(key, prompt), index)
-
-    over_samples = jax.vmap(of_sample, in_axes=(None, 0))
-    return jax.vmap(over_samples, in_axes=(0, None))(prompt_id, jnp.arange(n, dtype=jnp.int32))
-
-
-def uniforms(keys: jax.Array, positions: jax.Array) -> jax.Array:
-    """The uniform, f32 in [0,1), of each response's token at `positions` (i32, like keys)."""
-
-    def of_token(key, position):
-        return jax.random.uniform(jax.random.fold_in(key, position), (), jnp.float32)
-
-    flat = jax.vmap(of_token)(keys.reshape(-1), positions.reshape(-1))
-    return flat.reshape(positions.shape)
-
-
-def distribution(settings: SamplingConfig, logits: jax.Array, step: jax.Array | int) -> jax.Array:
-    """What a token is drawn from at temperature > 0, unnormalised: logits f32 [...,V] -> f32 [...,V]; `step` tokens of
-    the response came before it."""
-    return choose.weights(_allowed(settings, logits, step), settings.temperature, settings.top_k, settings.top_p)
-
-
-def _allowed(settings: SamplingConfig, logits: jax.Array, step: jax.Array | int) -> jax.Array:
-    """Logits with the stop ids masked before min_new_tokens."""
-    if not (settings.stop_ids and settings.min_new_tokens):
-        return logits
-    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    stops = _is_stop(settings, ids).reshape((1,) * (logits.ndim - 1) + (-1,))
-    return choose.keep_only(logits, ~stops | (jnp.asarray(step) >= settings.min_new_tokens))
-
-
-def _is_stop(settings: SamplingConfig, tokens: jax.Array) -> jax.Array:
-    stops = jnp.asarray(settings.stop_ids, jnp.int32).reshape((1,) * tokens.ndim + (-1,))
-    return jnp.any(tokens[..., None] == stops, axis=-1)
-
-
-def _draw(settings: SamplingConfig, logits: jax.Array, state: Decoding) -> Decoding:
-    """Draws the next token of every response from logits f32 [B,N,V] and writes it down where it isn't done."""
-    logits = constrain(logits, "batch", None, "vocab")
-    allowed = _allowed(settings, logits, state.step)
-    if settings.temperature == 0:
-        tokens, logps = choose.greedy(allowed)
-    else:
-        chances = distribution(settings, logits, state.step)
-        uniform = jax.lax.dynamic_index_in_dim(state.uniforms, state.step, axis=2, keepdims=False)
-        tokens, totals = choose.draw(chances, uniform)
-        logps = choose.drawn_log_probs(allowed, settings.temperature, tokens, totals)
-    alive = ~state.done
-    stopped = alive & _is_stop(settings, tokens)
-    tokens = jnp.where(alive, tokens, 0)
-    slot = (0, 0, state.step)
-    return dataclasses.replace(
-        state,
-        step=state.step + 1,
-        drawn=jax.lax.dynamic_update_slice(state.drawn, tokens[:, :, None], slot),
-        logps=jax.lax.dynamic_update_slice(state.logps, jnp.where(alive, logps, jnp.float32(0))[:, :, None], slot),
-        lengths=state.lengths + alive,
-        done=state.done | stopped,
-        finished=state.finished | stopped,
-        last=tokens,
-    )
-
-
-# The weights' layout for decoding -------------------------------------------------------------------------------------
-
-
-def decode_weights(config: ModelConfig, weights: PyTree) -> PyTree:
-    """The trunk in the compute dtype, cut over the tensor axis alone: what fsdp shards is gathered here, once, so that
-    the loop gathers no weight. A scalar head is left out."""
-    cast = decoder.cast_weights(config, {name: weights[name] for name in ("params", "lora") if name in weights})
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return cast
-    return sharding.map_weights(
-        lambda name, x: jax.lax.with_sharding_constraint(x, decode_spec(name, x.shape, mesh)), cast
-    )
-
-
-def decode_layout(config: ModelConfig, weights: PyTree) -> PyTree:
-    """`decode_weights` as a step reads them: a tree for each layer, and "output", the output matrix as [D,V]."""
-    layout = decoder.decode_layout(config, weights)
-    matrix = decoder.unembedding(config, weights).astype(config.operand_dtype).T
-    # Without the barrier XLA folds the transpose into the product and walks the matrix against its grain every step.
-    return layout | {"output": jax.lax.optimization_barrier(matrix)}
-
-
-def decode_spec(name: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
-    """The PartitionSpec of one weight for decoding: as in training, without the fsdp axis."""
-    return PartitionSpec(*(None if axis == "fsdp" else axis for axis in sharding.weight_spec(name, shape, mesh)))
-
-
-def decode_shardings(weights: PyTree, mesh: Mesh) -> PyTree:
-    """NamedShardings of a weights tree for decoding, for a `jax.device_put` onto a decode mesh."""
-    return sharding.map_weights(lambda name, x: NamedSharding(mesh, decode_spec(name, x.shape, mesh)), weights)
+    return Rollout(batch, drawn.logps, drawn.finished)

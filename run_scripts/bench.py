@@ -27,7 +27,7 @@ from absl import app, flags
 from mpo_jax import sharding
 from mpo_jax.errors import InputError
 from mpo_jax.models.config import ATTENTION_SETTINGS, REMAT_POLICIES
-from run_scripts.benchmarks import measure, scaling
+from run_scripts.benchmarks import measure, replies, scaling
 from run_scripts.benchmarks.paths import PATHS
 from run_scripts.benchmarks.programs import DTYPES, SHAPES, STEPS, Case
 
@@ -42,6 +42,9 @@ _ROWS = flags.DEFINE_integer("rows", 0, "Pairs or prompts of a step; 0: the work
 _RANK = flags.DEFINE_integer("rank", 0, "Of LoRA adapters; 0: all weights are trained.", lower_bound=0)
 _REMAT = flags.DEFINE_enum("remat", "none", REMAT_POLICIES, "What a layer keeps for its backward pass.")
 _ATTENTION = flags.DEFINE_enum("attention", "auto", ATTENTION_SETTINGS, "Backend.")
+_EOS = flags.DEFINE_bool(
+    "eos", False, "sample: replies that end, 37 tokens in the mean, and what waiting for them costs."
+)
 _DTYPE = flags.DEFINE_enum("dtype", "f32", [*DTYPES], "Of computation.")
 _KERNELS = flags.DEFINE_bool("kernels", False, "On a GPU: also trace one unit, and tell its longest kernels.")
 _RUNS = flags.DEFINE_integer("runs", 3, "Timed runs, of which the median counts.", lower_bound=1)
@@ -67,8 +70,10 @@ def main(argv) -> None:
         remat=_REMAT.value,
         rank=_RANK.value,
     )
+    if _EOS.value and what != "sample":
+        raise app.UsageError(f"--eos is of --what=sample, not of {what}")
     try:
-        result = run(what, case, _RUNS.value, _DEVICES.value, _KERNELS.value)
+        result = run(what, case, _RUNS.value, _DEVICES.value, _KERNELS.value, _EOS.value)
     except InputError as error:
         sys.exit(f"error: {error}")
     line = f"{what} {case.shape} {case.dtype} prompt {case.prompt} response {case.response}: "
@@ -77,12 +82,14 @@ def main(argv) -> None:
         Path(_JSON.value).write_text(json.dumps(result | {"case": vars(case), "jax": jax.__version__}, indent=1))
 
 
-def run(what: str, case: Case, runs: int, devices: int = 1, traced: bool = False) -> dict[str, Any]:
+def run(what: str, case: Case, runs: int, devices: int = 1, traced: bool = False, eos: bool = False) -> dict[str, Any]:
     if devices > 1:
         jax.config.update("jax_num_cpu_devices", devices)
         os.environ.setdefault("PJRT_NPROC", str(3 * devices))  # see `processes.start`
     mesh = sharding.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):
+        if eos:
+            return replies.run(case, mesh, runs)
         if what in PATHS:
             return PATHS[what](case, mesh, runs)
         return measure.work(lambda: STEPS[what](case, mesh), runs, traced=traced)

@@ -38,7 +38,7 @@ def record(folder, first, count, steps=4, training=True):
                 y = product(y)
                 profiling.end(step, y)
             else:
-                with profiling.batch():
+                with profiling.batch([]):
                     y = jax.block_until_ready(product(y))
 
 
@@ -166,6 +166,6 @@ def test_batches_of_a_scoring_are_recorded(tmp_path):
     step = jax.jit(lambda batch: jnp.tile(batch.tokens.sum(axis=1)[:, None], (1, 2)).astype(jnp.float32))
     with jax.set_mesh(mesh), profiling.of_stage(Wanted("dpo", 2, 1), "dpo", epath.Path(tmp_path), False):
         job: Any = types.SimpleNamespace(config=types.SimpleNamespace(shard_seconds=60.0))  # nothing is kept
-        found = list(shards.over(job, loader, "score", None, lambda batch: {"numbers": np.asarray(step(batch))}))
+        found = list(shards.over(job, loader, "score", None, step, lambda found: {"numbers": np.asarray(found)}))
     assert len(found) == loader.steps_per_epoch and not np.isnan(found[0][1]["numbers"]).any()
     assert steps_in(tmp_path) == [2]

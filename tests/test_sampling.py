@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from mpo_jax import sample, sampling, sharding
+from mpo_jax import decoding, sample, sampling, sharding
 from mpo_jax.data.prompts import prompt_batch
 from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
@@ -75,7 +76,7 @@ def teacher_forced(config, settings, weights, batch):
     logits = decoder.logits(config, weights, jnp.take_along_axis(hidden, source[:, :, None], axis=1))
     logits = logits.reshape(len(batch.tokens), settings.n, settings.max_new_tokens, -1)
     steps = jnp.arange(settings.max_new_tokens)
-    return jax.vmap(functools.partial(sampling.distribution, settings), in_axes=(2, 0), out_axes=2)(logits, steps)
+    return jax.vmap(functools.partial(decoding.distribution, settings), in_axes=(2, 0), out_axes=2)(logits, steps)
 
 
 # Log-probabilities ----------------------------------------------------------------------------------------------------
@@ -179,10 +180,10 @@ def assert_same_draws(config, settings, weights, prompts, one, other):
     parted = first_differences(tokens, others)
     assert len(parted) <= 0.01 * tokens.shape[0] * settings.n
     chances = teacher_forced(config, settings, weights, one.batch)
-    keys = sampling.response_keys(0, 0, prompts.prompt_id, settings.n)
+    keys = decoding.response_keys(0, 0, prompts.prompt_id, settings.n)
     for row, n, step in parted:
         position = prompts.positions[row, -1] + 1 + step
-        uniform = float(sampling.uniforms(keys[row, n], position))
+        uniform = float(decoding.uniforms(keys[row, n], position))
         p = np.asarray(chances[row, n, step], np.float64)
         assert np.abs(np.cumsum(p) / p.sum() - uniform).min() < 1e-5
 
@@ -192,12 +193,12 @@ SAME = SamplingConfig(temperature=0.9, max_new_tokens=32, n=2, stop_ids=(EOS, 42
 
 def test_uniforms_depend_on_what_they_may_alone():
     ids, positions = jnp.asarray([5, 9, 5], jnp.int32), jnp.asarray([[7, 7], [7, 7], [7, 8]], jnp.int32)
-    all_of = np.asarray(sampling.uniforms(sampling.response_keys(3, 4, ids, 2), positions))
-    alone = np.asarray(sampling.uniforms(sampling.response_keys(3, 4, ids[1:2], 2), positions[1:2]))
+    all_of = np.asarray(decoding.uniforms(decoding.response_keys(3, 4, ids, 2), positions))
+    alone = np.asarray(decoding.uniforms(decoding.response_keys(3, 4, ids[1:2], 2), positions[1:2]))
     np.testing.assert_array_equal(all_of[1:2], alone)
     assert all_of[0, 0] == all_of[2, 0]  # same prompt, sample and position
     changed = [
-        sampling.uniforms(sampling.response_keys(seed, round, ids, 2), positions) for seed, round in ((3, 5), (4, 4))
+        decoding.uniforms(decoding.response_keys(seed, round, ids, 2), positions) for seed, round in ((3, 5), (4, 4))
     ]
     values = [*all_of[:2].ravel(), all_of[2, 1], *np.ravel(changed[0])[:4], *np.ravel(changed[1])[:4]]
     assert len({float(value) for value in values}) == len(values)
@@ -275,10 +276,11 @@ def test_pad_equal_to_a_stop_id_changes_nothing(config, weights, tokenizer):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run_state(config, settings, weights, prompts):
-    weights = sampling.decode_weights(config, weights)
-    layout = sampling.decode_layout(config, weights)
-    state = sampling.begin(config, settings, weights, prompts, 0, 0, settings.max_new_tokens)
-    return sampling.advance(config, settings, layout, state, settings.max_new_tokens)
+    """Responses that begin together and wait for the longest, in caches of one width."""
+    weights = decoding.decode_weights(config, weights)
+    layout = decoding.decode_layout(config, weights)
+    state = decoding.begin(config, settings, weights, prompts, 0, 0, settings.max_new_tokens)
+    return decoding.advance(config, settings, layout, state, lambda state: jnp.any(decoding.live(state)))
 
 
 def test_the_loop_ends_when_every_response_is_done(config, weights, tokenizer):
@@ -384,12 +386,11 @@ def test_the_loop_gathers_no_weight(config, weights, tokenizer):
     assert max(inside, default=0) < min(smallest, 2 * config.padded_vocab), inside
 
 
-def test_decode_shardings_leave_fsdp_out(config, weights):
+def test_decoding_cuts_weights_over_the_tensor_axis_alone(config, weights):
     mesh = sharding.make_mesh(2, 2, 2)
-    shardings = sampling.decode_shardings(weights, mesh)
-    q = shardings["params"]["layers"]["attn"]["q"]["kernel"]
-    assert tuple(q.spec) == (None, None, "tensor", None)
-    used = {axis for leaf in jax.tree.leaves(shardings) for axis in leaf.spec}
+    specs = sharding.map_weights(lambda name, x: decoding.decode_spec(name, x.shape, mesh), weights)
+    assert tuple(specs["params"]["layers"]["attn"]["q"]["kernel"]) == (None, None, "tensor", None)
+    used = {axis for spec in jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec)) for axis in spec}
     assert used == {None, "tensor"}
 
 

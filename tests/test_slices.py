@@ -28,7 +28,7 @@ job = dataclasses.replace(stages.jobs(config, place, ["dpo"])["dpo"], preset=pre
 with jax.set_mesh(job.mesh):
     program = kinds.of(job.settings).programs(job)["train"]
     found = compiler.report(program, place, job.mesh, keep_text=True)
-report.update(text=found.text, sent=found.collectives, fits=found.fits, slices=place.slices, loop=program.loop)
+report.update(text=found.text, sent=found.collectives, fits=found.fits, slices=place.slices, loops=program.extent.loops)
 """
 MESHES = """
 WANTED = (("2xv5e:4x4", (2, 4, 4)), ("2xv5e:4x4", (4, 8, 1)), ("3xv5e:2x2", (-1, 2, 2)), ("2xv4:2x2x2", (2, 8, 1)),
@@ -146,7 +146,7 @@ def test_only_gradients_go_between_slices():
     gradients' shards, counted by hand, and of a few scalars."""
     found = compile_for_tpu(STEP)
     assert found["fits"] and found["slices"] == 2
-    module = hlo.parse(found["text"], found["loop"])
+    module = hlo.parse(found["text"], tuple(found["loops"]))
     kinds = {each.kind for each in module.collectives()}
     between = {kind for kind in kinds if kind.endswith(hlo.BETWEEN_SLICES)}
     assert between == {"all-reduce" + hlo.BETWEEN_SLICES}

@@ -3,6 +3,7 @@
 A process builds exactly the rows that its devices address, as the sharding says; a background thread works ahead.
 """
 
+import dataclasses
 import functools
 import queue
 import threading
@@ -32,6 +33,7 @@ class Loader:
     label: f32 [rows], put into the batches where given. bucket: int [rows], likewise.
     weight: f32 [rows], 0 or more, how much each counts; None: all 1. order: int [rows], in which training meets them,
     in every epoch alike; None: at random.
+    dealt: whether a batch's rows go to the mesh's shards in turn, so that fillers and lengths are spread evenly.
     multiple: what every row length is a multiple of; max_length caps it.
     shuffle: True for training, whose batches hold real rows only; False for scoring and evaluation, which want every
     row once, in one fixed order, the last batch filled up with rows of weight 0. See `plan.batch_plan`. Rows of several
@@ -57,6 +59,7 @@ class Loader:
         bucket: np.ndarray | None = None,
         weight: np.ndarray | None = None,
         order: np.ndarray | None = None,
+        dealt: bool = False,
     ):
         if form not in FORMS:
             raise InputError(f"form {form!r}: expected one of {', '.join(FORMS)}")
@@ -92,6 +95,7 @@ class Loader:
         if order is not None:
             self._epoch = lambda epoch: ordered_plan(*rows, order, **edges)
         self._shuffle, self._seed = shuffle, seed
+        self._shards = sharding.axis_size(mesh, sharding.BATCH_AXES) if dealt and mesh is not None else 1
         self._plans: dict[int, Plan] = {}
         self._lock = threading.Lock()
         first = self.plan(0)
@@ -104,7 +108,10 @@ class Loader:
         with self._lock:
             if epoch not in self._plans:
                 self._plans = {key: plan for key, plan in self._plans.items() if key == epoch - 1}
-                self._plans[epoch] = self._epoch(epoch)
+                plan = self._epoch(epoch)
+                shape, turns = plan.rows.shape, (len(plan), -1, self._shards)
+                rows = plan.rows.reshape(turns).swapaxes(1, 2).reshape(shape)
+                self._plans[epoch] = dataclasses.replace(plan, rows=rows)
             return self._plans[epoch]
 
     def _drawn(self, epoch: int) -> np.ndarray | None:

@@ -55,8 +55,8 @@ class LayerCache:
 class StepContext:
     """What attention of one new token for each response reads. cos, sin: f32 [B,N,rope/2] or None.
 
-    positions i32 [B,N] of the new tokens; prompt_positions, prompt_segments i32 [B,P]; cursor i32 [], the response
-    slot they are written to.
+    positions i32 [B,N] of the new tokens; prompt_positions, prompt_segments i32 [B,P]; cursor i32 [] and began i32 [B]
+    as in `decoder.Cache`.
     """
 
     cos: jax.Array | None
@@ -65,6 +65,7 @@ class StepContext:
     prompt_positions: jax.Array
     prompt_segments: jax.Array
     cursor: jax.Array
+    began: jax.Array
 
 
 class Choice(NamedTuple):
@@ -233,7 +234,7 @@ def attend_step(
     """
     rows, responses, heads, dim = q.shape
     groups = heads // config.kv_heads
-    start = (0, 0, context.cursor, 0)
+    start = (0, 0, context.cursor % cache.keys.shape[2], 0)
 
     def by_head(x):
         """[B,N,K,D] -> [B,K*N,1,D]"""
@@ -261,8 +262,9 @@ def attend_step(
 
 
 def _step_masks(context: StepContext, window: int, slots: int) -> tuple[jax.Array, jax.Array]:
-    """bool [B,N,P] and [1,1,R]: which prompt columns and which own slots the new token sees."""
+    """bool [B,N,P] and [B,1,R]: which prompt columns and which own slots the new token sees."""
     behind = context.positions[:, :, None] - context.prompt_positions[:, None, :]
     prompt_mask = (context.prompt_segments == masks.PROMPT_SEGMENT)[:, None, :] & (behind < window)
-    slots_behind = context.cursor - jnp.arange(slots, dtype=jnp.int32)[None, None, :]
-    return prompt_mask, (slots_behind >= 0) & (slots_behind < window)
+    slots_behind = (context.cursor - jnp.arange(slots, dtype=jnp.int32)[None, None, :]) % slots
+    steps = (context.cursor - context.began)[:, None, None]
+    return prompt_mask, (slots_behind <= steps) & (slots_behind < window)

@@ -37,12 +37,17 @@ _INIT_STD = 0.02
 @record
 class Cache:
     """What a decode step reads and writes. layers: one LayerCache for each layer (responses' slots are written in
-    place). prompt_positions, prompt_segments: i32 [B,P]. cursor: i32 [], the next response slot."""
+    place). prompt_positions, prompt_segments: i32 [B,P]. cursor: i32 [], steps taken. began: i32 [B], at which of them
+    a row's first token was written: rows may begin at different times.
+
+    Slots are a ring: a step writes all rows at the slot cursor modulo slots, so that no row needs a place of its own,
+    and of a row those are visible that were written since it began. Slots must be as many as any row takes steps."""
 
     layers: tuple[LayerCache, ...]
     prompt_positions: jax.Array
     prompt_segments: jax.Array
     cursor: jax.Array
+    began: jax.Array
 
 
 def init(config: ModelConfig, key: jax.Array, head: bool = False) -> PyTree:
@@ -90,7 +95,7 @@ def prefill(
 ) -> tuple[jax.Array, Cache]:
     """Runs prompts i32 [B,P] once and makes room for `responses` responses of `slots` tokens to each.
 
-    Returns hidden [B,P,D] and the cache, whose cursor is 0.
+    Returns hidden [B,P,D] and the cache, whose cursor is 0, where all rows begin.
     """
     # A prompt is contiguous, wherever it lies: columns differ as positions do.
     context = _row_context(config, positions, segments, flash.Slots(tokens.shape[1], 0, 0))
@@ -100,11 +105,12 @@ def prefill(
     layers = tuple(
         LayerCache(keys[i].swapaxes(1, 2), values[i].swapaxes(1, 2), empty, empty) for i in range(config.layers)
     )
-    return hidden, Cache(layers, positions, segments, jnp.zeros((), jnp.int32))
+    zero = jnp.zeros((), jnp.int32)
+    return hidden, Cache(layers, positions, segments, zero, jnp.zeros(tokens.shape[:1], jnp.int32))
 
 
 def widen(cache: Cache, slots: int) -> Cache:
-    """The cache with `slots` slots for each response, the new ones empty behind the old."""
+    """The cache with `slots` slots for each response, the new ones empty behind the old; before it has gone round."""
 
     def wider(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
@@ -144,7 +150,7 @@ def decode_step(
 ) -> tuple[jax.Array, Cache]:
     """One new token for each response: tokens, positions i32 [B,N] -> hidden [B,N,D] and the cache moved on by one."""
     cos, sin = _angles(config, positions)
-    context = StepContext(cos, sin, positions, cache.prompt_positions, cache.prompt_segments, cache.cursor)
+    context = StepContext(cos, sin, positions, cache.prompt_positions, cache.prompt_segments, cache.cursor, cache.began)
     decoder = _Decoder(config)
     params = {"params": layout["params"]}
     x: Any = decoder.apply(params, tokens, positions, method=_Decoder.embed)
@@ -154,7 +160,7 @@ def decode_step(
         x, written = outputs
         layers.append(written)
     hidden: Any = decoder.apply(params, x, method=_Decoder.finish)
-    return hidden, Cache(tuple(layers), cache.prompt_positions, cache.prompt_segments, cache.cursor + 1)
+    return hidden, dataclasses.replace(cache, layers=tuple(layers), cursor=cache.cursor + 1)
 
 
 def unembedding(config: ModelConfig, weights: PyTree) -> jax.Array:

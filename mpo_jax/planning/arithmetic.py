@@ -85,7 +85,7 @@ def collectives(extent: Extent, mesh) -> dict[str, int]:
         if train:
             found["reduce-scatter"] = extent.trained * fsdp * extent.repeats
     if tensor > 1:
-        tokens = rows * (extent.length + (extent.window if extent.kind == "decode" else 0))
+        tokens = extent.batches * rows * (extent.length + (extent.window if extent.kind == "decode" else 0))
         sums = 2 * model.layers * tokens * model.width * _item(model)
         found["all-reduce"] = sums * (3 if train else 1) * extent.trunks * extent.repeats
     return found
@@ -104,7 +104,7 @@ def moved(extent: Extent, mesh) -> float:
         slots = sum(wide * (wide - narrow) for narrow, wide in itertools.pairwise(widths)) / extent.steps
         columns = extent.length + slots * extent.window / extent.steps
         cache = 2 * model.layers * rows * columns * heads * model.head_dim * _item(model)
-        return extent.steps * (weights + cache)
+        return extent.batches * extent.steps * (weights + cache)
     passes = (3 if extent.kind == "train" else 1) * extent.trunks * extent.repeats
     layer = _layer(model, rows, extent.length, tensor)
     return (

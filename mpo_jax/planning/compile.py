@@ -49,7 +49,7 @@ def report(program: Program, topology: Topology, mesh, keep_text: bool = False, 
     keep_text: keep the compiled program's text too. known: is asked first, and takes what is compiled here.
     """
     traced = program.function.trace(*program.arguments)
-    flops = work.flops(traced.jaxpr, program.loop) / topology.size
+    flops = work.flops(traced.jaxpr, program.extent.loops) / topology.size
     held, arguments = memory_held(program)
     if not topology.compiled:
         temporaries = arithmetic.temporaries(program.extent, mesh)
@@ -57,7 +57,7 @@ def report(program: Program, topology: Topology, mesh, keep_text: bool = False, 
         peak = arguments + held + temporaries
         fits = peak <= topology.chip.memory
         return Report(arguments, held, temporaries, peak, fits, flops, moved, sent, "", "arithmetic")
-    found = _compile(traced.lower(), topology, program.loop, known)
+    found = _compile(traced.lower(), topology, program.extent.loops, known)
     # Arguments that the program does not read are dropped from it, but lie in memory all the same.
     arguments = max(arguments, found.arguments)
     temporaries = found.temporaries + found.results if not found.used else max(0, found.used - arguments)
@@ -78,9 +78,9 @@ def report(program: Program, topology: Topology, mesh, keep_text: bool = False, 
     )
 
 
-def _compile(lowered: Any, topology: Topology, loop: int, known: Known | None) -> Compiled:
+def _compile(lowered: Any, topology: Topology, loops: tuple[int, int], known: Known | None) -> Compiled:
     """What the compiler makes of a lowered program, or made of an equal one: same operations, shapes and shardings."""
-    digest = kept.digest(topology.name, loop, lowered.as_text())
+    digest = kept.digest(topology.name, loops, lowered.as_text())
     found = known.get(digest) if known is not None else None
     if found is not None:
         return found
@@ -92,7 +92,7 @@ def _compile(lowered: Any, topology: Topology, loop: int, known: Known | None) -
         found = Compiled(used=used, largest=largest, seconds=time.perf_counter() - began)
     else:
         seconds, memory, text = time.perf_counter() - began, compiled.memory_analysis(), compiled.as_text()
-        module = hlo.parse(text, loop)
+        module = hlo.parse(text, loops)
         kinds: dict[str, int] = collections.Counter()
         for each in module.collectives():
             kinds[each.kind] += each.bytes * each.times

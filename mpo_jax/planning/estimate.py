@@ -112,7 +112,8 @@ def _work(extent: Extent) -> float:
 
 def tokens(extent: Extent) -> int:
     """That one call takes through a trunk, those that it draws among them."""
-    return extent.rows * extent.repeats * (extent.length + (extent.window if extent.kind == "decode" else 0))
+    rows = extent.rows * extent.repeats * extent.batches
+    return rows * (extent.length + (extent.window if extent.kind == "decode" else 0))
 
 
 def calls(job: Job, program: Program, assumptions: Assumptions) -> float:
@@ -120,7 +121,8 @@ def calls(job: Job, program: Program, assumptions: Assumptions) -> float:
     settings = job.settings
     rows = kinds.of(settings).rows(job, assumptions.pairs, assumptions.easy)
     if program.per == "batch":
-        return max(1.0, rows / program.extent.rows)  # a stage may score more rows at a time than it samples prompts
+        # A stage may score more rows at a time than it samples prompts, and reply to several batches in one call.
+        return max(1.0, rows / (program.extent.rows * program.extent.batches))
     steps = settings.steps or max(1.0, rows / settings.batch_size * settings.epochs)
     if program.per == "evaluation":
         times = steps / settings.eval_every if settings.eval_every else EVALUATIONS

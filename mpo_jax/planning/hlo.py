@@ -76,11 +76,11 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """Computations by name. loop: see `parse`."""
+    """Computations by name. loops: see `parse`."""
 
     computations: dict[str, Computation]
     entry: str
-    loop: int
+    loops: tuple[int, int]
 
     @functools.cached_property
     def runs(self) -> dict[str, int]:
@@ -113,18 +113,34 @@ class Module:
                 yield name, 1
 
     def trips(self, caller: str, loop: Instruction) -> int:
-        """Iterations of a while loop in the computation `caller`: what XLA knows, or what its counter's bound, start
-        and step make, or `loop`."""
+        """Iterations of a while loop in the computation `caller`: what its text tells, or what `parse` was told."""
+        told = self._told(caller, loop)
+        if told is not None:
+            return told
+        innermost, around = self.loops
+        return around if self._open(_named("body", loop)) else innermost
+
+    def _open(self, name: str) -> bool:
+        """Whether a computation has a loop whose end its text does not tell."""
+        for instruction in self.computations[name].values():
+            if instruction.opcode == "while" and self._told(name, instruction) is None:
+                return True
+            if any(self._open(called) for called, _ in self._called(name, instruction)):
+                return True
+        return False
+
+    def _told(self, caller: str, loop: Instruction) -> int | None:
+        """What XLA knows of a loop's iterations, or what its counter's bound, start and step make."""
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
         if known:
             return int(known.group(1))
         condition, body = (self.computations[_named(part, loop)] for part in ("condition", "body"))
         root = _root(condition)
         if root.opcode != "compare" or "direction=LT" not in root.rest or len(root.operands) != 2:
-            return self.loop
+            return None
         bound = _constant(condition, root.operands[1])
         if bound is None:
-            return self.loop
+            return None
         start, step = self._counter(caller, loop, body, condition.get(root.operands[0]))
         return max(0, -(-(bound - start) // step))
 
@@ -278,8 +294,9 @@ class Module:
         return min(whole, total)
 
 
-def parse(text: str, loop: int = 1) -> Module:
-    """A module from `compiled.as_text()`. loop: iterations of loops whose end the text does not tell."""
+def parse(text: str, loops: tuple[int, int] = (1, 1)) -> Module:
+    """A module from `compiled.as_text()`. loops: iterations of loops whose end the text does not tell: of innermost
+    ones, and of those around them."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -291,7 +308,7 @@ def parse(text: str, loop: int = 1) -> Module:
             current = None
         elif current is not None and (instruction := _instruction(line)) is not None:
             current[instruction.name] = instruction
-    return Module(computations, entry, loop)
+    return Module(computations, entry, loops)
 
 
 def _instruction(line: str) -> Instruction | None:

@@ -75,9 +75,9 @@ class Known:
         os.replace(name, self.folder / f"{digest}.json")
 
 
-def digest(topology: str, loop: int, text: str) -> str:
-    """Of a lowered program's text: operations, shapes and shardings. loop: see `hlo.parse`."""
-    return hashlib.sha256("\n".join((topology, str(loop), *_compiler(), text)).encode()).hexdigest()
+def digest(topology: str, loops: tuple[int, int], text: str) -> str:
+    """Of a lowered program's text: operations, shapes and shardings. loops: see `hlo.parse`."""
+    return hashlib.sha256("\n".join((topology, str(loops), *_compiler(), text)).encode()).hexdigest()
 
 
 @functools.cache

@@ -10,26 +10,33 @@ import jax
 from jax.extend import core
 
 
-def flops(jaxpr: core.ClosedJaxpr, loop: int = 1) -> int:
-    """2 x multiplications of all products, over all devices. loop: iterations of while loops (data decides them)."""
-    return _count(jaxpr.jaxpr, loop)
+def flops(jaxpr: core.ClosedJaxpr, loops: tuple[int, int] = (1, 1)) -> int:
+    """2 x multiplications of all products, over all devices. loops: iterations of while loops (data decides them), of
+    innermost ones and of those around them."""
+    return _count(jaxpr.jaxpr, loops)
 
 
-def _count(jaxpr: Any, loop: int) -> int:
-    return sum(_equation(equation, loop) for equation in jaxpr.eqns)
+def _count(jaxpr: Any, loops: tuple[int, int]) -> int:
+    return sum(_equation(equation, loops) for equation in jaxpr.eqns)
 
 
-def _equation(equation: Any, loop: int) -> int:
+def _loops(jaxpr: Any) -> bool:
+    """Whether there is a while loop in it."""
+    inside = (each for equation in jaxpr.eqns for each in _jaxprs(equation.params))
+    return any(equation.primitive.name == "while" for equation in jaxpr.eqns) or any(map(_loops, inside))
+
+
+def _equation(equation: Any, loops: tuple[int, int]) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-    inside = [_count(each, loop) for each in _jaxprs(params)]
+    inside = [_count(each, loops) for each in _jaxprs(params)]
     if name == "scan":
         return params["length"] * sum(inside)
     if name == "while":
-        return loop * sum(inside)
+        return loops[_loops(params["body_jaxpr"].jaxpr)] * sum(inside)
     if name == "cond":
         return max(inside, default=0)
     if name == "shard_map":

@@ -16,6 +16,7 @@ import numpy as np
 from mpo_jax import sampling, sharding
 from mpo_jax.data import encode
 from mpo_jax.data.encode import Encoded
+from mpo_jax.data.loader import Loader
 from mpo_jax.data.plan import FILLER
 from mpo_jax.data.tokenizer import Conventions
 from mpo_jax.errors import InputError
@@ -30,7 +31,11 @@ from mpo_jax.stages import shards
 from mpo_jax.stages.base import Sampling
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Program
-from mpo_jax.types import Batch, PyTree
+from mpo_jax.types import Batch, PyTree, Rollout
+
+MOST_BATCHES = 8
+"""Of prompts that one call of the sampler replies to; its end finds rows empty, as no prompt waits any more."""
+_ENDING = 0.5  # what that costs: of a batch's reply slots, in tokens of a prompt
 
 
 class Pairing(Sampling):
@@ -120,14 +125,15 @@ def check_pairs(job: Job[Pairing]) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def sampler(model: ModelConfig, settings: SamplingConfig, mesh, everywhere: bool = False):
+def sampler(model: ModelConfig, settings: SamplingConfig, mesh, everywhere: bool = False, rows: int | None = None):
     """Jitted `(weights, prompts, seed, round) -> Rollout`; with `everywhere`, the result is on every device whole.
+    rows: prompts that are decoded at a time, others waiting for their places; None: all.
 
     The same function for the same arguments, so that several policies are sampled with one compiled program."""
     where = sharding.replicated(mesh) if everywhere else sharding.batch_sharding(mesh)
 
     def sample(weights, prompts, seed, round_):
-        return sampling.sample(model, settings, weights, prompts, seed, round_)
+        return sampling.sample(model, settings, weights, prompts, seed, round_, rows)
 
     return jax.jit(sample, out_shardings=where)
 
@@ -135,11 +141,12 @@ def sampler(model: ModelConfig, settings: SamplingConfig, mesh, everywhere: bool
 def program(
     job: Job, model: ModelConfig, weights: PyTree, how: SamplingConfig, batch_size: int, held: PyTree = ()
 ) -> Program:
-    """`sampler` on prompts as long as the data allows, its result everywhere. weights: shapes."""
-    prompts = shapes.batch(job, batch_size, shapes.prompt_length(job), 0)
-    draw = sampler(model, how, job.mesh, everywhere=True)
+    """`sampler` on as many prompts as a call may be given, as long as the data allows; its result everywhere. weights:
+    shapes. batch_size: prompts that are decoded at a time."""
+    prompts = shapes.batch(job, MOST_BATCHES * batch_size, shapes.prompt_length(job), 0)
+    draw = sampler(model, how, job.mesh, everywhere=True, rows=batch_size)
     arguments = (weights, prompts, shapes.scalar(job), shapes.scalar(job))
-    return Program(draw, arguments, shapes.decode(model, how, prompts), held, per="batch")
+    return Program(draw, arguments, shapes.decode(model, how, prompts, MOST_BATCHES), held, per="batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,14 +179,17 @@ def sample_all(
     are, under which a stage that was killed finds what it has sampled, see `shards.over`."""
     if not len(encoded):
         raise InputError(f"stages.{job.name}: no prompt to sample replies to")
-    loader = prompt_loader(job, encoded, batch_size, shuffle=False)
+    loader = waiting_prompts(job, encoded, batch_size, settings)
     loaded = shards.loaded(weights)
     tokens: list[list[np.ndarray]] = [[] for _ in range(len(encoded))]
     logps = np.zeros((len(encoded), settings.n), np.float32)
     finished = np.zeros((len(encoded), settings.n), bool)
 
-    def step(batch: Batch) -> shards.Arrays:
-        rollout = jax.device_get(program.function(loaded(), batch, job.seed, 0))
+    def draw(batch: Batch) -> Rollout:
+        return program.function(loaded(), batch, job.seed, 0)
+
+    def read(drawn: Rollout) -> shards.Arrays:
+        rollout = jax.device_get(drawn)
         replies = [ids for row in reply_tokens(rollout, settings) for ids in row]
         return {
             "tokens": np.concatenate(replies),
@@ -189,7 +199,7 @@ def sample_all(
         }
 
     drawn = None if of is None else [*of, repr(settings)]
-    for rows, found in shards.over(job, loader, "sample", drawn, step):
+    for rows, found in shards.over(job, loader, "sample", drawn, draw, read):
         replies = np.split(found["tokens"], np.cumsum(found["lens"])[:-1])
         for place, row in enumerate(rows):
             if row != FILLER:
@@ -202,6 +212,23 @@ def sample_all(
 def prompt_loader(job: Job, encoded: Encoded, batch_size: int, **options):
     """Batches of left-padded prompts."""
     return jobs.loader(job, encoded, batch_size, form="slots", **options)
+
+
+def waiting_prompts(job: Job, encoded: Encoded, batch_size: int, settings: SamplingConfig) -> Loader:
+    """The prompts of several batches for each call of the sampler, rows of fillers last on every device: so many that
+    columns that only pad prompts and rows that stand empty at the end of a call cost the least together."""
+
+    def of(batches: int) -> Loader:
+        return prompt_loader(job, encoded, batches * batch_size, shuffle=False, dealt=True)
+
+    def cost(loader: Loader) -> float:
+        plan = loader.plan(0)
+        lengths = np.array([bucket.length for bucket in plan.buckets])[plan.bucket]
+        empty = _ENDING * batch_size * settings.n * settings.max_new_tokens
+        return float(np.sum((plan.rows != FILLER).sum(axis=1) * lengths + empty))
+
+    powers = [1 << power for power in range(MOST_BATCHES.bit_length())]
+    return min(map(of, powers), key=cost)
 
 
 def reply_tokens(rollout, settings: SamplingConfig) -> list[list[np.ndarray]]:

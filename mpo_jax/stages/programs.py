@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mpo_jax import sharding
 from mpo_jax.models.config import ModelConfig
-from mpo_jax.sampling import SamplingConfig, cache_widths
+from mpo_jax.sampling import SamplingConfig, trips
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Job
 from mpo_jax.types import Batch, PyTree, TrainState
@@ -27,7 +27,9 @@ class Extent:
     """What a program computes at a time, for arithmetic. kind: train | forward | decode. rows, length, window: of a
     microbatch, over all devices (decode: prompts of `length`, `window` response slots). steps: of a decode loop.
     trained: bytes on one device of what gets gradients; trunks: models that run, and whose activations are kept for
-    gradients. adds: whether gradients lie beside the state. repeats: microbatches of one call."""
+    gradients. adds: whether gradients lie beside the state. repeats: microbatches of one call. batches: of a stage,
+    that one call replies to, `rows` at a time. loops: iterations of loops whose end the data decides: of each innermost
+    one, and of those around them."""
 
     model: ModelConfig
     kind: str
@@ -39,6 +41,8 @@ class Extent:
     trunks: int = 1
     adds: bool = False
     repeats: int = 1
+    batches: int = 1
+    loops: tuple[int, int] = (1, 1)
 
     def at(self, rows: int, remat: str) -> "Extent":
         """The same training step, so many rows computed at a time, under another remat."""
@@ -71,11 +75,6 @@ class Program:
     extent: Extent
     held: PyTree = ()
     per: str = "step"
-
-    @property
-    def loop(self) -> int:
-        """Iterations, at most, of a loop whose end the data decides: decoding has one for each width of its caches."""
-        return cache_widths(self.extent.steps)[0] if self.extent.steps else 1
 
 
 Programs = dict[str, Program]
@@ -113,10 +112,12 @@ def forward(model: ModelConfig, rows: Batch, trunks: int = 1) -> Extent:
     return Extent(model, "forward", size, length, rows.window, trunks=trunks)
 
 
-def decode(model: ModelConfig, how: SamplingConfig, prompts: Batch) -> Extent:
-    window = how.n * how.max_new_tokens
-    size, length = prompts.tokens.shape
-    return Extent(model, "decode", size, length, window, steps=how.max_new_tokens)
+def decode(model: ModelConfig, how: SamplingConfig, prompts: Batch, batches: int = 1) -> Extent:
+    """Of a call that replies to all prompts, so many batches, one batch's number at a time."""
+    steps, (size, length) = how.max_new_tokens, prompts.tokens.shape
+    rows, (on_device, _) = size // batches, prompts.tokens.sharding.shard_shape((size, length))
+    found = trips(steps, on_device // batches, batches)
+    return Extent(model, "decode", rows, length, how.n * steps, steps=steps, batches=batches, loops=found)
 
 
 # Shapes ---------------------------------------------------------------------------------------------------------------

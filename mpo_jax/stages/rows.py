@@ -78,11 +78,14 @@ def compute(
     loaded = shards.loaded(weights)
     numbers = np.full((len(encoded), encoded.replies), np.nan, np.float32)
 
-    def step(batch: Batch) -> shards.Arrays:
-        return {"numbers": np.asarray(program.function(loaded(), batch))}
+    def number(batch: Batch) -> jax.Array:
+        return program.function(loaded(), batch)
+
+    def read(found: jax.Array) -> shards.Arrays:
+        return {"numbers": np.asarray(found)}
 
     program_of = None if of is None else [program.function.__name__, *of]
-    for rows, found in shards.over(job, loader, "score", program_of, step):
+    for rows, found in shards.over(job, loader, "score", program_of, number, read):
         real = rows != FILLER
         numbers[rows[real]] = found["numbers"][real]
     return numbers

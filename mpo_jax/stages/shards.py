@@ -12,7 +12,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,10 +34,16 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def over(
-    job: Job, loader: Loader, what: str, of: Sequence[Any] | None, step: Callable[[Batch], Arrays]
+    job: Job,
+    loader: Loader,
+    what: str,
+    of: Sequence[Any] | None,
+    dispatch: Callable[[Batch], Any],
+    read: Callable[[Any], Arrays],
 ) -> Iterator[tuple[np.ndarray, Arrays]]:
     """(row indices i32 [batch size], results) of every batch of one epoch; kept ones first, the others in order.
 
+    dispatch: hands a batch to the devices. read: waits for what they made of it; by then they have the next batch.
     what: the work, in a word, as "sample". of: what tells its results from others in the same stage's folder, beside
     the rows and the batches: whose weights they are by. None: nothing is kept. Raises Stopped behind a batch, when all
     that was computed is kept, if the run is to stop."""
@@ -49,15 +55,31 @@ def over(
         yield loader.rows(number)[1], arrays
     for start, stop in _gaps(done, total):
         with _Writer(folder, job.config.shard_seconds) as shard, loader.batches(start, stop) as stream:
-            for number, batch in enumerate(progress.each(stream, what, total, done=len(done)), start):
-                with profiling.batch():
-                    arrays = step(batch)
+            computed = _one_ahead(stream, dispatch, read)
+            for number, arrays in enumerate(progress.each(computed, what, total, done=len(done)), start):
                 shard.add(number, arrays)
                 done.add(number)
                 yield loader.rows(number)[1], arrays
                 if len(done) < total:
                     stopping.obey(f"{what}: batch {len(done)} of {total}")
     stopping.obey(what)
+
+
+def _one_ahead(batches: Iterable[Batch], dispatch: Callable[[Batch], Any], read: Callable[[Any], Arrays]):
+    """The results of batches in order; the devices have each before the host reads the one before it."""
+    pending: list[Any] = []
+    for batch in batches:
+        try:
+            with profiling.batch(pending):
+                pending.append(dispatch(batch))
+        except Exception:
+            if pending:  # the batch before is computed, and will not be again
+                yield read(pending.pop())
+            raise
+        if len(pending) > 1:
+            yield read(pending.pop(0))
+    if pending:
+        yield read(pending.pop())
 
 
 def loaded(weights: Any) -> Callable[[], Any]:

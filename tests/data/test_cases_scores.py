@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mpo_jax import recipes, sampling, sharding
+from mpo_jax import decoding, recipes, sampling, sharding
 from mpo_jax.data import encode, sources
 from mpo_jax.stages import candidates, kinds, rows
 from mpo_jax.stages import job as jobs
@@ -57,8 +57,8 @@ def sampled(job: Job, model, weights, prompts, spoken: list[list[int]], patch) -
     forced = np.zeros((len(spoken), 1, SLOTS), np.float32)
     for row, ids in enumerate(spoken):
         forced[row, 0] = np.resize(ids, SLOTS)
-    patch.setattr(sampling, "uniforms", lambda keys, positions: jnp.asarray(forced))
-    patch.setattr(sampling.choose, "draw", lambda chances, said: (said.astype(jnp.int32), jnp.ones_like(said)))
+    patch.setattr(decoding, "uniforms", lambda keys, positions: jnp.asarray(forced))
+    patch.setattr(decoding.choose, "draw", lambda chances, said: (said.astype(jnp.int32), jnp.ones_like(said)))
     how = candidates.sampling_config(job, 1, temperature=1.0, max_new_tokens=SLOTS)
     with candidates.prompt_loader(job, prompts, len(spoken), shuffle=False).batches(0, 1) as stream:
         (batch,) = stream

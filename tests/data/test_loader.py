@@ -47,6 +47,20 @@ def _spanning_mesh(devices) -> Mesh:
     return Mesh(array, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def test_rows_are_dealt_to_the_shards_in_turn():
+    """So that no device has all the fillers of the last batch, nor all the long prompts."""
+    encoded, mesh = make_encoded(count=21), sharding.make_mesh(4, 2, 1)
+    plain, dealt = (Loader(encoded, 16, form="slots", mesh=mesh, shuffle=False, dealt=deal) for deal in (False, True))
+    assert len(dealt.plan(0)) == len(plain.plan(0)) == 2
+    for step in range(2):
+        before, after = plain.rows(step)[1], dealt.rows(step)[1].reshape(8, 2)
+        for shard in range(8):
+            np.testing.assert_array_equal(after[shard], before[shard::8])
+    real = (dealt.rows(1)[1].reshape(8, 2) != FILLER).sum(axis=1)
+    assert real.sum() == 21 - 16 and real.max() == 1
+    np.testing.assert_array_equal(np.asarray(dealt.batch(1).weight), dealt.rows(1)[1] != FILLER)
+
+
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 

@@ -193,12 +193,13 @@ def sums_by_hand(given: dict, length: int, window: int, trunks: int, passes: int
 
 def rollout_by_hand(given: dict) -> tuple[int, int]:
     """Bytes on one chip of weights gathered once, in bfloat16, and of activations summed: two in a layer, for the
-    prompts and for every token."""
+    prompts and for every token, in loops of four widths for all rows, then for a half and a quarter of them."""
     model, tensor = given["model"], given["tensor"]
     rows, steps = given["rows"] // given["fsdp"], given["response"]
     layer = (4 * model["width"] ** 2 + 3 * model["width"] * model["mlp"]) // tensor * 2
     gathered = model["layers"] * layer + 2 * model["vocabulary"] * model["width"] // tensor * 2
-    sums = (2 * model["layers"] + 1) * rows * (given["prompt"] + steps) * model["width"] * 2
+    decoded = sum(-(-rows // part) for part in (1, 1, 1, 1, 2, 4)) * -(-steps // 6)
+    sums = (2 * model["layers"] + 1) * (rows * given["prompt"] + decoded) * model["width"] * 2
     return gathered, sums
 
 

@@ -143,4 +143,4 @@ def test_loop_bounds_of_a_compiled_program():
 )
 def test_products_are_counted_as_often_as_they_run(function, expected):
     x, w = jnp.ones((8, 16)), jnp.ones((5, 16, 16))
-    assert work.flops(jax.jit(function).trace(x, w).jaxpr, loop=7) == expected
+    assert work.flops(jax.jit(function).trace(x, w).jaxpr, loops=(7, 1)) == expected

@@ -96,7 +96,9 @@ def test_equal_programs_of_two_stages_are_compiled_once(small, monkeypatch):
     """dpo and dpo_full differ in their pairs alone; another batch is another program."""
     compiles = []
     monkeypatch.setattr(
-        compiler.hlo, "parse", lambda text, loop, parse=compiler.hlo.parse: compiles.append(loop) or parse(text, loop)
+        compiler.hlo,
+        "parse",
+        lambda text, loops, parse=compiler.hlo.parse: compiles.append(loops) or parse(text, loops),
     )
     known = Known()
     place = case.one_cpu()

@@ -36,8 +36,10 @@ def made(tmp_path_factory, stories):
 
 
 @pytest.fixture
-def sampled(made):
-    """`(folder, of=..., cut=None, calls=None) -> Replies`: samples; cut: the batch before which it is cut off."""
+def sampled(made, monkeypatch):
+    """`(folder, of=..., cut=None, calls=None) -> Replies`: samples, a batch at a call; cut: the call before which it is
+    cut off."""
+    monkeypatch.setattr(candidates, "MOST_BATCHES", 1)
 
     def sample(folder, of=("dpo",), cut=None, calls=None, **how):
         job = evaluation_in(made.job, folder)
