@@ -249,13 +249,13 @@ def _draw(settings: SamplingConfig, logits: jax.Array, state: Decoding) -> Decod
         tokens, totals = choose.draw(chances, uniform)
         logps = choose.drawn_log_probs(allowed, settings.temperature, tokens, totals)
     alive = ~state.done
-    stopped = alive & _is_stop(settings, tokens)
+    stopped = constrain(alive & _is_stop(settings, tokens), "batch", None)  # else the compiler cuts them over tensor
 
     def written(ring: jax.Array, new: jax.Array) -> jax.Array:
         old = jax.lax.dynamic_index_in_dim(ring, slot, axis=2)  # of a row that is done, perhaps a token of its own
         return jax.lax.dynamic_update_slice(ring, jnp.where(alive[:, :, None], new[:, :, None], old), (0, 0, slot))
 
-    count = state.lengths + alive
+    count = constrain(state.lengths + alive, "batch", None)
     return dataclasses.replace(
         state,
         step=state.step + 1,

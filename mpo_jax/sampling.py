@@ -235,10 +235,13 @@ def _rings(state: Decoding) -> tuple[Drawn, jax.Array]:
 def _unrolled(drawn: Drawn, began: jax.Array) -> Drawn:
     """Responses from their first token on."""
     slots = drawn.tokens.shape[2]
-    order = (began[:, None, None] + jnp.arange(slots, dtype=jnp.int32)[None, None]) % slots
+    shift = (began % slots)[:, None, None]
 
     def of(ring: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(ring, jnp.broadcast_to(order, ring.shape), axis=2)
+        # By powers of two: the TPU compiler ends itself at a gather along the last axis that it has fused.
+        for bit in range((slots - 1).bit_length()):
+            ring = jnp.where((shift >> bit) & 1 == 1, jnp.roll(ring, -(1 << bit), axis=2), ring)
+        return ring
 
     return dataclasses.replace(drawn, tokens=of(drawn.tokens), logps=of(drawn.logps))
 

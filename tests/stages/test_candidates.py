@@ -50,7 +50,7 @@ def test_replies_in_turn_are_those_of_each_batch(made, way):
             np.testing.assert_array_equal(found.finished[row], rollout.finished[place])
             np.testing.assert_allclose(found.logps[row], rollout.logps[place].sum(axis=-1), atol=1e-4)
     lens = [len(ids) for row in found.tokens for ids in row]
-    assert min(lens) < 12 < max(lens), "replies are of unlike length"
+    assert max(lens) - min(lens) > 8, "replies are of unlike length"
 
 
 def test_prompts_of_one_length_wait_together_and_few_of_unlike_length_do_not(made):

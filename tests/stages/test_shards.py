@@ -36,10 +36,12 @@ def made(tmp_path_factory, stories):
 
 
 @pytest.fixture
-def sampled(made, monkeypatch):
+def sampled(made):
     """`(folder, of=..., cut=None, calls=None) -> Replies`: samples, a batch at a call; cut: the call before which it is
     cut off."""
-    monkeypatch.setattr(candidates, "MOST_BATCHES", 1)
+
+    patch = pytest.MonkeyPatch()  # of its own: a test may undo what it has patched itself
+    patch.setattr(candidates, "MOST_BATCHES", 1)
 
     def sample(folder, of=("dpo",), cut=None, calls=None, **how):
         job = evaluation_in(made.job, folder)
@@ -48,7 +50,8 @@ def sampled(made, monkeypatch):
         with jax.set_mesh(job.mesh):
             return candidates.sample_all(job, program, made.weights, made.prompts, settings, SIZE, of)
 
-    return sample
+    yield sample
+    patch.undo()
 
 
 def evaluation_in(job, folder):
