@@ -37,7 +37,7 @@ def test_stages_compare_as_their_traced_products_do(config):
             programs = kinds.of(job.settings).programs(job).values()
             traced = sum(
                 estimate.calls(job, each, Assumptions(pairs=1000))
-                * work.flops(each.function.trace(*each.arguments).jaxpr, each.loop)
+                * work.flops(each.function.trace(*each.arguments).jaxpr, each.extent.loops)
                 for each in programs
             )
         found = amount.of_stage(job, 1000)
