@@ -122,3 +122,16 @@ def test_logits_of_all_tokens_never_exist(stage, name):
     ]
     with_vocabulary = [values(array) for array in arrays if array.shape and array.shape[-1] == VOCABULARY // TENSOR]
     assert with_vocabulary and max(with_vocabulary) < whole
+
+
+def test_replies_in_turn_move_no_cache_between_chips():
+    """Rows that are done and prompts that take their places stay on their chip: what goes around at each turn are the
+    prefill's sums, and at each token the step's."""
+    module = compiled(("evaluate", "sample"))["evaluate/sample"]
+    tokens, turns = module.loops
+    looped = [each for each in module.collectives() if each.times >= min(tokens, turns)]
+    moved = [values(array) for each in looped if each.kind != "all-reduce" for array in each.arrays]
+    a_rows_cache = PROMPT * WIDTH // TENSOR  # keys of one prompt in one layer, on one chip
+    assert looped and max(moved, default=0) < a_rows_cache
+    summed = [values(array) for each in looped if each.kind == "all-reduce" for array in each.arrays]
+    assert max(summed) <= ROWS // FSDP * PROMPT * WIDTH, "hidden states of a chip's rows"
