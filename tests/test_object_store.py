@@ -230,6 +230,7 @@ def quickstart(tmp_path_factory) -> dict[str, object]:
     """The numbers of the quickstart on a local disk, never interrupted; compiled as users do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("XLA_FLAGS", raising=False)
+        patch.delenv("PJRT_NPROC", raising=False)
         workdir = tmp_path_factory.mktemp("quickstart") / "run"
         processes.run(1, [QUICKSTART, f"--workdir={workdir}"], workdir.parent / "log")
         yield numbers(epath.Path(workdir))

@@ -22,6 +22,7 @@ def as_users_run_it():
     """Compiled with all optimisation: training takes longer here than compiling."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("XLA_FLAGS", raising=False)
+        patch.delenv("PJRT_NPROC", raising=False)
         yield
 
 
