@@ -32,16 +32,16 @@ class Server(Loopback):
     def __init__(self, handler: type["Handler"]):
         super().__init__(handler)
         self.lock = threading.Lock()
-        self.active = self.most_active = self.calls = 0
+        self.active = self.most_active = self.begun = 0
 
     def settle(self, quiet: float = 0.5) -> None:
         """Waits until the calls of a process that was killed are over: none under way, and none begun, for a while."""
         since, seen = time.monotonic(), -1
         while time.monotonic() - since < quiet:
             with self.lock:
-                busy, calls = self.active > 0, self.calls
-            if busy or calls != seen:
-                since, seen = time.monotonic(), calls
+                busy, begun = self.active > 0, self.begun
+            if busy or begun != seen:
+                since, seen = time.monotonic(), begun
             time.sleep(0.01)
 
 
@@ -60,7 +60,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server = self.server
         with server.lock:
             server.active += 1
-            server.calls += 1
+            server.begun += 1
             server.most_active = max(server.most_active, server.active)
         self._counted = True
         try:
