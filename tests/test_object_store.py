@@ -43,11 +43,12 @@ def numbers(workdir: epath.Path) -> dict[str, object]:
 
 
 def assert_equal(found: object, expected: object, place: str = "") -> None:
-    """The same to the last bit; what is not is named."""
+    """The same to the last bit; what is not is named. What a clock tells is left out, and what the last process of a
+    stage had to compile."""
     if isinstance(expected, dict):
         assert isinstance(found, dict) and sorted(found) == sorted(expected), place
         for name, value in expected.items():
-            if "second" not in name:
+            if "second" not in name and name != "compiles":
                 assert_equal(found[name], value, f"{place}/{name}")
     elif hasattr(expected, "dtype"):
         np.testing.assert_array_equal(np.asarray(found), np.asarray(expected), err_msg=place)
