@@ -199,12 +199,16 @@ def differences(one: Path | None, two: Path | None) -> list[str]:
     names = [
         name for name in sorted(sums[0].keys() | sums[1].keys())
         if sums[0].get(name) != sums[1].get(name)
-        and not name.startswith(("weights/", "value/")) and name not in ("metrics.jsonl", "config.json", "wandb_id")
+        and not name.startswith(("weights/", "value/", "snapshots/"))
+        and name not in ("metrics.jsonl", "config.json", "wandb_id")
     ]  # fmt: skip
     if (one / "metrics.jsonl").exists() and logged(one) != logged(two):
         names.append("metrics.jsonl")
-    for name in ("weights", "value"):
-        if (one / name).exists() and not same(one / name, two / name):
+    snapshots = {f"snapshots/{path.name}" for each in (one, two) for path in (each / "snapshots").glob("*")}
+    for name in ("weights", "value", *sorted(snapshots)):
+        if (one / name).exists() != (two / name).exists() or (
+            (one / name).exists() and not same(one / name, two / name)
+        ):
             names.append(name)
     return names
 
