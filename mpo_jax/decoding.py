@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from mpo_jax import sharding
 from mpo_jax.errors import InputError
@@ -275,8 +275,8 @@ def decode_weights(config: ModelConfig, weights: PyTree) -> PyTree:
     """The trunk in the compute dtype, cut over the tensor axis alone: what fsdp shards is gathered here, once, so that
     the loop gathers no weight. A scalar head is left out."""
     cast = decoder.cast_weights(config, {name: weights[name] for name in ("params", "lora") if name in weights})
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    mesh = sharding.current_mesh()
+    if mesh is None:
         return cast
     return sharding.map_weights(
         lambda name, x: jax.lax.with_sharding_constraint(x, decode_spec(name, x.shape, mesh)), cast

@@ -4,20 +4,18 @@ Rows of a batch lie over the mesh's data and fsdp axes. They are cut here into a
 and rows are named within their group, [groups, k], so that what moves stays on the device where it lies.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from mpo_jax.sharding import BATCH_AXES, axis_size
+from mpo_jax.sharding import BATCH_AXES, axis_size, current_mesh
 from mpo_jax.types import PyTree
 
 
 def groups(*sizes: int) -> int:
     """Groups that rows of these numbers are cut into under the mesh of `jax.set_mesh`: 1 where it does not divide
     them all, as of a single prompt, or where there is none."""
-    mesh = _mesh()
+    mesh = current_mesh()
     shards = 1 if mesh is None else axis_size(mesh, BATCH_AXES)
     return shards if all(size % shards == 0 for size in sizes) else 1
 
@@ -67,7 +65,7 @@ def first(rows: jax.Array, groups: int) -> jax.Array:
 
 def over_rows(tree: PyTree) -> PyTree:
     """Arrays with their first axis over the mesh, where it divides them; how the other axes lie is left open."""
-    mesh = _mesh()
+    mesh = current_mesh()
     shards = 1 if mesh is None else axis_size(mesh, BATCH_AXES)
 
     def of(x: jax.Array) -> jax.Array:
@@ -77,9 +75,3 @@ def over_rows(tree: PyTree) -> PyTree:
         return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *others))
 
     return jax.tree.map(of, tree)
-
-
-def _mesh() -> Any:
-    """The mesh of `jax.set_mesh`; None without one, and inside shard_map."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types) else mesh

@@ -31,9 +31,7 @@ def start(coordinator: str | None, processes: int | None, process: int | None, d
     """Joins the processes of a run: by host:port of process 0, their number and this one's index, or, with `detect`,
     by what the platform tells (Cloud TPU, GKE, SLURM, MPI). Alone, where neither is given."""
     if (devices := _virtual_devices()) > 1:
-        # The devices' parts of a program wait for each other in XLA's threads, of which there are as many as devices or
-        # processors: one that something else holds, and all have been seen to wait for ever.
-        os.environ.setdefault("PJRT_NPROC", str(3 * devices))
+        spare_threads(devices)
     if coordinator is None and not detect:
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `stopping`
@@ -45,6 +43,14 @@ def start(coordinator: str | None, processes: int | None, process: int | None, d
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"--distributed: {' '.join(str(error).split())[:300]}; or give --coordinator") from error
+
+
+def spare_threads(devices: int) -> None:
+    """Gives XLA three threads for each of so many devices on one CPU, before it begins.
+
+    The devices' parts of a program wait for each other in its threads, of which there are as many as devices or
+    processors: one that something else holds, and all have been seen to wait for ever."""
+    os.environ.setdefault("PJRT_NPROC", str(3 * devices))
 
 
 def _virtual_devices() -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mpo_jax.errors import InputError
 from mpo_jax.ops.product import Int8
@@ -189,14 +189,20 @@ def check_batch(rows: int, mesh: Mesh, key: str = "batch_size") -> None:
         raise InputError(f"{key}: {rows} rows are not divided by mesh data x fsdp = {shards}")
 
 
+def current_mesh() -> AbstractMesh | None:
+    """The mesh of `jax.set_mesh`, whose axes the compiler divides; None without one, and inside shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types) else mesh
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrains an activation by logical axes, one for each dimension, under the mesh of `jax.set_mesh`.
 
     Dimensions that the mesh doesn't divide stay unconstrained, so that one row can be scored on any mesh; without a
     mesh, and inside shard_map, x is returned as it is.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    mesh = current_mesh()
+    if mesh is None:
         return x
     spec = []
     for axis, size in zip(axes, x.shape, strict=True):

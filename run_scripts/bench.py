@@ -9,7 +9,6 @@ lengths, replies and devices, as a table and a plot; --json names the table, bes
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ if __name__ == "__main__":
 import jax
 from absl import app, flags
 
-from mpo_jax import sharding
+from mpo_jax import processes, sharding
 from mpo_jax.errors import InputError
 from mpo_jax.models.config import ATTENTION_SETTINGS, REMAT_POLICIES
 from run_scripts.benchmarks import measure, replies, scaling
@@ -85,7 +84,7 @@ def main(argv) -> None:
 def run(what: str, case: Case, runs: int, devices: int = 1, traced: bool = False, eos: bool = False) -> dict[str, Any]:
     if devices > 1:
         jax.config.update("jax_num_cpu_devices", devices)
-        os.environ.setdefault("PJRT_NPROC", str(3 * devices))  # see `processes.start`
+        processes.spare_threads(devices)
     mesh = sharding.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):
         if eos:

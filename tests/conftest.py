@@ -8,7 +8,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("PJRT_NPROC", "24")  # threads of XLA, three for each virtual device: see `processes.start`
+os.environ.setdefault("PJRT_NPROC", "24")  # three for each virtual device, see `processes.spare_threads`
 # Nearly all of a test's time goes into compiling programs that run for milliseconds. Without LLVM's optimisation and
 # the fusion emitters they compile in an eighth of the time, here and in the processes that tests start.
 _quick = "--xla_backend_optimization_level=0"

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from mpo_jax.errors import InputError
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import masks
-from mpo_jax.sharding import BATCH_AXES, axis_size
+from mpo_jax.sharding import BATCH_AXES, axis_size, current_mesh
 
 _HEAD_AXIS = "tensor"
 _BLOCKS = (512, 256, 128)  # columns of a kernel's tile: the largest that divides the row
@@ -52,16 +52,15 @@ def attend(
     rows, length = segments.shape
     if slots is not None and slots.prompt + slots.responses * slots.length != length:
         raise InputError(f"flash attention: {slots} does not make up rows of {length} columns")
-    mesh = jax.sharding.get_abstract_mesh()
-    on_mesh = not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types)
-    shards = axis_size(mesh, _HEAD_AXIS) if on_mesh else 1
+    mesh = current_mesh()
+    shards = 1 if mesh is None else axis_size(mesh, _HEAD_AXIS)
     where = platform()
     config.check_attention(where, shards, length)
     if where not in ("cpu", "tpu"):
         return cudnn(config, q, k, v, masks.visible(positions, segments, window))
     interpret = where == "cpu"
     local = functools.partial(_local, config, window, slots, interpret)
-    if not on_mesh:
+    if mesh is None:
         return local(q, k, v, positions, segments, None)
     # Like `constrain`: rows that the mesh doesn't divide are computed everywhere.
     batch = BATCH_AXES if rows % axis_size(mesh, BATCH_AXES) == 0 else None
