@@ -31,6 +31,9 @@ from mpo_jax.run import Run, StageMesh, mesh_of
 from mpo_jax.stages import kinds
 from mpo_jax.stages.job import Job
 
+_WORTH_KEEPING = 0.5
+"""Seconds of compiling from which a program is kept."""
+
 
 def define() -> None:
     config_flags.DEFINE_config_file("config", None, "A config file or the name of a shipped one: tldr, tldr:debug.")
@@ -55,12 +58,23 @@ def work() -> int | None:
         return None
     allocator.check_card()
     processes.start(given.coordinator, given.processes, given.process, given.distributed)
-    # Compiled programs outlive the process: a resumed or repeated run starts with its first step at once.
-    jax.config.update("jax_compilation_cache_dir", str(workdir / COMPILED))
+    keep_programs(workdir)
     mesh = sharding.make_mesh(**dict(config.mesh))
     with stopping.Notice(), peers.watched(locks.give_up):
         pipeline.run(config, workdir, mesh, given.stages, profile, given.wait, _amount)
     return None
+
+
+def keep_programs(workdir: epath.Path) -> None:
+    """Compiled programs outlive the process, in the workdir or where JAX_COMPILATION_CACHE_DIR says: a resumed or
+    repeated run starts with its first step at once."""
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / COMPILED))
+    # XLA's own caches would bring the folder's name into every program's key, and a run that was moved or copied, or
+    # lies elsewhere on the next machine, would compile all again.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    shortest = "jax_persistent_cache_min_compile_time_secs"
+    jax.config.update(shortest, min(getattr(jax.config, shortest, _WORTH_KEEPING), _WORTH_KEEPING))
 
 
 def _amount(job: Job, pairs: int) -> float | None:

@@ -1,9 +1,11 @@
 """A run whose stages are all done is started again, in a process of its own; what that imports is looked at."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from etils import epath
@@ -79,3 +81,23 @@ def test_what_a_stage_that_will_run_needs_is_checked_before_the_first(tmp_path, 
     with pytest.raises(InputError, match="no tokenizer can be loaded from here"):
         pipeline.run(run, workdir, sharding.make_mesh(data=1, fsdp=8))
     assert not list(workdir.glob("sft-*"))
+
+
+def test_programs_are_found_again_in_a_workdir_of_another_name(tmp_path):
+    """What a run compiled serves a copy of it, or where JAX_COMPILATION_CACHE_DIR says, a run beside it."""
+    flags = ["--config=sft", "--config.stages.sft.steps=1", "--config.stages.sft.eval_batches=1"]
+
+    def compiled(name: str, **environment) -> set[str]:
+        workdir = tmp_path / name
+        kept = environment.get("JAX_COMPILATION_CACHE_DIR", workdir / artifacts.COMPILED)
+        command = [sys.executable, "-m", "mpo_jax.main", *flags, f"--workdir={workdir}"]
+        everything = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        subprocess.run(command, cwd=ROOT, env=os.environ | everything | environment, check=True, timeout=600)
+        return {path.name for path in Path(kept).glob("*-cache")}
+
+    first = compiled("first")
+    assert any(name.startswith("jit_train") for name in first)
+    shutil.copytree(tmp_path / "first" / artifacts.COMPILED, tmp_path / "second" / artifacts.COMPILED)
+    assert compiled("second") == first
+    assert compiled("third", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "first" / artifacts.COMPILED)) == first
+    assert not (tmp_path / "third" / artifacts.COMPILED).exists()
