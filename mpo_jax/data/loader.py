@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import jax
@@ -173,16 +173,23 @@ class Loader:
         """How many batches such a sample has."""
         return min(batches, -(-len(self.encoded) // self.batch_size))
 
-    def shapes(self) -> list[Batch]:
-        """An abstract batch for every bucket, with its sharding: what a step is compiled for."""
-        abstract: list[dict[str, Any]] = [
-            {
-                name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
-                for name, (shape, dtype) in self._shapes(bucket).items()
-            }
-            for bucket in self.buckets
-        ]
-        return [Batch(**fields, window=bucket.window) for fields, bucket in zip(abstract, self.buckets, strict=True)]
+    def sampled_shapes(self, batches: int) -> list[Batch]:
+        """`shapes` of such a sample."""
+        plan = self._plan(epoch=0, shuffle=False, sample=batches)
+        return [self._abstract(self.buckets[bucket]) for bucket in np.unique(plan.bucket)]
+
+    def shapes(self, steps: Iterable[int] | None = None) -> list[Batch]:
+        """An abstract batch for every bucket that the steps meet (None: any), with its sharding: what a step is
+        compiled for."""
+        met = self.buckets if steps is None else dict.fromkeys(self.rows(step)[0] for step in steps)
+        return [self._abstract(bucket) for bucket in met]
+
+    def _abstract(self, bucket: Bucket) -> Batch:
+        fields: dict[str, Any] = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
+            for name, (shape, dtype) in self._shapes(bucket).items()
+        }
+        return Batch(**fields, window=bucket.window)
 
     def _shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], type]]:
         size = self.batch_size

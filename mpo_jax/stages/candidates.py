@@ -30,7 +30,7 @@ from mpo_jax.stages import programs as shapes
 from mpo_jax.stages import shards
 from mpo_jax.stages.base import Sampling
 from mpo_jax.stages.job import Job
-from mpo_jax.stages.programs import Program
+from mpo_jax.stages.programs import Call, Program
 from mpo_jax.types import Batch, PyTree, Rollout
 
 MOST_BATCHES = 8
@@ -185,8 +185,10 @@ def sample_all(
     logps = np.zeros((len(encoded), settings.n), np.float32)
     finished = np.zeros((len(encoded), settings.n), bool)
 
-    def draw(batch: Batch) -> Rollout:
-        return program.function(loaded(), batch, job.seed, 0)
+    seed, round_ = shapes.number(job, job.seed), shapes.number(job, 0)
+
+    def draw(batch: Batch) -> Call:
+        return program.function, (loaded(), batch, seed, round_)
 
     def read(drawn: Rollout) -> shards.Arrays:
         rollout = jax.device_get(drawn)

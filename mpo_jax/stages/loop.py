@@ -7,7 +7,7 @@ continues from the last checkpoint and ends with the same numbers.
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import PolicyTraining, Training
 from mpo_jax.stages.job import Job
-from mpo_jax.stages.programs import Program, Programs, named
+from mpo_jax.stages.programs import Call, Program, Programs, compile_ahead, named
 from mpo_jax.stages.stopwatch import Reading, Stopwatch
 from mpo_jax.types import Batch, PyTree, TrainState
 
@@ -55,7 +55,8 @@ class Trainer:
     that the step reads. extra: see `types.TrainState`. best: the evaluation's metric whose minimum (or, with a leading
     "-", maximum) marks the best checkpoint. settings: the stage's own. name, known: the stage's name and what is known
     of its summary, for the failures that evaluations show. watch: is told each logged step's number and values, to warn
-    of what needn't stop the run. policy: what a snapshot holds of the parameters.
+    of what needn't stop the run. policy: what a snapshot holds of the parameters. calls: of the programs of the steps
+    from one to another and of the evaluations among them, (state, first, last) -> calls, compiled before the first.
     """
 
     step: Step
@@ -73,6 +74,7 @@ class Trainer:
     known: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     watch: Callable[[int, dict[str, float]], None] | None = None
     policy: Callable[[PyTree], PyTree] = lambda params: params
+    calls: Callable[[TrainState, int, int], Iterable[Call]] = lambda state, first, last: ()
 
 
 def programs(
@@ -127,11 +129,19 @@ def supervised(
     extra: the arrays of its `Extra`."""
     optimizer, rate = optim.of_settings(job.settings, steps)
 
+    step, judge = (compiled[name].function for name in ("train", "evaluate"))
+
     def judged(params, frozen, _):
-        return evaluate(compiled["evaluate"].function, params, frozen, heldout, job.settings.eval_batches)
+        return evaluate(judge, params, frozen, heldout, job.settings.eval_batches)
+
+    def calls(state: TrainState, first: int, last: int) -> Iterator[Call]:
+        for rows in loader.shapes(range(first, last)):
+            yield step, (state, frozen, rows)
+        for rows in heldout.sampled_shapes(job.settings.eval_batches):
+            yield judge, (state.params, frozen, rows)
 
     return Trainer(
-        step=compiled["train"].function,
+        step=step,
         optimizer=optimizer,
         rate=rate,
         params=params,
@@ -142,6 +152,7 @@ def supervised(
         key=jobs.key(job),
         extra=extra or {},
         name=job.name,
+        calls=calls,
     )
 
 
@@ -219,7 +230,10 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
     kept = settings.snapshot_steps(steps) if isinstance(settings, PolicyTraining) else []
     eval_every = settings.eval_every or max(1, steps // 10)
     save_every = settings.save_every or max(1, steps // 10)
-    compiles = {"first": 0, "late": 0}
+    before = metrics_log.compiles()
+    # No epoch has other buckets than the one before it.
+    compile_ahead(mesh, training.calls(state, start, min(steps, start + loader.steps_per_epoch)))
+    compiles = {"first": metrics_log.compiles() - before, "late": 0}
     watch = nonfinite.Watch(loader, settings.on_nonfinite == "skip", progress.get("skipped", 0))
     # Whatever ends the loop, saves that have begun are waited for.
     with (

@@ -4,13 +4,14 @@ For self-labelled studies and data without labels: the labeller's Bradley-Terry 
 share of the data gets its pairs, so that what follows can keep them apart.
 """
 
+import itertools
 from typing import Annotated, Any, Literal
 
 import annotated_types
 import numpy as np
 
 from mpo_jax.artifacts import POLICY, SAMPLES
-from mpo_jax.data import shares
+from mpo_jax.data import encode, shares
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.run import sources_of
 from mpo_jax.settings import Count, changed, role, setting
@@ -65,10 +66,14 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     unscored: dict[str, int] = {}
     with scores.opened(job, "labeller", tokenizer, compiled, settings.batch_size) as score:
         divisions = [jobs.data_division(job.config.data, name) for name in sources_of(settings)]
-        for share in dict.fromkeys(name for each in divisions for name in shares.names(each)):
-            prompts = corpus.share_prompts(job, model, tokenizer, share)
-            replies = candidates.sample_all(job, compiled["sample"], weights, prompts, how, settings.batch_size, of)
-            rows = candidates.with_replies(prompts, replies.tokens)
+        names = dict.fromkeys(name for each in divisions for name in shares.names(each))
+        prompts_of = {name: corpus.share_prompts(job, model, tokenizer, name) for name in names}
+        # All shares at once: fewer rows stand empty at the end, and one program replies to all of them.
+        together = encode.join(*prompts_of.values())
+        replies = candidates.sample_all(job, compiled["sample"], weights, together, how, settings.batch_size, of)
+        waiting = iter(replies.tokens)
+        for share, prompts in prompts_of.items():
+            rows = candidates.with_replies(prompts, list(itertools.islice(waiting, len(prompts))))
             gold = score(rows)
             pairs = candidates.pair_up(rows, gold, gold, settings.pairing, settings.label_temperature, job.seed)
             counts[share], unscored[share] = len(pairs.encoded), int(np.isnan(gold).sum())

@@ -6,10 +6,14 @@ bucket: rows of data.max_length tokens, prompts of what a reply leaves of it. Le
 
 import dataclasses
 import math
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpo_jax import sharding
 from mpo_jax.models.config import ModelConfig
@@ -20,6 +24,9 @@ from mpo_jax.types import Batch, PyTree, TrainState
 
 STEPS = 1000
 """Optimizer steps of a training whose data has not been read: only its learning rates depend on them."""
+
+_THREADS = 8
+"""Programs that are compiled at a time, at most: each takes memory of the host."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +86,38 @@ class Program:
 
 Programs = dict[str, Program]
 
+Call = tuple[Any, tuple]
+"""A jitted function, and its arguments or their shapes with shardings."""
+
 
 def named(function: Any, name: str) -> Any:
     """The function under a name, by which compilers, profiles and logs call its program."""
     function.__name__ = function.__qualname__ = name
     return function
+
+
+def compile_ahead(mesh: jax.sharding.Mesh, calls: Iterable[Call]) -> None:
+    """Compiles programs side by side, in threads, each once. A call with arguments of the same shapes, types and
+    shardings then compiles nothing.
+
+    For a GPU one after the other: while it compiles, XLA times kernels on the card, and would time others' too."""
+    wanted = {(function, _shapes_of(arguments)): (function, arguments) for function, arguments in calls}
+
+    def compiled(call: Call) -> None:
+        function, arguments = call
+        with jax.set_mesh(mesh):  # each thread has its own
+            function.lower(*arguments).compile()
+
+    alone = mesh.devices.flat[0].platform == "gpu"
+    with ThreadPoolExecutor(1 if alone else min(_THREADS, os.cpu_count() or 1), "compile") as threads:
+        for done in [threads.submit(compiled, call) for call in wanted.values()]:
+            done.result()
+
+
+def _shapes_of(arguments: tuple) -> tuple:
+    """What tells the programs of one function apart."""
+    leaves, structure = jax.tree.flatten(arguments)
+    return structure, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
 
 
 # Extents --------------------------------------------------------------------------------------------------------------
@@ -227,6 +261,12 @@ def rows_of(job: Job, shape: tuple[int, ...], dtype) -> Any:
 
 def scalar(job: Job, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((), dtype, sharding=sharding.replicated(job.mesh))
+
+
+def number(job: Job, value: int) -> jax.Array:
+    """An i32 of `scalar`'s shape and sharding: a program takes a Python integer for another type, and is compiled
+    again."""
+    return jax.device_put(np.int32(value), sharding.replicated(job.mesh))
 
 
 def _up(value: int, multiple: int) -> int:

@@ -18,7 +18,7 @@ from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages import shards
 from mpo_jax.stages.job import Job
-from mpo_jax.stages.programs import Program
+from mpo_jax.stages.programs import Call, Program
 from mpo_jax.types import Batch, PyTree
 
 
@@ -78,8 +78,8 @@ def compute(
     loaded = shards.loaded(weights)
     numbers = np.full((len(encoded), encoded.replies), np.nan, np.float32)
 
-    def number(batch: Batch) -> jax.Array:
-        return program.function(loaded(), batch)
+    def number(batch: Batch) -> Call:
+        return program.function, (loaded(), batch)
 
     def read(found: jax.Array) -> shards.Arrays:
         return {"numbers": np.asarray(found)}

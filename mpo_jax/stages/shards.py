@@ -24,6 +24,7 @@ from mpo_jax.data.loader import Loader
 from mpo_jax.errors import InputError
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Job
+from mpo_jax.stages.programs import Call, compile_ahead
 from mpo_jax.types import Batch
 
 FORMAT = 1
@@ -38,24 +39,26 @@ def over(
     loader: Loader,
     what: str,
     of: Sequence[Any] | None,
-    dispatch: Callable[[Batch], Any],
+    call: Callable[[Batch], Call],
     read: Callable[[Any], Arrays],
 ) -> Iterator[tuple[np.ndarray, Arrays]]:
     """(row indices i32 [batch size], results) of every batch of one epoch; kept ones first, the others in order.
 
-    dispatch: hands a batch to the devices. read: waits for what they made of it; by then they have the next batch.
-    what: the work, in a word, as "sample". of: what tells its results from others in the same stage's folder, beside
-    the rows and the batches: whose weights they are by. None: nothing is kept. Raises Stopped behind a batch, when all
-    that was computed is kept, if the run is to stop."""
+    call: what the devices are to compute of a batch, or of its shape. read: waits for what they made of it; by then
+    they have the next batch. what: the work, in a word, as "sample". of: what tells its results from others in the same
+    stage's folder, beside the rows and the batches: whose weights they are by. None: nothing is kept. Raises Stopped
+    behind a batch, when all that was computed is kept, if the run is to stop."""
     total = loader.steps_per_epoch
     folder = None if of is None else job.folder / artifacts.SHARDS / f"{what}-{_name(job, loader, of)}"
     done = set()
     for number, arrays in _kept(folder, total):
         done.add(number)
         yield loader.rows(number)[1], arrays
-    for start, stop in _gaps(done, total):
+    gaps = _gaps(done, total)
+    compile_ahead(job.mesh, map(call, loader.shapes(number for gap in gaps for number in range(*gap))))
+    for start, stop in gaps:
         with _Writer(folder, job.config.shard_seconds) as shard, loader.batches(start, stop) as stream:
-            computed = _one_ahead(stream, dispatch, read)
+            computed = _one_ahead(stream, call, read)
             for number, arrays in enumerate(progress.each(computed, what, total, done=len(done)), start):
                 shard.add(number, arrays)
                 done.add(number)
@@ -65,13 +68,14 @@ def over(
     stopping.obey(what)
 
 
-def _one_ahead(batches: Iterable[Batch], dispatch: Callable[[Batch], Any], read: Callable[[Any], Arrays]):
+def _one_ahead(batches: Iterable[Batch], call: Callable[[Batch], Call], read: Callable[[Any], Arrays]):
     """The results of batches in order; the devices have each before the host reads the one before it."""
     pending: list[Any] = []
     for batch in batches:
         try:
             with profiling.batch(pending):
-                pending.append(dispatch(batch))
+                function, arguments = call(batch)
+                pending.append(function(*arguments))
         except Exception:
             if pending:  # the batch before is computed, and will not be again
                 yield read(pending.pop())

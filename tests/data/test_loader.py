@@ -186,6 +186,17 @@ def test_shapes_are_what_batches_are():
         shape = promised[batch.tokens.shape, batch.window]
         same = jax.tree.map(lambda a, b: (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding), batch, shape)
         assert all(jax.tree.leaves(same))
+        assert loader.shapes([step, step]) == [shape]
+    of_all = loader.shapes(range(3 * loader.steps_per_epoch))
+    assert len(of_all) == len(promised) and all(shape in of_all for shape in promised.values())
+
+
+def test_shapes_of_a_sample_are_those_of_its_batches():
+    loader = Loader(make_encoded(61), 8, shuffle=False, max_buckets=8)
+    with loader.sample(2) as stream:
+        found = {(batch.tokens.shape, batch.window) for batch in stream}
+    assert {(shape.tokens.shape, shape.window) for shape in loader.sampled_shapes(2)} == found
+    assert len(found) < len(loader.buckets)
 
 
 def test_one_trace_per_bucket():

@@ -82,7 +82,6 @@ def test_evaluation_samples_the_next_replies_while_others_score_the_last(tmp_pat
     told: list[str] = []
     with jax.set_mesh(job.mesh):
         model = jobs.model(job)
-        how = dataclasses.replace(stage.sampling_config(job), n=1)
         tokenizer = jobs.load_tokenizer(job, model)
         _, heldout = buckets.prompts_for(job, model, tokenizer, 24)
         compiled = stage.programs(job)
@@ -100,9 +99,9 @@ def test_evaluation_samples_the_next_replies_while_others_score_the_last(tmp_pat
         params = {"policy": jobs.load_weights(job, job.inputs["init"], model)}
         frozen = stage.load_frozen(job, model)
         params["value"] = stage.critic(job, model, params["policy"])
-        seen = list(evaluation.reply(job, compiled, how, heldout, ask)(params, frozen))
-        weights = frozen["base"] | params["policy"]
         loader = candidates.prompt_loader(job, heldout, job.settings.batch_size, shuffle=False)
+        seen = list(evaluation.reply(job, compiled, loader, ask)(params, frozen))
+        weights = frozen["base"] | params["policy"]
         with loader.sample(job.settings.eval_batches) as stream:
             alone = [jax.device_get(sampler.function(weights, batch, job.seed, 0)) for batch in stream]
     batches = len(alone)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from mpo_jax import metrics
 from mpo_jax.artifacts import POLICY
 from mpo_jax.stages import candidates, kinds, rows, shards
 from mpo_jax.stages.job import Artifact, Job
@@ -21,6 +22,19 @@ UNPLANNED = {
     "init_fn": "the optimizer's first state, once, before the first step; the state itself is an argument of every step"
 }
 """Jitted functions of stages that no plan lists, and why."""
+AHEAD = {
+    "sft": {"train", "evaluate"},
+    "reward": {"train", "evaluate", "score"},
+    "pairs": {"sample"},
+    "split": {"score"},
+    "dpo": {"train", "evaluate"},
+    "kto": {"train", "evaluate"},
+    "ppo": {"rollout", "experience", "update", "measure"},
+    "ppo, replaying pairs": {"rollout", "experience", "update", "measure"},
+    "ppo, two samples by another scorer": {"rollout", "look", "evaluation_rollout"},
+    "evaluate": {"sample", "logps", "score"},
+}
+"""Programs that are compiled before their first call, by case, at the least."""
 
 
 def on_data(kind: str, **settings):
@@ -135,11 +149,35 @@ CASES: dict[str, Callable[..., Job]] = {
 }  # fmt: skip
 
 
+class Recorded:
+    """A program's function, whose calls are kept, and which of them compiled though they were compiled ahead."""
+
+    def __init__(self, program, calls: list):
+        self._function, self._listed, self._calls = program.function, program.arguments, calls
+        self.ahead: set[tuple] = set()
+        self.__name__ = program.function.__name__
+
+    def __call__(self, *args):
+        before = metrics.compiles()
+        result = self._function(*args)
+        again = tuple(signature(args, shapes=True)) in self.ahead and metrics.compiles() > before
+        self._calls.append((signature(args), signature(self._listed), again))
+        return result
+
+    def lower(self, *args):
+        self.ahead.add(tuple(signature(args, shapes=True)))
+        return self._function.lower(*args)
+
+    def eval_shape(self, *args):
+        return self._function.eval_shape(*args)
+
+
 class Called:
     """What a stage's run called, and what it jitted: filled while it runs."""
 
     def __init__(self, monkeypatch, job: Job):
         self.programs: dict[str, list] = {}
+        self.functions: dict[str, Recorded] = {}
         self.jitted: list = []
         self.planned: set[int] = set()
         module, jit = sys.modules[kinds.of(job.settings).run.__module__], jax.jit
@@ -163,26 +201,26 @@ class Called:
 
     def _recorded(self, name, program):
         calls = self.programs.setdefault(name, [])
+        self.functions[name] = Recorded(program, calls)
+        return dataclasses.replace(program, function=self.functions[name])
 
-        def call(*args):
-            calls.append((signature(args), signature(program.arguments)))
-            return program.function(*args)
-
-        return dataclasses.replace(program, function=call)
+    def ahead(self) -> set[str]:
+        """What was compiled before it was called."""
+        return {name for name, function in self.functions.items() if function.ahead}
 
     def unplanned(self) -> set[str]:
         return {name for name, made in self.jitted if id(made) not in self.planned and made._cache_size()}
 
 
-def signature(args) -> list[tuple]:
-    """Place, type and number of axes of every array: lengths differ from bucket to bucket."""
+def signature(args, shapes: bool = False) -> list[tuple]:
+    """Place, type and number of axes of every array, or its shape: lengths differ from bucket to bucket."""
     leaves = jax.tree_util.tree_leaves_with_path(args)
-    return [(jax.tree_util.keystr(path), *_kind(leaf)) for path, leaf in leaves]
+    return [(jax.tree_util.keystr(path), *_kind(leaf, shapes)) for path, leaf in leaves]
 
 
-def _kind(leaf) -> tuple:
+def _kind(leaf, shape: bool) -> tuple:
     leaf = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
-    return str(leaf.dtype), leaf.ndim
+    return str(leaf.dtype), leaf.shape if shape else leaf.ndim
 
 
 def test_every_kind_is_run_here():
@@ -204,6 +242,8 @@ def test_a_stage_compiles_what_its_plan_lists_and_nothing_else(case, tmp_path, s
     assert called.programs.keys() == planned.keys()
     for name, calls in called.programs.items():
         assert calls, f"{name} is planned, and never called"
-        for given, listed in calls:
+        for given, listed, again in calls:
             assert given == listed, name
+            assert not again, f"{name} was compiled ahead, and again when it was called"
+    assert called.ahead() >= AHEAD.get(case, set())
     assert called.unplanned() <= UNPLANNED.keys()

@@ -48,7 +48,7 @@ def test_sft_then_reward_model(whole):
     heldout = [value for _, value in metrics.curve(kills.folder(whole, "sft"), "eval/loss")]
     assert heldout[-1] < heldout[0]
     for stage in (sft, reward):
-        assert stage["compiles"] == stage["buckets"]
+        assert stage["buckets"] < stage["compiles"] <= 2 * stage["buckets"], "steps, and evaluations"
         assert stage["compiles_after_warmup"] == 0
     report = reward["report"]
     assert set(report["baselines"]) == {"shorter_wins", "tfidf_bradley_terry"}

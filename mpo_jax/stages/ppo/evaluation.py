@@ -11,17 +11,18 @@ import numpy as np
 
 from mpo_jax import artifacts, processes, progress
 from mpo_jax import metrics as metrics_log
-from mpo_jax.data.encode import Encoded
+from mpo_jax.data.loader import Loader
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.sampling import SamplingConfig
 from mpo_jax.stages import candidates, gradients, loop
 from mpo_jax.stages import job as jobs
+from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.ppo import experience as experiences
 from mpo_jax.stages.ppo.others import Ask, on_host
 from mpo_jax.stages.ppo.settings import Rules, Settings
-from mpo_jax.stages.programs import Programs
-from mpo_jax.types import PyTree, Rollout
+from mpo_jax.stages.programs import Call, Programs
+from mpo_jax.types import Batch, PyTree, Rollout
 
 
 def measuring_step(model: ModelConfig, rules: Rules):
@@ -42,23 +43,42 @@ class Replied(NamedTuple):
 
 
 def reply(
-    job: Job[Settings], compiled: Programs, sampling: SamplingConfig, prompts: Encoded, ask: Ask | None
+    job: Job[Settings], compiled: Programs, loader: Loader, ask: Ask | None
 ) -> Callable[[PyTree, PyTree], Iterator[Replied]]:
     """`(params, frozen) ->` one reply to each of a fair sample of held-out prompts, a batch at a time. ask: None where
     the reward model alone scores; else the next batch is sampled while others score."""
-    loader = candidates.prompt_loader(job, prompts, job.settings.batch_size, shuffle=False)
-    draw = compiled.get("evaluation_rollout", compiled["rollout"]).function
-    measure = compiled["measure"].function
+    draw, measure = _functions(compiled)
+    batches = job.settings.eval_batches
 
     def replied(params: PyTree, frozen: PyTree) -> Iterator[Replied]:
-        with loader.sample(job.settings.eval_batches) as stream:
-            weights = frozen["base"] | params["policy"]
-            drawn = _ahead(draw(weights, batch, job.seed, 0) for batch in stream)
-            for rollout in progress.each(drawn, "evaluate", loader.sampled(job.settings.eval_batches)):
+        with loader.sample(batches) as stream:
+            drawn = _ahead(draw(*_drawing(job, params, frozen, batch)) for batch in stream)
+            for rollout in progress.each(drawn, "evaluate", loader.sampled(batches)):
                 sums, scores = measure(params, frozen, rollout, None if ask is None else ask(frozen, rollout))
                 yield Replied(rollout, scores, sums)
 
     return replied
+
+
+def reply_calls(
+    job: Job[Settings], compiled: Programs, params: PyTree, frozen: PyTree, prompts: Batch
+) -> Iterator[Call]:
+    """What `reply` calls on prompts of a shape; where others score, without what is computed of what they say."""
+    draw, measure = _functions(compiled)
+    drawing = _drawing(job, params, frozen, prompts)
+    yield draw, drawing
+    if not job.settings.asks:
+        yield measure, (params, frozen, shapes.on_rows(job, draw.eval_shape(*drawing)), None)
+
+
+def _functions(compiled: Programs) -> tuple[Any, Any]:
+    """Those that draw one reply to each prompt and that measure it."""
+    return compiled.get("evaluation_rollout", compiled["rollout"]).function, compiled["measure"].function
+
+
+def _drawing(job: Job, params: PyTree, frozen: PyTree, prompts: Batch) -> tuple:
+    """The arguments of the first."""
+    return frozen["base"] | params["policy"], prompts, shapes.number(job, job.seed), shapes.number(job, 0)
 
 
 def _ahead(drawn: Iterator[Rollout]) -> Iterator[Rollout]:

@@ -7,7 +7,7 @@ PPO (Schulman et al. 2017, arXiv 1707.06347; for language models Ziegler et al. 
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.ppo import others, replay
-from mpo_jax.stages.ppo.evaluation import make_evaluation, measuring_step, reply
+from mpo_jax.stages.ppo.evaluation import make_evaluation, measuring_step, reply, reply_calls
 from mpo_jax.stages.ppo.others import Ask
 from mpo_jax.stages.ppo.settings import Settings
 from mpo_jax.stages.ppo.update import (
@@ -42,8 +42,8 @@ from mpo_jax.stages.ppo.update import (
     update_step,
     weighing_step,
 )
-from mpo_jax.stages.programs import Program, Programs
-from mpo_jax.types import PyTree
+from mpo_jax.stages.programs import Call, Program, Programs
+from mpo_jax.types import Batch, PyTree, TrainState
 
 
 def check(job: Job[Settings]) -> None:
@@ -143,6 +143,25 @@ def _everywhere(job: Job, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.replicated(job.mesh))
 
 
+def calls(
+    job: Job[Settings], compiled: Programs, state: TrainState, frozen: PyTree, prompts: Batch, pairs: Sequence[Batch]
+) -> Iterator[Call]:
+    """What a step calls of the stage's programs on prompts of a shape. pairs: the shape of what is replayed, or ().
+    Where others score, what they say is the host's, and is left to the first step."""
+    seed, functions = shapes.number(job, job.seed), {name: program.function for name, program in compiled.items()}
+    drawing = (frozen["base"] | state.params["policy"], prompts, seed, state.step)
+    yield functions["rollout"], drawing
+    drawn = shapes.on_rows(job, functions["rollout"].eval_shape(*drawing))
+    if job.settings.asks:
+        yield functions["look"], (state.params, frozen, drawn)
+        return
+    scoring = (state.params, frozen, drawn, state.extra["kl_coefficient"])
+    yield functions["experience"], scoring
+    made, _ = functions["experience"].eval_shape(*scoring)
+    kl = shapes.scalar(job, jnp.float32)
+    yield functions["update"], (state, frozen, shapes.on_rows(job, made), kl, *pairs)
+
+
 def run(job: Job[Settings]) -> dict[str, Any]:
     """Trains, writes the policy's (and the critic's) weights, returns the summary."""
     with contextlib.ExitStack() as stack:
@@ -169,7 +188,8 @@ def _run(job: Job[Settings], stack: contextlib.ExitStack) -> dict[str, Any]:
 
     asked = asker("scorer") if settings.asks else None
     gold = asker("gold")(one) if settings.gold else None
-    replied = reply(job, compiled, sampling, heldout, None if asked is None else asked(one))
+    heldout_loader = candidates.prompt_loader(job, heldout, settings.batch_size, shuffle=False)
+    replied = reply(job, compiled, heldout_loader, None if asked is None else asked(one))
     if asked is None:
         prepare = scored_on_device(compiled)
     else:
@@ -177,6 +197,14 @@ def _run(job: Job[Settings], stack: contextlib.ExitStack) -> dict[str, Any]:
         prepare = scored_by_others(compiled, asked(sampling), statistics)
     optimizer, rate = make_optimizer(settings, steps)
     replayed = replay.loader(job, compiled, frozen["base"])
+
+    def called(state: TrainState, first: int, last: int) -> Iterator[Call]:
+        pairs = () if replayed is None else replayed.shapes()
+        for rows in loader.shapes(range(first, last)):
+            yield from calls(job, compiled, state, frozen, rows, pairs)
+        for rows in heldout_loader.sampled_shapes(settings.eval_batches):
+            yield from reply_calls(job, compiled, state.params, frozen, rows)
+
     training = loop.Trainer(
         step=make_step(job, compiled, prepare, replayed),
         optimizer=optimizer,
@@ -192,6 +220,7 @@ def _run(job: Job[Settings], stack: contextlib.ExitStack) -> dict[str, Any]:
         name=job.name,
         watch=make_watch(job.name),
         policy=operator.itemgetter("policy"),
+        calls=called,
     )
     params, summary = loop.train(training, steps, job.folder, job.mesh)
     jobs.save_weights(job, params["policy"])

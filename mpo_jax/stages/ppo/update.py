@@ -15,6 +15,7 @@ from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import returns
 from mpo_jax.stages import gradients, loop, nonfinite
 from mpo_jax.stages import job as jobs
+from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.ppo import experience as experiences
 from mpo_jax.stages.ppo.others import Ask
@@ -116,7 +117,7 @@ def make_step(job: Job[Settings], compiled: Programs, prepare: Prepare, replayed
     The rollout sees the policy of the step before and nothing newer. Only a scorer on the host waits for the device.
     """
     draw, update = (compiled[name].function for name in ("rollout", "update"))
-    watch = Stopwatch()
+    watch, seed = Stopwatch(), shapes.number(job, job.seed)
     numbers: list[Iterator[int]] = []
 
     def pairs(state: TrainState) -> tuple[Batch, ...]:
@@ -128,7 +129,7 @@ def make_step(job: Job[Settings], compiled: Programs, prepare: Prepare, replayed
 
     def step(state: TrainState, frozen: PyTree, prompts):
         watch.begin()
-        rollout = draw(frozen["base"] | state.params["policy"], prompts, job.seed, state.step)
+        rollout = draw(frozen["base"] | state.params["policy"], prompts, seed, state.step)
         seconds = {"seconds_rollout": watch.lap(rollout.logps)}
         experience, metrics = prepare(state, frozen, rollout)
         seconds["seconds_scoring"] = watch.lap(experience.advantages)
