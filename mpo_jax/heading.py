@@ -8,6 +8,7 @@ from etils import epath
 
 from mpo_jax import artifacts, eta, sharding
 from mpo_jax.eta import Eta
+from mpo_jax.models.config import compute_dtype
 from mpo_jax.run import Run, mesh_of
 
 _WIDTH = 80
@@ -25,6 +26,7 @@ def of_run(config: Run, workdir: epath.Path, mesh: jax.sharding.Mesh, done: Sequ
         f"{name}: {_axes(sharding.divided(mesh, sizes))}" for name, sizes in own.items() if sizes != dict(config.mesh)
     ]
     lines += _wrapped("meshes", "; ".join(told)) if told else []
+    lines += _wrapped("numbers", _numbers(config, mesh))
     lines += _wrapped("to do", ", ".join(to_do) or "nothing")
     lines += _wrapped("done", ", ".join(done)) if done else []
     lines += _wrapped("ETA", str(left)) if to_do else []
@@ -33,6 +35,17 @@ def of_run(config: Run, workdir: epath.Path, mesh: jax.sharding.Mesh, done: Sequ
 
 def _axes(mesh: jax.sharding.Mesh) -> str:
     return ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+
+
+def _numbers(config: Run, mesh: jax.sharding.Mesh) -> str:
+    """The dtype of computation, and why where `auto` has chosen it on a CPU."""
+    platform = mesh.devices.flat[0].platform
+    dtype = compute_dtype(config.model.dtype, platform)
+    told = {"mixed": "mixed: products of bfloat16, sums in float32"}.get(dtype, dtype)
+    if config.model.dtype != "auto" or platform != "cpu":
+        return told
+    found, other = ("", "float32") if dtype == "mixed" else ("no ", "mixed")
+    return f"{told}, as XLA finds {found}AVX512-BF16 here; model.dtype={other} for the other"
 
 
 def _wrapped(name: str, text: str) -> list[str]:

@@ -43,7 +43,7 @@ class Model(Section):
         "", "the base model: a Hugging Face folder, here or at gs://, or a hub id", operational=True, min_length=1
     )
     dtype: Literal["auto", "float32", "bfloat16", "mixed"] = setting(
-        "auto", "of computation; auto: bfloat16 on accelerators, float32 on a CPU"
+        "auto", "of computation; auto: bfloat16 on accelerators; on a CPU mixed where it has AVX512-BF16, else float32"
     )
     frozen_dtype: Literal["auto", "float32", "bfloat16", "int8"] = setting(
         "auto",

@@ -12,6 +12,8 @@ os.environ.setdefault("PJRT_NPROC", "24")  # three for each virtual device, see 
 # Nearly all of a test's time goes into compiling programs that run for milliseconds. Without LLVM's optimisation and
 # the fusion emitters they compile in an eighth of the time, here and in the processes that tests start.
 _quick = "--xla_backend_optimization_level=0"
+# The same numbers on every processor: "auto" is float32 without AVX512-BF16.
+_quick += " --xla_cpu_max_isa=AVX512"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # 0.11 knows no such flag, and ends the process
     _quick += " --xla_cpu_use_fusion_emitters=false"
     # On a machine that others use too, one of 8 virtual devices may wait for the rest for longer than the 40 s after

@@ -14,6 +14,7 @@ from etils import epath
 from mpo_jax import artifacts, checkpoint, eta, heading, main, metrics, pipeline, recipes, settings, sharding, stopping
 from mpo_jax.data import encode
 from mpo_jax.errors import PREEMPTED, InputError, Stopped
+from mpo_jax.ops import product
 from mpo_jax.stages import candidates, kinds
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Job
@@ -108,13 +109,14 @@ def sampled(folder) -> dict[str, list[list[int]]]:
 def test_stages_on_meshes_of_their_own_leave_the_same(config, whole, tmp_path, capsys, monkeypatch):
     """Weights within what another order of sums does (f32), the same tokens, and the same keys."""
     set_mesh, seen = jax.set_mesh, []
-    monkeypatch.setattr(jax, "set_mesh", lambda mesh: seen.append(dict(mesh.shape)) or set_mesh(mesh))
+    monkeypatch.setattr(jax, "set_mesh", lambda mesh: seen.append(mesh) or set_mesh(mesh))
     own = with_meshes(config, sft=OWN["sft"], pairs=OWN["pairs"])
     found = run(own, tmp_path, "pairs")
     assert {name: folder.name for name, folder in found.items()} == {
         name: folder.name for name, folder in whole.items()
     }
-    assert seen == [{"data": 1, "fsdp": 4, "tensor": 2}, {"data": 4, "fsdp": 1, "tensor": 2}]
+    meshes = [dict(mesh.shape) for mesh in dict.fromkeys(seen)]
+    assert meshes == [{"data": 1, "fsdp": 4, "tensor": 2}, {"data": 4, "fsdp": 1, "tensor": 2}]
     told = " ".join(capsys.readouterr().out.split("stage 1 of")[0].split())
     assert " meshes " in told and "sft: data 1, fsdp 4, tensor 2" in told and "pairs: data 4, fsdp 1, tensor 2" in told
     assert sampled(found["pairs"]) == sampled(whole["pairs"]) != {}
@@ -225,6 +227,22 @@ def test_an_eta_is_of_the_same_mesh(config):
     assert eta.of_stages(["sft", "dpo"], other, known, "8 x cpu").unknown == ("sft", "dpo")
     same = with_meshes(config, dpo={"data": 1, "fsdp": -1})  # spelled out
     assert eta.of_stages(["dpo"], kinds.read(same.to_dict()), known, "8 x cpu").seconds == 60.0
+
+
+def test_the_first_screen_tells_in_what_numbers_are_computed(config, tmp_path, monkeypatch):
+    made, mesh = kinds.read(config.to_dict()), sharding.make_mesh(data=1, fsdp=8)
+
+    def told(fast: bool) -> str:
+        monkeypatch.setattr(product, "fast_on_this_cpu", lambda: fast)
+        shown = heading.of_run(made, epath.Path(tmp_path), mesh, [], ["dpo"], eta.Eta(None, ("dpo",)))
+        return " ".join(shown.split("  numbers  ")[1].split("  to do")[0].split())
+
+    assert made.model.dtype == "auto"
+    chosen = "mixed: products of bfloat16, sums in float32"
+    assert told(True) == f"{chosen}, as XLA finds AVX512-BF16 here; model.dtype=float32 for the other"
+    assert told(False) == "float32, as XLA finds no AVX512-BF16 here; model.dtype=mixed for the other"
+    made = made.model_copy(update={"model": made.model.model_copy(update={"dtype": "mixed"})})
+    assert told(False) == chosen
 
 
 def test_the_first_screen_tells_meshes_of_stages_that_will_run(config, tmp_path):

@@ -12,6 +12,7 @@ from etils import epath
 
 from mpo_jax.errors import InputError
 from mpo_jax.models.config_json import Keys, check_whole, read_config_json
+from mpo_jax.ops import product
 
 MOST_UNROLLED = 16  # layers; each costs the compiler some tenths of a second
 VOCAB_MULTIPLE = 128  # lane width of a TPU; the vocabulary is padded to a multiple of it for each tensor shard
@@ -194,11 +195,11 @@ class ModelConfig:
 def compute_dtype(name: str, platform: str, key: str = "model.dtype") -> str:
     """A setting (auto, or one of `DTYPES`) as the dtype to compute in on a platform (cpu, gpu or tpu).
 
-    auto: float32 on CPUs, bfloat16 on accelerators, whose matrix units accumulate in float32 by themselves; so there
-    "mixed" is bfloat16 too.
+    auto: on a CPU what is faster there, mixed where it has bfloat16 products and else float32; bfloat16 on
+    accelerators, whose matrix units accumulate in float32 by themselves, so that there "mixed" is bfloat16 too.
     """
     if name == "auto":
-        return "float32" if platform == "cpu" else "bfloat16"
+        return ("mixed" if product.fast_on_this_cpu() else "float32") if platform == "cpu" else "bfloat16"
     if name not in DTYPES:
         raise InputError(f"{key}: {name!r}; expected auto or one of {list(DTYPES)}")
     return "bfloat16" if name == "mixed" and platform != "cpu" else name

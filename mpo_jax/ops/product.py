@@ -7,7 +7,10 @@ and a weight's gradient only where its left operand lies with the summed axis la
 import functools
 import itertools
 import math
+import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +19,26 @@ from jax.typing import DTypeLike
 from mpo_jax.ops.rounding import rounded
 from mpo_jax.types import record
 
+_CPUINFO = Path("/proc/cpuinfo")
 _FEW_ROWS = 256
 _TILE = 32  # rows and columns of the blocks in which `_transposed` moves an operand
+
+_ISAS = ("SSE4_2", "AVX", "AVX2", "AVX512", "AVX512_VNNI", "AVX512_BF16", "AMX")
+"""What XLA may be held to on a CPU by `--xla_cpu_max_isa`, in order."""
+
+
+@functools.cache
+def fast_on_this_cpu() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 operands about twice as fast as float32: it has AVX512-BF16, and
+    XLA_FLAGS does not keep XLA from it. As measured in docs/benchmarks.md; of other processors nothing is known."""
+    held = re.search(r"xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+    if held and held[1].upper() in _ISAS[: _ISAS.index("AVX512_BF16")]:
+        return False
+    try:
+        told = _CPUINFO.read_text()
+    except OSError:  # not Linux
+        return False
+    return any(line.startswith("flags") and "avx512_bf16" in line.split() for line in told.splitlines())
 
 
 @record

@@ -127,13 +127,14 @@ def computed(job: Job, architecture: ModelConfig, adapters: LoraConfig | None = 
 
 def frozen_dtype(job: Job) -> str:
     """Of weights that nothing trains; there is no mixed storage. auto: as exact as what is computed with them, or a
-    policy and its frozen copy would differ before the first step."""
+    policy and its frozen copy would differ before the first step; float32 on a CPU."""
     settings = job.config.model
     if settings.frozen_dtype == "int8":
         return "int8"
-    if settings.frozen_dtype == "auto" and model_config.compute_dtype(settings.dtype, job.platform) == "float32":
-        return "float32"
-    return model_config.compute_dtype(job.config.model.frozen_dtype, job.platform, "model.frozen_dtype")
+    if settings.frozen_dtype == "auto":
+        exact = job.platform == "cpu" or model_config.compute_dtype(settings.dtype, job.platform) == "float32"
+        return "float32" if exact else "bfloat16"
+    return model_config.compute_dtype(settings.frozen_dtype, job.platform, "model.frozen_dtype")
 
 
 def stop_ids(job: Job) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mpo_jax.models import decoder
-from mpo_jax.models.config import ModelConfig
+from mpo_jax.models.config import ModelConfig, compute_dtype
+from mpo_jax.ops import product as product_module
 from mpo_jax.ops.product import product, products, quantise
 
 
@@ -120,3 +121,35 @@ def test_a_product_with_eight_bits_is_the_one_with_what_they_mean(stored, dtype)
     rounding = 1e-5 if dtype == "float32" else 2e-2
     np.testing.assert_allclose(np.asarray(out, np.float64), np.asarray(x, np.float64) @ meant, atol=8 * rounding)
     np.testing.assert_allclose(np.asarray(of_x, np.float64), gradient @ meant.T, atol=8 * rounding)
+
+
+CPUINFO = "processor\t: 0\nflags\t\t: fpu sse avx2 avx512f{}\nbugs\t\t: none\n"
+
+
+@pytest.mark.parametrize(
+    ("told", "flags", "fast"),
+    [
+        (CPUINFO.format(" avx512_bf16"), "", True),
+        (CPUINFO.format(""), "", False),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", "", False),
+        (None, "", False),
+        (CPUINFO.format(" avx512_bf16"), "--xla_cpu_max_isa=AVX2 --xla_dump_to=x", False),
+        (CPUINFO.format(" avx512_bf16"), "--xla_cpu_max_isa=avx512_vnni", False),
+        (CPUINFO.format(" avx512_bf16"), "--xla_cpu_max_isa=AMX", True),
+    ],
+)
+def test_auto_on_a_cpu_goes_by_what_the_processor_and_xla_may(told, flags, fast, tmp_path, monkeypatch):
+    """By the kernel's words for processors with and without AVX512-BF16, of another kind, and where there are none."""
+    file = tmp_path / "cpuinfo"
+    if told is not None:
+        file.write_text(told)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setattr(product_module, "_CPUINFO", file)
+    product_module.fast_on_this_cpu.cache_clear()
+    try:
+        assert product_module.fast_on_this_cpu() is fast
+        assert compute_dtype("auto", "cpu") == ("mixed" if fast else "float32")
+        assert compute_dtype("auto", "tpu") == compute_dtype("mixed", "gpu") == "bfloat16"
+        assert compute_dtype("mixed", "cpu") == "mixed" and compute_dtype("float32", "gpu") == "float32"
+    finally:
+        product_module.fast_on_this_cpu.cache_clear()
