@@ -6,6 +6,7 @@ else is printed meanwhile goes through `say`, which takes that line away first. 
 
 import atexit
 import contextlib
+import dataclasses
 import os
 import sys
 import threading
@@ -51,6 +52,19 @@ class Work:
         return None if rate is None or self.total is None else (self.total - self.n) / rate
 
 
+@dataclasses.dataclass
+class _Program:
+    """What is being compiled, since when, and whether that was told."""
+
+    name: str
+    since: float
+    told: bool = False
+
+
+def _since(program: _Program) -> float:
+    return program.since
+
+
 class Screen:
     """Where progress is shown. stream: None: standard error, whatever that is when it is written to. clock: seconds."""
 
@@ -60,7 +74,7 @@ class Screen:
         self._stream = stream
         self._lock = threading.RLock()  # of signal handlers too, which may print while the same thread does
         self._works: list[Work] = []
-        self._program: tuple[str, float, bool] | None = None  # what is being compiled, since when, whether it was told
+        self._programs: dict[int, _Program] = {}  # what is being compiled, by the thread that does it
         self._drawn = ""
         self._last = clock()
         self._busy = threading.Event()
@@ -90,33 +104,33 @@ class Screen:
     def compiling(self, name: str) -> None:
         with self._lock:
             now = self.clock()
-            self._program = name, now, False
             for work in self._works:
-                work.waits = now
+                work.waits = now if work.waits is None else work.waits
+            self._programs[threading.get_ident()] = _Program(name, now)
         self._wake()
 
     def compiled(self) -> None:
         with self._lock:
-            if self._program is None:
+            program = self._programs.pop(threading.get_ident(), None)
+            if program is None:
                 return
-            (name, since, told), self._program = self._program, None
-            took = self.clock() - since
-            for work in self._works:
-                work.compiled += took if work.waits is not None else 0.0
+            now = self.clock()
+            for work in self._works if not self._programs else ():
+                work.compiled += now - work.waits if work.waits is not None else 0.0
                 work.waits = None
-            if told:
-                self.say(f"compiled {name} in {words(took)}", self._out)
+            if program.told:
+                self.say(f"compiled {program.name} in {words(now - program.since)}", self._out)
             self._settle()
 
     def reset(self) -> None:
         """Nothing goes on any more, however it ended."""
         with self._lock:
             self._works.clear()
-            self._program = None
+            self._programs.clear()
             self._settle()
 
     def _settle(self) -> None:
-        if self._works or self._program is not None:
+        if self._works or self._programs:
             return
         self._busy.clear()
         self._erase()
@@ -153,9 +167,7 @@ class Screen:
     def _draw(self) -> None:
         now = self.clock()
         works = [work for work in self._works if now - work.began >= TERMINAL_SECONDS]
-        program = None
-        if self._program is not None and now - self._program[1] >= 1:
-            program = self._program[0], now - self._program[1]
+        program = self._compiling(now, 1)
         if not works and program is None:
             return
         self._drawn = line(works[-1] if works else None, program, now, _columns(self._out) - 1)
@@ -178,12 +190,19 @@ class Screen:
         parts = [sentence(work, now) for work in works]
         for work in works:
             work.told = True
-        if self._program is not None and now - self._program[1] >= SHORT:
-            name, since, _ = self._program
-            self._program = name, since, True
-            parts.append(f"compiling {name}, {words(now - since)} so far")
+        if (program := self._compiling(now, SHORT)) is not None:
+            min(self._programs.values(), key=_since).told = True
+            parts.append(f"compiling {program[0]}, {words(program[1])} so far")
         if parts:
             self.say("; ".join(parts), self._out)
+
+    def _compiling(self, now: float, least: float) -> tuple[str, float] | None:
+        """What has been compiled for longest, and how many beside it, with its seconds; None below so many."""
+        if not self._programs:
+            return None
+        first, others = min(self._programs.values(), key=_since), len(self._programs) - 1
+        seconds = now - first.since
+        return (first.name + (f" and {others} more" if others else ""), seconds) if seconds >= least else None
 
     def _wake(self) -> None:
         with self._lock:
@@ -249,12 +268,12 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 def compiling(name: str) -> None:
-    """A program is being compiled from now on."""
+    """This thread compiles a program from now on."""
     SCREEN.compiling(name)
 
 
 def compiled() -> None:
-    """It is compiled: the time that this took is nobody's rate."""
+    """What this thread compiled is done: the time that it took is nobody's rate."""
     SCREEN.compiled()
 
 

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 from pathlib import Path
 
 import pyte
@@ -140,6 +141,40 @@ def test_a_log_is_told_of_work_within_work_and_of_compiling(log):
     ]
     clock.now, evaluate.n = 95.0, 1
     assert evaluate.rate(95.0) == 1 / 15  # 55 s, 40 of which compiled
+
+
+def test_programs_that_compile_beside_each_other_are_told_together(log):
+    screen, clock, stream = log
+    work = screen.begin("train", 10, 0)
+    clock.now = 10.0
+    compiled = threading.Barrier(3), threading.Barrier(3)
+
+    def compiling(name: str) -> None:
+        screen.compiling(name)
+        for each in compiled:
+            each.wait()
+        screen.compiled()
+
+    screen.compiling("train")
+    threads = [threading.Thread(target=compiling, args=(name,)) for name in ("evaluate", "score")]
+    for thread in threads:
+        thread.start()
+    compiled[0].wait()
+    clock.now = 70.0
+    screen.tick()
+    clock.now = 90.0
+    screen.compiled()
+    assert work.waits == 10.0, "the others still compile"
+    clock.now = 110.0
+    compiled[1].wait()
+    for thread in threads:
+        thread.join()
+    assert stream.getvalue().split("\n")[:-1] == [
+        "train: 0 of 10 (0 %); compiling train and 2 more, 1 min so far",
+        "compiled train in 1 min 20 s",
+    ]
+    work.n = 1
+    assert work.rate(120.0) == 1 / 20, "120 s, 100 of which compiled"
 
 
 def test_a_log_of_short_work_stays_as_it_was(log):
