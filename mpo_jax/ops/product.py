@@ -16,6 +16,10 @@ from jax.typing import DTypeLike
 from mpo_jax.ops.rounding import rounded
 from mpo_jax.types import record
 
+RECOMPUTED = "rematted_computation"
+"""The name that JAX gives to what `jax.checkpoint` computes again, and we to what our own backward passes do: the plan
+leaves it out of what a model needs."""
+
 _FEW_ROWS = 256
 _TILE = 32  # rows and columns of the blocks in which `_transposed` moves an operand
 
