@@ -27,19 +27,18 @@ def run(flags: Sequence[str], folder: Path) -> dict[str, Any]:
     flags: of the run, beside its workdir.
 
     "cold", "warm" -> "stages" (name -> what `recorder.Recorder.between` tells, with idle and, of a training,
-    tokens_per_second), "rest" (start, checks and report) and "whole", the seconds from outside the process. idle: share
-    of the processors' time that the run did not use.
+    tokens_per_second), "rest" (start, checks and report), "whole", the seconds from outside the process, and the
+    machine's load_average at the end. idle: share of the processors' time that the run did not use, whoever else did.
     """
     workdir, processors = folder / "run", _processors()
     found: dict[str, Any] = {
         "processor": _processor(),
         "processors": processors,
-        "load_average": os.getloadavg()[0],
         "flags": list(flags),
     }
     for cache in CACHES:
         paths.empty(workdir, kept=COMPILED)
-        found[cache] = _once(workdir, flags, processors)
+        found[cache] = _once(workdir, flags, processors) | {"load_average": os.getloadavg()[0]}
     return found
 
 
@@ -77,8 +76,8 @@ def tokens_per_second(rows: Iterable[Mapping[str, float]]) -> float | None:
 
 
 HEAD = (
-    "| stage | seconds | compile | trace | both, share | programs, of them from the cache | tokens/s | idle |\n"
-    "| --- |" + " ---: |" * 7
+    "| stage | seconds | CPU seconds | compile | trace | both, share | programs, from the cache | tokens/s | idle |\n"
+    "| --- |" + " ---: |" * 8
 )
 
 
@@ -93,11 +92,10 @@ def table(found: Mapping[str, Any]) -> str:
 
 def _line(name: str, row: Mapping[str, Any]) -> str:
     share = (row["compile_seconds"] + row["trace_seconds"]) / row["seconds"]
+    seconds = " | ".join(f"{row[each]:.1f}" for each in ("seconds", "cpu_seconds", "compile_seconds", "trace_seconds"))
     rate = row.get("tokens_per_second")
-    return (
-        f"| {name} | {row['seconds']:.1f} | {row['compile_seconds']:.1f} | {row['trace_seconds']:.1f} | {share:.0%} "
-        f"| {row['programs']}, {row['found']} | {'' if rate is None else f'{rate:,.0f}'} | {row['idle']:.0%} |"
-    )
+    rate = "" if rate is None else f"{rate:,.0f}"
+    return f"| {name} | {seconds} | {share:.0%} | {row['programs']}, {row['found']} | {rate} | {row['idle']:.0%} |"
 
 
 def _processors() -> int:
