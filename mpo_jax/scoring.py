@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from mpo_jax.models import decoder, flash
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import masks
-from mpo_jax.ops.product import over_rows, product
+from mpo_jax.ops.product import RECOMPUTED, over_rows, product
 from mpo_jax.ops.rounding import rounded
 from mpo_jax.sharding import BATCH_AXES, axis_size
 from mpo_jax.types import Batch, PyTree, record
@@ -226,7 +226,8 @@ def _chunked_backward(head, kept, gradients):
     def one(of_matrix, part):
         hidden, *of_tokens = part
         targets, normaliser, entropy, (of_logps, of_entropies) = jax.tree.map(lambda x: x[:, None], of_tokens)
-        products = decoder.output_products(head.config, hidden, narrow)
+        with jax.named_scope(RECOMPUTED):
+            products = decoder.output_products(head.config, hidden, narrow)
         logits, finish = jax.vjp(lambda x: head.logits(x, first_id), products)
         log_chances = logits - normaliser
         chances = jnp.exp(log_chances)

@@ -4,8 +4,10 @@
 
 dpo, reward, ppo, sample: the package's own steps and sampler on random weights, warm-up not counted. input: pairs from
 disk to device. load: import of a Hugging Face folder. start: from command to first step, with a cold and a warm
-compilation cache. finished: a command that finds all stages of a run on 160,000 rows done. scaling: growth with layers,
-lengths, replies and devices, as a table and a plot; --json names the table, beside which the plot lies.
+compilation cache. finished: a command that finds all stages of a run on 160,000 rows done. pipeline: each stage of the
+quickstart, with a cold and a warm compilation cache, as tables; flags of the run stand after --, as in `--what=pipeline
+-- --stages=sft --config.stages.sft.steps=20`. scaling: growth with layers, lengths, replies and devices, as a table and
+a plot; --json names the table, beside which the plot lies.
 """
 
 import json
@@ -26,11 +28,11 @@ from absl import app, flags
 from mpo_jax import processes, sharding
 from mpo_jax.errors import InputError
 from mpo_jax.models.config import ATTENTION_SETTINGS, REMAT_POLICIES
-from run_scripts.benchmarks import measure, replies, scaling
-from run_scripts.benchmarks.paths import PATHS
+from run_scripts.benchmarks import measure, pipeline, replies, scaling
+from run_scripts.benchmarks.paths import PATHS, temporary
 from run_scripts.benchmarks.programs import DTYPES, SHAPES, STEPS, Case
 
-_WHAT = flags.DEFINE_enum("what", None, [*STEPS, *PATHS, "scaling"], "What is measured.")
+_WHAT = flags.DEFINE_enum("what", None, [*STEPS, *PATHS, "pipeline", "scaling"], "What is measured.")
 _SHAPE = flags.DEFINE_enum("shape", "S", [*SHAPES], "S: 15 M weights, M: 110 M, 1B: 1.2 G.")
 _PROMPT = flags.DEFINE_integer("prompt", 64, "Prompt tokens.", lower_bound=1)
 _RESPONSE = flags.DEFINE_integer("response", 64, "Tokens of a reply.", lower_bound=1)
@@ -51,9 +53,11 @@ _JSON = flags.DEFINE_string("json", None, "Where the result goes too.")
 
 
 def main(argv) -> None:
+    what = _WHAT.value
+    if what == "pipeline":
+        return _pipeline(argv[1:])
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    what = _WHAT.value
     if what == "scaling":
         scaling.run(_SHAPE.value, _DTYPE.value, _RUNS.value, Path(_JSON.value or "scaling.json"))
         return
@@ -79,6 +83,16 @@ def main(argv) -> None:
     print(line + ", ".join(f"{name} {_short(value)}" for name, value in result.items()), flush=True)
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(result | {"case": vars(case), "jax": jax.__version__}, indent=1))
+
+
+def _pipeline(given: list[str]) -> None:
+    if any(each.lstrip("-").startswith("workdir") for each in given):
+        raise app.UsageError("--workdir: the runs have a temporary one")
+    with temporary() as folder:
+        result = pipeline.run(given, folder)
+    print(pipeline.table(result), flush=True)
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(result | {"jax": jax.__version__}, indent=1))
 
 
 def run(what: str, case: Case, runs: int, devices: int = 1, traced: bool = False, eos: bool = False) -> dict[str, Any]:

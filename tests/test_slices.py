@@ -117,7 +117,7 @@ def test_what_goes_between_slices_takes_the_network():
     """By hand: an all-reduce of 8 MB sends 16 MB; at half of 4 GB/s, 8 ms; 100 MB over links of 100 GB/s, 2 ms."""
     chip = chips.Chip("chip", 0, 1e12, 1e12, 100e9, 4e9)
     sent = {"all-gather": 100_000_000, "all-reduce" + hlo.BETWEEN_SLICES: 8_000_000}
-    report = Report(0, 0, 0, 0, True, 0.0, 0.0, sent, "", "compiler")
+    report = Report(0, 0, 0, 0, True, 0.0, 0.0, 0.0, sent, "", "compiler")
     found = estimate.seconds(report, chip, estimate.Assumptions(utilisation=0.5))
     assert found.collectives == pytest.approx(0.008)
     within = dataclasses.replace(report, collectives={"all-gather": 100_000_000})

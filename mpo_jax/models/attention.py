@@ -14,7 +14,7 @@ from mpo_jax.errors import InputError
 from mpo_jax.models import flash
 from mpo_jax.models.config import ATTENTION_SETTINGS, NO_WINDOW, ModelConfig
 from mpo_jax.ops import masks
-from mpo_jax.ops.product import einsum_in_float32
+from mpo_jax.ops.product import RECOMPUTED, einsum_in_float32
 from mpo_jax.ops.rounding import rounded
 from mpo_jax.types import record
 
@@ -193,7 +193,9 @@ def _attend_backward(scale, softcap, kept, of_out):
         def of_queries(x, begin=begin, end=end):
             return x[:, :, None, :, begin:end]
 
-        logits = jnp.einsum("bksd,bkgtd->bksgt", k[:, :, :end], queries, preferred_element_type=_F32) * scale
+        with jax.named_scope(RECOMPUTED):
+            products = jnp.einsum("bksd,bkgtd->bksgt", k[:, :, :end], queries, preferred_element_type=_F32)
+        logits = products * scale
         capped = _capped(logits, softcap)
         weights = jax.nn.softmax(jnp.where(seen[:, None, :end, None, begin:end], capped, _MASKED), axis=2)
         of_weights = jnp.einsum("bksd,bkgtd->bksgt", v[:, :, :end], cotangent, preferred_element_type=_F32)

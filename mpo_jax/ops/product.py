@@ -20,6 +20,10 @@ from mpo_jax.ops.rounding import rounded
 from mpo_jax.types import record
 
 _CPUINFO = Path("/proc/cpuinfo")
+RECOMPUTED = "rematted_computation"
+"""The name that JAX gives to what `jax.checkpoint` computes again, and we to what our own backward passes do: the plan
+leaves it out of what a model needs."""
+
 _FEW_ROWS = 256
 _TILE = 32  # rows and columns of the blocks in which `_transposed` moves an operand
 

@@ -24,9 +24,10 @@ class Report:
     """One program on one chip; all in bytes, unless named otherwise.
 
     arguments: what it is called with. held: what else lies in memory meanwhile. temporaries: what it needs in between.
-    peak: all of it, results that reuse no argument included. flops: of its matrix products, on one chip. moved: in the
-    chip's memory. collectives: kind -> bytes on one chip. largest: the biggest temporary, and where it comes from.
-    source: "compiler" or "arithmetic". seconds_to_compile: 0.0 for arithmetic.
+    peak: all of it, results that reuse no argument included. flops: of its matrix products, on one chip. needed: those
+    of them that are not computed again. moved: in the chip's memory. collectives: kind -> bytes on one chip. largest:
+    the biggest temporary, and where it comes from. source: "compiler" or "arithmetic". seconds_to_compile: 0.0 for
+    arithmetic.
     """
 
     arguments: int
@@ -35,6 +36,7 @@ class Report:
     peak: int
     fits: bool
     flops: float
+    needed: float
     moved: float
     collectives: dict[str, int]
     largest: str
@@ -49,14 +51,14 @@ def report(program: Program, topology: Topology, mesh, keep_text: bool = False, 
     keep_text: keep the compiled program's text too. known: is asked first, and takes what is compiled here.
     """
     traced = program.function.trace(*program.arguments)
-    flops = work.flops(traced.jaxpr, program.extent.loops) / topology.size
+    flops, needed = (count(traced.jaxpr, program.extent.loops) / topology.size for count in (work.flops, work.needed))
     held, arguments = memory_held(program)
     if not topology.compiled:
         temporaries = arithmetic.temporaries(program.extent, mesh)
         moved, sent = arithmetic.moved(program.extent, mesh), arithmetic.collectives(program.extent, mesh)
         peak = arguments + held + temporaries
         fits = peak <= topology.chip.memory
-        return Report(arguments, held, temporaries, peak, fits, flops, moved, sent, "", "arithmetic")
+        return Report(arguments, held, temporaries, peak, fits, flops, needed, moved, sent, "", "arithmetic")
     found = _compile(traced.lower(), topology, program.extent.loops, known)
     # Arguments that the program does not read are dropped from it, but lie in memory all the same.
     arguments = max(arguments, found.arguments)
@@ -69,6 +71,7 @@ def report(program: Program, topology: Topology, mesh, keep_text: bool = False, 
         peak=peak,
         fits=not found.used and peak <= topology.chip.memory,
         flops=flops,
+        needed=needed,
         moved=found.moved,
         collectives=found.collectives,
         largest=found.largest,

@@ -66,6 +66,13 @@ def seconds(report: Report, chip: Chip, assumptions: Assumptions) -> Seconds:
     return Seconds(report.flops / (chip.flops * share), report.moved / (chip.bandwidth * share), sent)
 
 
+def mfu(report: Report, chip: Chip, assumptions: Assumptions) -> float:
+    """The model FLOPs' share of the chip's peak in a call, at most: with work, memory and links each at its full rate,
+    so that the slowest of them alone takes time. 0.0 of a program without products."""
+    fastest = seconds(report, chip, dataclasses.replace(assumptions, utilisation=1.0)).total
+    return report.needed / (chip.flops * fastest) if report.needed else 0.0
+
+
 def _sent(collectives: dict[str, int], chip: Chip, share: float) -> float:
     """Seconds of what is sent, bytes by kind."""
     links = network = 0.0

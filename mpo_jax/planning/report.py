@@ -43,13 +43,13 @@ def hours(least: float, most: float) -> str:
 
 COLUMNS = (
     f"{'stage':24} {'arguments':>9} {'held':>7} {'temp.':>7} {'peak GiB':>8} fits {'TFLOP':>8} {'moved GB':>8} "
-    f"{'sent GB':>8} {'s a call':>9} waits for   {'calls':>8} {'chip-hours':>12}"
+    f"{'sent GB':>8} {'s a call':>9} waits for   {'MFU <=':>6} {'calls':>8} {'chip-hours':>12}"
 )
 
 
 def lines(name: str, plan: StagePlan) -> str:
-    """A line for each program, then what its biggest temporary and its collectives are; last, the stage's disk, and the
-    mesh where it has one of its own."""
+    """A line for each program, then what its biggest temporary and its collectives are; last, the stage's disk, the MFU
+    of all programs together, and the mesh where it has one of its own."""
     found = []
     for program, planned in plan.programs.items():
         report, seconds = planned.report, planned.seconds
@@ -58,7 +58,7 @@ def lines(name: str, plan: StagePlan) -> str:
             f"{name + '/' + program:24} {report.arguments / GIB:9.2f} {report.held / GIB:7.2f} "
             f"{report.temporaries / GIB:7.2f} {report.peak / GIB:8.2f} {'yes ' if report.fits else 'NO  '} "
             f"{report.flops / 1e12:8.1f} {report.moved / 1e9:8.1f} {sent / 1e9:8.2f} {seconds.total:9.3f} "
-            f"{seconds.bound:11} {math.ceil(planned.calls):8,} "
+            f"{seconds.bound:11} {planned.mfu:6.1%} {math.ceil(planned.calls):8,} "
             f"{hours(planned.least_seconds * plan.chips / 3600, planned.total_seconds * plan.chips / 3600):>12}"
         )
         if report.collectives:
@@ -72,6 +72,8 @@ def lines(name: str, plan: StagePlan) -> str:
         f"(weights {disk.weights / GIB:.2f}, checkpoints {disk.states / GIB:.2f}, rows at most {disk.rows / GIB:.2f}"
         + (f", snapshots {disk.snapshots / GIB:.2f})" if disk.snapshots else ")")
     )
+    if len(plan.programs) > 1:
+        found.append(f"    MFU of {name}: at most {plan.mfu:.1%} in all, if every row were of the longest")
     if plan.mesh:
         found.append(f"    mesh of {name}: {_sizes(plan.mesh)}")
     return "\n".join(found)
@@ -169,6 +171,7 @@ def _stage(
         "peak_bytes_per_chip": plan.peak,
         "seconds_estimate": plan.seconds,
         "chip_hours_estimate": plan.chip_hours,
+        "mfu_at_most": plan.mfu,
         "least_chip_hours_estimate": plan.least_chip_hours,
         "disk": dataclasses.asdict(plan.storage),
         "disk_bytes_at_rest": plan.storage.rest,
@@ -201,11 +204,13 @@ def _program(planned: Planned) -> dict[str, Any]:
         "temporary_bytes": report.temporaries,
         "peak_bytes_per_chip": report.peak,
         "flops_per_chip": report.flops,
+        "model_flops_per_chip": report.needed,
         "bytes_moved_per_chip": report.moved,
         "collective_bytes_per_chip": report.collectives,
         "biggest_temporary": report.largest,
         "seconds_estimate": planned.seconds.total,
         "waits_for": planned.seconds.bound,
+        "mfu_at_most": planned.mfu,
         "calls_estimate": planned.calls,
         "seconds_to_compile": report.seconds_to_compile,
     }

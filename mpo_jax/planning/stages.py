@@ -30,11 +30,13 @@ from mpo_jax.stages.programs import Program
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """One program of a stage, its figures, the seconds of one call with the longest rows, and how many calls the stage
-    makes. least, most: of those seconds, what a call takes on average, see `lengths.shares`."""
+    """One program of a stage, its figures, the seconds of one call with the longest rows, its model FLOPs' share of the
+    peak at most (see `estimate.mfu`), and how many calls the stage makes. least, most: of those seconds, what a call
+    takes on average, see `lengths.shares`."""
 
     report: Report
     seconds: Seconds
+    mfu: float
     calls: float
     least: float = 1.0
     most: float = 1.0
@@ -69,6 +71,12 @@ class StagePlan:
     @property
     def seconds(self) -> float:
         return sum(each.total_seconds for each in self.programs.values())
+
+    @property
+    def mfu(self) -> float:
+        """The model FLOPs' share of the peak, at most, over all calls with the longest rows."""
+        took = {name: each.seconds.total * each.calls for name, each in self.programs.items()}
+        return sum(self.programs[name].mfu * seconds for name, seconds in took.items()) / (sum(took.values()) or 1.0)
 
     @property
     def chip_hours(self) -> float:
@@ -123,7 +131,8 @@ def plan(
             report = compiler.report(program, topology, job.mesh, known=known)
             each = estimate.seconds(report, topology.chip, assumptions)
             parts = lengths.shares(job, program, each, topology, assumptions)
-            planned[name] = Planned(report, each, estimate.calls(job, program, assumptions), *parts)
+            mfu = estimate.mfu(report, topology.chip, assumptions)
+            planned[name] = Planned(report, each, mfu, estimate.calls(job, program, assumptions), *parts)
     own = {} if job.settings.mesh == StageMesh() else dict(job.mesh.shape)
     return StagePlan(planned, topology.size, storage.of_stage(job, programs, assumptions), own)
 

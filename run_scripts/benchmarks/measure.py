@@ -11,8 +11,8 @@ import jax
 from mpo_jax import metrics
 from run_scripts.benchmarks import kernels
 from run_scripts.benchmarks.programs import Work
+from run_scripts.benchmarks.recorder import COMPILE
 
-_COMPILE_SECONDS = "/jax/core/compile/backend_compile_duration"
 MIB = 1 << 20
 
 
@@ -24,7 +24,7 @@ class CompileClock:
         jax.monitoring.register_event_duration_secs_listener(self._add)
 
     def _add(self, event: str, duration_secs: float, **_) -> None:
-        self.seconds += duration_secs if event == _COMPILE_SECONDS else 0.0
+        self.seconds += duration_secs if event == COMPILE else 0.0
 
 
 def work(make: Callable[[], Work], runs: int, warm: int = 2, traced: bool = False) -> dict[str, Any]:

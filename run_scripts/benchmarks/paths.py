@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from mpo_jax import fingerprints
+from mpo_jax.artifacts import COMPILED
 from mpo_jax.data import encode
 from mpo_jax.data.loader import Loader
 from mpo_jax.models import hf
@@ -29,13 +30,14 @@ from run_scripts.benchmarks.programs import PAIRS, Case, random_rows, random_wei
 ROOT = Path(__file__).resolve().parent.parent.parent
 _BATCHES = 256
 _ROWS = 160_000  # about HH's
-_QUICKSTART = [sys.executable, "-m", "mpo_jax.main", "--config=configs/quickstart.py"]
+QUICKSTART = ["--config=configs/quickstart.py"]
+_COMMAND = [sys.executable, "-m", "mpo_jax.main", *QUICKSTART]
 _PATIENCE = 600  # seconds until a command that shows no step is given up
 
 
 def input_path(case: Case, mesh, runs: int) -> dict[str, Any]:
     """An epoch of pairs from memory-mapped arrays on disk to batches on the device, made as a training makes them."""
-    with _folder() as folder:
+    with temporary() as folder:
         encode.write(random_rows(case, PAIRS * _BATCHES, 2), folder / "rows")
         loader = Loader(encode.read(folder / "rows"), PAIRS, mesh=mesh)
 
@@ -56,7 +58,7 @@ def load(case: Case, mesh, runs: int) -> dict[str, Any]:
     """Import of a Hugging Face folder of the case's shape, f32 safetensors, from the disk's cache."""
     model = case.model(mesh)
     weights = random_weights(model, mesh, 0)
-    with _folder() as folder:
+    with temporary() as folder:
         (folder / "source").mkdir()
         (folder / "source" / "config.json").write_text(json.dumps(_hf_config(model)))
         hf.export_weights(folder / "model", model, weights, folder / "source")
@@ -82,7 +84,7 @@ def load(case: Case, mesh, runs: int) -> dict[str, Any]:
 def start(case: Case, mesh, runs: int) -> dict[str, Any]:
     """Seconds from `python -m mpo_jax.main` to the first step of the quickstart's first stage: once with an empty
     compilation cache, then with the one that left behind. The workdir keeps nothing but that cache."""
-    with _folder() as folder:
+    with temporary() as folder:
         cold = _first_step(folder)
         warm = [_first_step(folder) for _ in range(runs)]
     return {"best": statistics.median(warm), "cold": cold, "samples": warm}
@@ -92,19 +94,19 @@ def finished(case: Case, mesh, runs: int) -> dict[str, Any]:
     """CPU seconds, of the process and the system, of `python -m mpo_jax.main` on a quickstart of `_ROWS` rows whose
     stages are all done: what a start costs beside the work. The stages are made up, since it reads their manifests
     alone. seconds: on the clock."""
-    with _folder() as folder:
+    with temporary() as folder:
         story = "Once upon a time there was a little girl named Lily. " * 8
         lines = (json.dumps({"prompt": f"{number}. {story}", "chosen": story}) for number in range(_ROWS))
         (folder / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines))
         time.sleep(fingerprints.SETTLED + 1)
-        command = [*_QUICKSTART, f"--config.data.path={folder / 'rows.jsonl'}", f"--workdir={folder / 'run'}"]
+        command = [*_COMMAND, f"--config.data.path={folder / 'rows.jsonl'}", f"--workdir={folder / 'run'}"]
         maker = "from run_scripts.benchmarks import paths; paths.make_up()"
         subprocess.run([sys.executable, "-c", maker, *command[3:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         samples, clock = [], []
         for _ in range(runs + 1):
-            before, began = _of_children(), time.perf_counter()
+            before, began = cpu_of_children(), time.perf_counter()
             shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-            samples.append(_of_children() - before)
+            samples.append(cpu_of_children() - before)
             clock.append(time.perf_counter() - began)
             if "to do    nothing" not in shown:
                 sys.exit(f"error: stages were left to do: {shown[-500:]}")
@@ -125,7 +127,8 @@ def make_up() -> None:
     main.run()
 
 
-def _of_children() -> float:
+def cpu_of_children() -> float:
+    """CPU seconds of processes that this one began and waited for."""
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     return spent.ru_utime + spent.ru_stime
 
@@ -133,11 +136,17 @@ def _of_children() -> float:
 PATHS = {"input": input_path, "load": load, "start": start, "finished": finished}
 
 
-def _first_step(workdir: Path) -> float:
-    for path in workdir.iterdir():
-        if path.name != "compiled":
+def empty(folder: Path, kept: str) -> None:
+    """Deletes all that is in a folder but what has this name; makes a folder that is not there."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.name != kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    command = [*_QUICKSTART, f"--workdir={workdir}"]
+
+
+def _first_step(workdir: Path) -> float:
+    empty(workdir, kept=COMPILED)
+    command = [*_COMMAND, f"--workdir={workdir}"]
     command += ["--stages=sft", "--config.stages.sft.log_every=1"]
     log = workdir / "log"
     with log.open("w") as file:
@@ -172,6 +181,6 @@ def _hf_config(model) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _folder() -> Iterator[Path]:
+def temporary() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="bench_") as folder:
         yield Path(folder)
