@@ -19,7 +19,6 @@ from jax.typing import DTypeLike
 from mpo_jax.ops.rounding import rounded
 from mpo_jax.types import record
 
-_CPUINFO = Path("/proc/cpuinfo")
 RECOMPUTED = "rematted_computation"
 """The name that JAX gives to what `jax.checkpoint` computes again, and we to what our own backward passes do: the plan
 leaves it out of what a model needs."""
@@ -27,6 +26,7 @@ leaves it out of what a model needs."""
 _FEW_ROWS = 256
 _TILE = 32  # rows and columns of the blocks in which `_transposed` moves an operand
 
+_CPUINFO = Path("/proc/cpuinfo")
 _ISAS = ("SSE4_2", "AVX", "AVX2", "AVX512", "AVX512_VNNI", "AVX512_BF16", "AMX")
 """What XLA may be held to on a CPU by `--xla_cpu_max_isa`, in order."""
 
