@@ -58,7 +58,7 @@ def work() -> int | None:
     # Compiled programs outlive the process: a resumed or repeated run starts with its first step at once.
     jax.config.update("jax_compilation_cache_dir", str(workdir / COMPILED))
     mesh = sharding.make_mesh(**dict(config.mesh))
-    with stopping.Notice(), peers.watched(locks.give_up):
+    with stopping.Notice(last=True), peers.watched(locks.give_up):
         pipeline.run(config, workdir, mesh, given.stages, profile, given.wait, _amount)
     return None
 

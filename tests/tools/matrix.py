@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -70,6 +71,8 @@ def become(work: Callable[[], object]) -> NoReturn:
         code = 0
     except SystemExit as told:
         code = told.code
+    except BaseException:
+        traceback.print_exc()
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()
