@@ -276,6 +276,8 @@ def main_() -> None:
         (given.out / "base.json").write_text(json.dumps(come_to))
     furthest = json.loads((given.out / "base.json").read_text())
     stages = given.stages.split(",") if given.stages else list(json.loads((base / "stages.json").read_text()))
+    if missing := [stage for stage in stages if kills.folder(base, stage) is None]:
+        sys.exit(f"{base}, which nothing disturbed, was made without {', '.join(missing)}: give another --out")
     lines = [json.loads(line) for line in table.read_text().splitlines()] if table.exists() else []
     done = {(line["stage"], line["signal"], line["moment"]) for line in lines}
     wrong = 0
