@@ -60,7 +60,7 @@ def work() -> int | None:
     processes.start(given.coordinator, given.processes, given.process, given.distributed)
     keep_programs(workdir)
     mesh = sharding.make_mesh(**dict(config.mesh))
-    with stopping.Notice(), peers.watched(locks.give_up):
+    with stopping.Notice(last=True), peers.watched(locks.give_up):
         pipeline.run(config, workdir, mesh, given.stages, profile, given.wait, _amount)
     return None
 

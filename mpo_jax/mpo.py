@@ -5,6 +5,7 @@
 `mpo COMMAND --help` lists the flags and settings of a command. `python -m mpo_jax.main` is `mpo run`.
 """
 
+import atexit
 import difflib
 import importlib
 import os
@@ -28,6 +29,7 @@ COMMANDS = {
 
 
 def main() -> None:
+    atexit.register(_deaf)  # before all others, so that it is called behind them
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("", "help", "--help", "-h"):
         print(_help())
@@ -54,6 +56,12 @@ def _stop(*_) -> None:
     """Ctrl-C during the imports: an exception in the midst of them can crash the interpreter."""
     print("stopped", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)
+
+
+def _deaf() -> None:
+    """The interpreter's last moments, in which a signal would change the exit code of a command that is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _help() -> str:

@@ -41,10 +41,14 @@ class Notice:
 
     A thread reads the signals: the interpreter runs handlers between two instructions of the main thread, which a
     compile or a batch can be minutes apart. In another thread than the main one, no signal is heard.
+
+    last: the process ends after the context. Until it has, signals don't end it midway (JAX leaves the other processes
+    of the run at its exit), nor change its exit code; but the fifth does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last: bool = False) -> None:
         self.code = 0
+        self._last_of_process = last
         self._told = threading.Event()
         self._lock = threading.Lock()
         self._boundaries = 0
@@ -69,12 +73,15 @@ class Notice:
     def __exit__(self, *_) -> None:
         global _current
         _current = self._outer
-        if self._before:
+        if self._before and not self._last_of_process:
             for number, before in self._before.items():
                 signal.signal(number, before)
             signal.set_wakeup_fd(self._wakeup)
         os.write(self._write, b"\0")
         self._thread.join()
+        if self._before and self._last_of_process:
+            threading.Thread(target=self._count, name="signals", daemon=True).start()
+            return
         os.close(self._read)
         os.close(self._write)
 
@@ -108,6 +115,15 @@ class Notice:
                 self._told_at = math.inf
                 _say("told to stop; this happens after the batch, or the compile, that is at work")
 
+    def _count(self) -> None:
+        """Hears signals that come while the process ends."""
+        while True:
+            for number in os.read(self._read, 64):
+                if number in CODES:
+                    self._signals += 1
+                    if self._signals >= AT_ONCE:
+                        self._end(signal.Signals(number))
+
     def tell(self, code: int) -> None:
         """The run is to stop, with this exit code; the first that is told counts."""
         self.code = self.code or code
@@ -126,8 +142,11 @@ class Notice:
         elif self._signals < AT_ONCE:
             _say("saving; a fifth signal ends it at once")
         else:
-            _say("ended at once")
-            os._exit(CODES[number])
+            self._end(number)
+
+    def _end(self, number: signal.Signals) -> NoReturn:
+        _say("ended at once")
+        os._exit(CODES[number])
 
     def _hear(self) -> None:
         """Agrees with the other processes on a boundary, where one of them was told."""

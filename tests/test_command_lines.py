@@ -60,6 +60,19 @@ def test_an_interrupt_during_the_imports_is_no_traceback(begin, tmp_path):
     assert process.wait() == 130 and told == ["stopped"], told
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_last_moments_of_a_command_leaves_its_exit_code(number):
+    code = (
+        "import atexit, os, sys\n"
+        f"atexit.register(lambda: os.kill(os.getpid(), {int(number)}))  # called last\n"
+        "from mpo_jax import mpo\n"
+        "sys.argv = ['mpo', '--version']\n"
+        "mpo.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
 def test_commands_that_begin_in_one_process_leave_no_flag_behind(monkeypatch, capsys):
     known = set(flags.FLAGS)
     for name, (module, _) in mpo.COMMANDS.items():

@@ -29,8 +29,8 @@ def test_sampling_that_is_killed_or_stopped_goes_on_bit_equal(stories, tmp_path)
 
 
 @pytest.mark.slow
-def test_every_kind_of_stage_under_every_signal_at_three_moments(stories, tmp_path):
-    assert matrix(stories, tmp_path).count(" yes") == 9 * 4 * 3
+def test_every_kind_of_stage_under_every_signal_at_four_moments(stories, tmp_path):
+    assert matrix(stories, tmp_path).count(" yes") == 9 * 4 * 4
 
 
 @pytest.mark.slow

@@ -32,6 +32,18 @@ with stopping.Notice():
 """
 """Batches that one of two processes takes twice as long for: nothing but the stop makes them meet."""
 
+LAST = """
+import atexit, time
+from mpo_jax import stopping
+atexit.register(lambda: (print("leaving", flush=True), time.sleep(60 * WAIT), time.sleep(1), print("left")))
+with stopping.Notice(last=True):
+    print("begun", flush=True)
+    for batch in range(600):
+        time.sleep(0.05)
+        stopping.obey()
+"""
+"""A process that takes a second, or a minute, to end after it has stopped."""
+
 DEAF = """
 import signal, time
 import numpy as np
@@ -74,6 +86,22 @@ def test_the_fifth_signal_ends_what_does_not_listen_and_those_before_say_so():
     found, _, error = told(process, *[signal.SIGINT] * 5)
     assert found == INTERRUPTED
     assert error.splitlines() == ["saving; a fifth signal ends it at once"] * 3 + ["ended at once"]
+
+
+def test_signals_that_come_while_a_stopped_process_ends_change_nothing():
+    process = started(LAST.replace("WAIT", "0"))
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "leaving\n"
+    assert told(process, signal.SIGTERM, signal.SIGINT, signal.SIGTERM) == (PREEMPTED, "left\n", "")
+
+
+def test_the_fifth_signal_ends_a_process_that_takes_long_to_end():
+    process = started(LAST.replace("WAIT", "1"))
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "leaving\n"
+    assert told(process, *[signal.SIGINT] * 4) == (INTERRUPTED, "", "ended at once\n")
 
 
 def pair() -> list[subprocess.Popen]:

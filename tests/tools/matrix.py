@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -70,6 +71,8 @@ def become(work: Callable[[], object]) -> NoReturn:
         code = 0
     except SystemExit as told:
         code = told.code
+    except BaseException:
+        traceback.print_exc()
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -146,8 +149,12 @@ def place(moment: str, furthest: int) -> int:
     return min(1, furthest) if moment == "first" else int(MOMENTS[moment] * furthest)
 
 
-def one(base: Path, work: Path, arguments: list[str], stage: str, kind: str, wanted: int, count: int) -> dict:
-    """Runs a stage with the artifacts before it, ends it, runs it again; what came of it."""
+def one(
+    base: Path, work: Path, arguments: list[str], stage: str, kind: str, wanted: int, count: int, to_the_end: bool
+) -> dict:
+    """Runs a stage with the artifacts before it, ends it, runs it again; what came of it.
+
+    to_the_end: whether it may be at its last batch when a signal arrives, behind which nothing is left to stop."""
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(base, work, ignore=shutil.ignore_patterns(f"{stage}-*", CHECKPOINTS, "events", "cache"))
     arguments, log = [*arguments, f"--workdir={work}", f"--stages={stage}"], work.with_suffix(".log")
@@ -176,7 +183,8 @@ def one(base: Path, work: Path, arguments: list[str], stage: str, kind: str, wan
     folder = kills.folder(work, stage)
     assert folder is not None, f"{codes}: {log.with_suffix('.0').read_text()[-3000:]}"
     last = max((path.stat().st_mtime for path in kept(folder)), default=(folder / INPUTS).stat().st_mtime)
-    lost = max(0.0, sent - last)
+    done = to_the_end and set(codes) == {0} and read_manifest(folder) is not None  # the batch at work was the last one
+    lost = 0.0 if done else max(0.0, sent - last)
     again = ended(start(count, arguments, log))
     said = "".join(file.read_text() for file in sorted(log.parent.glob(f"{log.stem}.[0-9]")))
     right = [-signal.SIGKILL if signals[0] == signal.SIGKILL and child in told else expected for child in children]
@@ -184,9 +192,9 @@ def one(base: Path, work: Path, arguments: list[str], stage: str, kind: str, wan
     return {
         "stage": stage, "signal": kind, "at": wanted, "codes": codes, "early": early, "ended in": took,
         "lost": lost, "kept": len(kept(folder)), "again": again, "traceback": "Traceback" in said,
-        "told": words in said or set(codes) == {-signal.SIGKILL},
+        "told": done or words in said or set(codes) == {-signal.SIGKILL},
         "differs": apart(lambda: differences(kills.folder(base, stage), kills.folder(work, stage))),
-        "right": early or codes == right,
+        "right": early or done or codes == right,
     }  # fmt: skip
 
 
@@ -273,6 +281,8 @@ def main_() -> None:
         (given.out / "base.json").write_text(json.dumps(come_to))
     furthest = json.loads((given.out / "base.json").read_text())
     stages = given.stages.split(",") if given.stages else list(json.loads((base / "stages.json").read_text()))
+    if missing := [stage for stage in stages if kills.folder(base, stage) is None]:
+        sys.exit(f"{base}, which nothing disturbed, was made without {', '.join(missing)}: give another --out")
     lines = [json.loads(line) for line in table.read_text().splitlines()] if table.exists() else []
     done = {(line["stage"], line["signal"], line["moment"]) for line in lines}
     wrong = 0
@@ -283,7 +293,7 @@ def main_() -> None:
                 if (stage, kind, moment) in done:
                     continue
                 wanted = place(moment, furthest.get(stage, 0))
-                row = one(base, given.out / "work", arguments, stage, kind, wanted, given.processes)
+                row = one(base, given.out / "work", arguments, stage, kind, wanted, given.processes, moment == "last")
                 row |= {"moment": moment, "of": furthest.get(stage, 0), "processes": given.processes}
                 with table.open("a") as file:
                     file.write(json.dumps(row) + "\n")
