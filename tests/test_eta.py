@@ -123,7 +123,7 @@ def test_the_first_screen_is_short_and_fits_80_columns(tmp_path):
 
 def test_the_first_screen_tells_the_memory_of_a_device_that_says_it(monkeypatch):
     class Device:
-        process_index, device_kind = 0, "TPU v5 lite"
+        process_index, device_kind, platform = 0, "TPU v5 lite", "tpu"
 
         def memory_stats(self):
             return {"bytes_limit": 16_900_000_000}

@@ -69,6 +69,7 @@ def cut_off(program, cut, calls):
         calls.append(1)
         return program.function(*arguments)
 
+    function.lower = program.function.lower
     return dataclasses.replace(program, function=function)
 
 
