@@ -61,10 +61,6 @@ class _Program:
     told: bool = False
 
 
-def _since(program: _Program) -> float:
-    return program.since
-
-
 class Screen:
     """Where progress is shown. stream: None: standard error, whatever that is when it is written to. clock: seconds."""
 
@@ -74,7 +70,7 @@ class Screen:
         self._stream = stream
         self._lock = threading.RLock()  # of signal handlers too, which may print while the same thread does
         self._works: list[Work] = []
-        self._programs: dict[int, _Program] = {}  # what is being compiled, by the thread that does it
+        self._programs: dict[int, _Program] = {}  # what is being compiled, by thread, in the order in which it began
         self._drawn = ""
         self._last = clock()
         self._busy = threading.Event()
@@ -106,6 +102,7 @@ class Screen:
             now = self.clock()
             for work in self._works:
                 work.waits = now if work.waits is None else work.waits
+            self._programs.pop(threading.get_ident(), None)  # of one that failed
             self._programs[threading.get_ident()] = _Program(name, now)
         self._wake()
 
@@ -191,7 +188,7 @@ class Screen:
         for work in works:
             work.told = True
         if (program := self._compiling(now, SHORT)) is not None:
-            min(self._programs.values(), key=_since).told = True
+            next(iter(self._programs.values())).told = True
             parts.append(f"compiling {program[0]}, {words(program[1])} so far")
         if parts:
             self.say("; ".join(parts), self._out)
@@ -200,9 +197,9 @@ class Screen:
         """What has been compiled for longest, and how many beside it, with its seconds; None below so many."""
         if not self._programs:
             return None
-        first, others = min(self._programs.values(), key=_since), len(self._programs) - 1
+        first, *others = self._programs.values()
         seconds = now - first.since
-        return (first.name + (f" and {others} more" if others else ""), seconds) if seconds >= least else None
+        return (first.name + (f" and {len(others)} more" if others else ""), seconds) if seconds >= least else None
 
     def _wake(self) -> None:
         with self._lock:

@@ -138,6 +138,11 @@ def sampler(model: ModelConfig, settings: SamplingConfig, mesh, everywhere: bool
     return jax.jit(sample, out_shardings=where)
 
 
+def seed_and_round(job: Job) -> tuple[jax.Array, jax.Array]:
+    """The run's seed and round 0, as the sampler takes them: i32 on every device."""
+    return shapes.number(job, job.seed), shapes.number(job, 0)
+
+
 def program(
     job: Job, model: ModelConfig, weights: PyTree, how: SamplingConfig, batch_size: int, held: PyTree = ()
 ) -> Program:
@@ -185,10 +190,10 @@ def sample_all(
     logps = np.zeros((len(encoded), settings.n), np.float32)
     finished = np.zeros((len(encoded), settings.n), bool)
 
-    seed, round_ = shapes.number(job, job.seed), shapes.number(job, 0)
+    numbers = seed_and_round(job)
 
     def draw(batch: Batch) -> Call:
-        return program.function, (loaded(), batch, seed, round_)
+        return program.function, (loaded(), batch, *numbers)
 
     def read(drawn: Rollout) -> shards.Arrays:
         rollout = jax.device_get(drawn)

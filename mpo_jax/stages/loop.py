@@ -231,8 +231,8 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
     eval_every = settings.eval_every or max(1, steps // 10)
     save_every = settings.save_every or max(1, steps // 10)
     before = metrics_log.compiles()
-    # No epoch has other buckets than the one before it.
-    compile_ahead(mesh, training.calls(state, start, min(steps, start + loader.steps_per_epoch)))
+    if start < steps:  # no epoch has other buckets than the one before it
+        compile_ahead(mesh, training.calls(state, start, min(steps, start + loader.steps_per_epoch)))
     compiles = {"first": metrics_log.compiles() - before, "late": 0}
     watch = nonfinite.Watch(loader, settings.on_nonfinite == "skip", progress.get("skipped", 0))
     # Whatever ends the loop, saves that have begun are waited for.

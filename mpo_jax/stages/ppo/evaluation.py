@@ -48,11 +48,12 @@ def reply(
     """`(params, frozen) ->` one reply to each of a fair sample of held-out prompts, a batch at a time. ask: None where
     the reward model alone scores; else the next batch is sampled while others score."""
     draw, measure = _functions(compiled)
-    batches = job.settings.eval_batches
+    batches, numbers = job.settings.eval_batches, candidates.seed_and_round(job)
 
     def replied(params: PyTree, frozen: PyTree) -> Iterator[Replied]:
         with loader.sample(batches) as stream:
-            drawn = _ahead(draw(*_drawing(job, params, frozen, batch)) for batch in stream)
+            weights = frozen["base"] | params["policy"]
+            drawn = _ahead(draw(weights, batch, *numbers) for batch in stream)
             for rollout in progress.each(drawn, "evaluate", loader.sampled(batches)):
                 sums, scores = measure(params, frozen, rollout, None if ask is None else ask(frozen, rollout))
                 yield Replied(rollout, scores, sums)
@@ -65,7 +66,7 @@ def reply_calls(
 ) -> Iterator[Call]:
     """What `reply` calls on prompts of a shape; where others score, without what is computed of what they say."""
     draw, measure = _functions(compiled)
-    drawing = _drawing(job, params, frozen, prompts)
+    drawing = (frozen["base"] | params["policy"], prompts, *candidates.seed_and_round(job))
     yield draw, drawing
     if not job.settings.asks:
         yield measure, (params, frozen, shapes.on_rows(job, draw.eval_shape(*drawing)), None)
@@ -74,11 +75,6 @@ def reply_calls(
 def _functions(compiled: Programs) -> tuple[Any, Any]:
     """Those that draw one reply to each prompt and that measure it."""
     return compiled.get("evaluation_rollout", compiled["rollout"]).function, compiled["measure"].function
-
-
-def _drawing(job: Job, params: PyTree, frozen: PyTree, prompts: Batch) -> tuple:
-    """The arguments of the first."""
-    return frozen["base"] | params["policy"], prompts, shapes.number(job, job.seed), shapes.number(job, 0)
 
 
 def _ahead(drawn: Iterator[Rollout]) -> Iterator[Rollout]:
