@@ -21,7 +21,7 @@ from mpo_jax.data.tokenizer import load_tokenizer
 from mpo_jax.errors import InputError
 from mpo_jax.models import decoder, hf
 from mpo_jax.models.config import ModelConfig, from_folder
-from mpo_jax.ops import choose, masks
+from mpo_jax.ops import masks
 from mpo_jax.sample import replies
 from mpo_jax.sampling import SamplingConfig
 
@@ -99,8 +99,9 @@ def test_logps_equal_teacher_forced_ones(config, weights, tokenizer, settings):
     prompts = prompt_batch(PROMPTS[:8], tokenizer)
     rollout = run(config, settings, weights, prompts, 0, 0)
     tokens, segments, _ = responses(rollout, settings.n)
-    expected = choose.log_probs(teacher_forced(config, settings, weights, rollout.batch), jnp.asarray(tokens))
-    expected = np.where(segments > 0, expected, 0)
+    allowed = np.asarray(teacher_forced(config, settings, weights, rollout.batch), np.float64)
+    drawn = np.take_along_axis(allowed, np.asarray(tokens)[..., None], axis=-1)[..., 0]
+    expected = np.log(drawn / allowed.sum(axis=-1), where=segments > 0, out=np.zeros(drawn.shape))
     np.testing.assert_allclose(rollout.logps, expected, atol=1e-4)
     stops = np.isin(tokens, settings.stop_ids) & (segments > 0)
     assert not stops[:, :, : settings.min_new_tokens].any()

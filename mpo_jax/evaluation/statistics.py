@@ -192,16 +192,6 @@ def sample_size(win_rate: float, level: float = 0.95, power: float = 0.8) -> int
     return math.ceil((reach / (win_rate - 0.5)) ** 2)
 
 
-def share_interval(part: int, whole: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a share seen in `whole` independent trials."""
-    from scipy import special
-
-    z = float(special.ndtri((1 + level) / 2))
-    middle = (part + z**2 / 2) / (whole + z**2)
-    half = z * math.sqrt(part * (whole - part) / whole + z**2 / 4) / (whole + z**2)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
-
-
 def sentence(comparison: Comparison) -> str:
     """'MPO preferred to DPO in 61 % ± 4 of 500 prompts', by whom, and whether that is more than chance."""
     c = comparison

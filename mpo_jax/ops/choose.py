@@ -69,11 +69,6 @@ def greedy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return tokens, jnp.zeros(tokens.shape, jnp.float32)
 
 
-def log_probs(weights: jax.Array, tokens: jax.Array) -> jax.Array:
-    """log-probabilities f32 [...] of given tokens i32 [...] under weights f32 [...,V]; -inf for forbidden ones."""
-    return jnp.log(_pick(weights, tokens)) - jnp.log(jnp.sum(weights, axis=-1))
-
-
 def _truncate(w: jax.Array, enough) -> jax.Array:
     """Keeps weights at or above the largest threshold at which what is kept is `enough`.
 

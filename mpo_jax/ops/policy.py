@@ -135,15 +135,6 @@ def reinforce(logps: jax.Array, advantages: jax.Array, mask: jax.Array) -> Loss:
     return -jnp.sum(advantage * summed), count(real), metrics
 
 
-def reinforce_tokens(logps: jax.Array, advantages: jax.Array, mask: jax.Array) -> Loss:
-    """`reinforce` with the tokens as its weight: the mean over all tokens of a batch, not over its responses.
-
-    The direction is that of `reinforce`; the scale no longer grows with the batch's mean length.
-    """
-    total, _, metrics = reinforce(logps, advantages, mask)
-    return total, count(mask), metrics
-
-
 def _responses(logps, advantages, mask):
     """Summed logps f32 [B,N], advantages f32 [B,N] and which responses have a token, bool [B,N]."""
     shapes.check("f32[B,N,R] f32[B,N] bool[B,N,R]", logps=logps, advantages=advantages, mask=mask)

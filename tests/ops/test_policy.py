@@ -204,13 +204,11 @@ def test_reinforce_by_hand():
     logps = f32([[-1.0, -2.0], [-0.5, NAN]], [[-3.0, -4.0], [NAN, NAN]])
     mask = jnp.asarray([[[1, 1], [1, 0]], [[1, 1], [0, 0]]], bool)
     gains = f32([2.0, -1.0], [0.5, NAN])
-    # -(2 * -3 - 1 * -0.5 + 0.5 * -7) = 6 - 0.5 + 3.5 = 9, over 3 responses or 5 tokens.
+    # -(2 * -3 - 1 * -0.5 + 0.5 * -7) = 6 - 0.5 + 3.5 = 9, over 3 responses.
     total, weight, metrics = policy.reinforce(logps, gains, mask)
     close([total, weight], [9.0, 3.0])
     close(metrics["advantage"], [1.5, 3.0])
     close(metrics["seq_logps"], [-10.5, 3.0])
-    total, weight, _ = policy.reinforce_tokens(logps, gains, mask)
-    close([total, weight], [9.0, 5.0])
     grad = jax.grad(lambda x: policy.reinforce(x, gains, mask)[0])(logps)
     close(grad, [[[-2.0, -2.0], [1.0, 0.0]], [[-0.5, -0.5], [0.0, 0.0]]])
 
@@ -222,7 +220,6 @@ ALL = {
     "entropy": lambda a, b, c, mask: policy.entropy_bonus(a, mask),
     "k2": lambda a, b, c, mask: policy.kl_k2(a, b, mask),
     "reinforce": lambda a, b, c, mask: policy.reinforce(a, b[:, :, 0], mask),
-    "reinforce_tokens": lambda a, b, c, mask: policy.reinforce_tokens(a, b[:, :, 0], mask),
 }
 
 
