@@ -5,6 +5,7 @@ codes. Flags are defined when a command begins, not when its module is imported,
 """
 
 import inspect
+import io
 import json
 import os
 import re
@@ -41,6 +42,8 @@ def start(
     interrupted goes on with the same command. folders: the flag that arguments without a name are the values of.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is as it should be
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal can't show, as half an emoji, is told by its escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     module = inspect.getmodule(work)
     known = set(flags.FLAGS)
     try:

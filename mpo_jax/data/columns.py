@@ -144,11 +144,18 @@ def kept(row: Row, keep: Sequence[str]) -> str:
 
 
 def check_unread(
-    rows: Sequence[Row], found: Survey, uses: Mapping[str, str], known: Collection[str], place: str
+    rows: Sequence[Row],
+    found: Survey,
+    uses: Mapping[str, str],
+    known: Collection[str],
+    place: str,
+    prompts_alone: bool = False,
 ) -> dict[str, str]:
     """What is to be said of every column that is not used. InputError for those that look as if they should be.
 
-    A column is harmless that says nothing, that the form knows and leaves, or that repeats one that is used."""
+    A column is harmless that says nothing, that the form knows and leaves, or that repeats one that is used.
+    prompts_alone: whether no reply is read from the file. Then a column of texts is not harmless either, whatever its
+    name: they may be the replies."""
     said, suspicious = {}, []
     for name, kinds in found.kinds.items():
         if name in uses:
@@ -157,7 +164,7 @@ def check_unread(
             said[name] = "empty"
         elif name in known:
             said[name] = "unread (known to this form, and left)"
-        elif not is_meaningful(name):
+        elif not is_meaningful(name) and not (prompts_alone and _may_be_replies(rows, name)):
             said[name] = "unread"
         elif same := next((used for used in uses if _same(rows, name, used, uses)), None):
             said[name] = f"unread (the same as {same!r})"
@@ -171,6 +178,25 @@ def check_unread(
             f"of {', '.join(ROLES)}, or leave it out, data.ignore={tuple(suspicious)!r}"
         )
     return said
+
+
+def _may_be_replies(rows: Sequence[Row], name: str) -> bool:
+    """Whether most rows of a column hold a text of several words, and most of these texts differ: as replies do, and
+    ids, categories and addresses don't."""
+    if _ABOUT & set(words(name)):
+        return False
+    texts = [" ".join(_texts(row.values.get(name))) for row in rows]
+    long = [text for text in texts if len(text.split()) > 2 or (not text.isascii() and len(text) > 8)]
+    return 2 * len(long) > len(rows) and 2 * len(set(long)) > len(long)
+
+
+def _texts(value: Any) -> list[str]:
+    """Every text within a value, however deep."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [text for each in value for text in _texts(each)] if is_list(value) else []
 
 
 def _same(rows: Sequence[Row], name: str, used: str, uses: Mapping[str, str]) -> bool:

@@ -174,7 +174,7 @@ class _Tally:
             if mine in found.kinds:
                 uses[mine] = f"{uses[mine]}; {scored}" if mine in uses else scored
         try:
-            unread = check_unread(rows, found, uses, plan.known, name)
+            unread = check_unread(rows, found, uses, plan.known, name, not form.replies)
         except InputError as error:
             raise InputError(f"{error}{suggest.hint(found)}") from None
         given = {role: f"{column} (as {role})" for role, column in reading.columns.items() if role != column}

@@ -625,6 +625,48 @@ def test_unmapped_replies_are_never_prompts_alone(jsonl, fails, row):
     assert all(repr(name) in message for name in row if name not in ("prompt", "question"))
 
 
+REPLIES = [f"It is a long way to {place}, and uphill." for place in ("Rome", "Oslo", "Lima", "Bern")]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"y_w": str, "y_l": str.upper},
+        {"A": str, "B": str.upper},
+        {"pos": lambda text: [text], "neg": lambda text: [text.upper()]},
+        {"turn": lambda text: {"role": "assistant", "content": text}},
+        {"nach": lambda text: "罗马在意大利的中部，" + text[20:24]},
+    ],
+    ids=["the literature's names", "letters", "lists", "messages", "no spaces"],
+)
+def test_texts_under_any_name_are_never_left_beside_prompts_alone(jsonl, fails, columns):
+    rows = [
+        {"prompt": f"p{n}"} | {name: made(text) for name, made in columns.items()} for n, text in enumerate(REPLIES)
+    ]
+    message = fails(jsonl(rows), "line 1", "data.columns.ROLE=", "data.ignore=")
+    assert all(repr(name) in message for name in columns)
+    records, _ = load(jsonl(rows), reading=Reading(ignore=tuple(columns)))
+    assert [record.prompt for record in records] == ["p0", "p1", "p2", "p3"]
+
+
+def test_what_is_said_about_prompts_alone_is_left(jsonl):
+    about = {
+        "topic": "geography of the old world",  # the same in most rows
+        "uuid": lambda n: f"b0-{n}",
+        "link": lambda n: f"https://example.org/{n}",
+        "seen": lambda n: f"2024-01-0{n} 10:00",
+        "source": lambda n: f"the book of roads, page {n}",
+        "difficulty": lambda n: n,
+        "note": lambda n: "a long text in one row alone" if n == 1 else None,
+    }
+    rows = [
+        {"prompt": f"p{n}"} | {name: made(n) if callable(made) else made for name, made in about.items()}
+        for n in range(4)
+    ]
+    records, account = load(jsonl(rows))
+    assert len(records) == 4 and {account.columns[name] for name in about} == {"unread"}
+
+
 def test_a_column_map_reads_any_names(jsonl):
     row = {"ask": "p", "good": "x", "bad": "y", "persona": "s", "gap": 2, "prompt": "not this"}
     columns = {"prompt": "ask", "chosen": "good", "rejected": "bad", "system": "persona", "margin": "gap"}

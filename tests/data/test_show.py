@@ -1,5 +1,6 @@
 """The command line `mpo_jax.show` enters; what it prints of a real record, and of bad input, is checked."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def _show(*arguments):
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+def _show(*arguments, **environment):
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"} | environment
     command = [sys.executable, "-m", "mpo_jax.show", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
@@ -82,3 +83,15 @@ def test_show_of_a_named_source(cases, shared, tmp_path):
     assert "### Instruction:\nWhat floats?\n\n### Response:\n" in done.stdout
     done = _show(f"--config={config}", "--source=min")
     assert done.stderr == "error: --source: no source 'min'; did you mean 'mine'?\n"
+
+
+def test_show_prints_what_the_terminal_has_no_characters_for(shared, tmp_path):
+    """Half an emoji, which is text in JSON, and marks of a tokenizer where only ASCII can be shown."""
+    row = {"prompt": "Where?", "chosen": "Here \ud83d", "rejected": "There"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    done = _show(
+        f"--data_path={tmp_path / 'rows.jsonl'}", f"--tokenizer={shared / 'models/stories260K'}", "--split=all",
+        PYTHONIOENCODING="ascii",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Here \\ud83d" in done.stdout and "\\u2581" in done.stdout

@@ -44,9 +44,11 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A kind of rows: its name, its columns in words, whether a file is of it, and how such a file is read."""
+    """A kind of rows: its name, its columns in words, whether a file is of it, and how such a file is read. replies:
+    whether its rows hold any."""
 
     name: str
     columns: str
     matches: Callable[[Survey, Sequence[Row]], bool]
     plan: Callable[[Survey, Sequence[Row], Reading], Plan]
+    replies: bool = True

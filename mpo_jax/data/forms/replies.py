@@ -333,7 +333,11 @@ FORMS = (
         _conversation,
     ),
     Form(
-        "prompt", "prompt", lambda s, rows: has_head(s) and not s.has("chosen") and not s.has("rejected"), _prompt_alone
+        "prompt",
+        "prompt",
+        lambda s, rows: has_head(s) and not s.has("chosen") and not s.has("rejected"),
+        _prompt_alone,
+        replies=False,
     ),
 )
 
