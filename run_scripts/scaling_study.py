@@ -116,19 +116,23 @@ def choose_mesh(model: str, place: Topology) -> dict[str, int]:
 
 PAGE = """# What MPO costs at larger scale, on paper
 
-Written by `python run_scripts/scaling_study.py`; the figures of every program are in `scaling.json`. The paper (Gou &
-Nguyen 2024) tests 7B and leaves larger models open. Nothing below was run on an accelerator.
+This page is written by `python run_scripts/scaling_study.py`; `scaling.json` holds the figures of every program. The
+paper (Gou & Nguyen 2024) tests 7B and leaves larger models open. Nothing below was run on an accelerator.
 
-**What is what.** Of {cells} cells, the memory, traffic and collectives of {compiled} are the TPU compiler's own for the
-programs that a run would call (source: compiler). Those of {reckoned} are arithmetic on the same programs' shapes
-(source: arithmetic): a test holds its memory within 10 % of XLA's on CPU at small shapes, and at 7B on TPU it is off by
-more. FLOPs are counted on the traced programs either way. Chip-hours are **estimates**: the slowest of work, memory and
-collectives at {utilisation:.0%} of the chip's peak, for {pairs:,} pairs (TL;DR's), {easy:.0%} of them easy, in the
-shares of `configs/tldr.py`; loading, saving and the final evaluation are left out.
+**Where the figures come from.** The table has {cells} rows. In {compiled} of them, memory, traffic and collectives
+come from the TPU compiler, for the programs that a run would call (source: compiler). In {reckoned} of them they come
+from arithmetic on the shapes of the same programs (source: arithmetic). A test checks that this arithmetic is within
+10 % of XLA's memory on CPU at small shapes; at 7B on TPU the error is larger. FLOPs are always counted on the traced
+programs.
 
-Prompts of 512 tokens, replies of 128, global batch 64 (more where the mesh has more shards), remat full, Adam in f32,
-frozen weights in bfloat16, LoRA of rank 16 on q, k, v and o. DPO and PPO alone train on all pairs of the policy share;
-whole MPO is SFT, reward model, split (4 sampled replies to a prompt), DPO on the easy and PPO on the hard half.
+Chip-hours are **estimates**. A call takes as long as the slowest of work, memory and collectives at {utilisation:.0%}
+of the chip's peak. The data is {pairs:,} pairs (as many as TL;DR has), {easy:.0%} of them easy, in the shares of
+`configs/tldr.py`. Loading, saving and the final evaluation are left out.
+
+Prompts have 512 tokens and replies 128. The global batch is 64 (more where the mesh has more shards), with remat
+full, Adam in float32, frozen weights in bfloat16, and LoRA of rank 16 on q, k, v and o. DPO and PPO alone train on all
+pairs of the policy share. Whole MPO is SFT, the reward model, the split (4 sampled replies to a prompt), DPO on
+the easy half and PPO on the hard half.
 
 ![Peak memory of a chip by model](scaling.png)
 
@@ -167,7 +171,8 @@ def _answer(known: dict[str, Any]) -> list[str]:
                 ratios.append(f"{model} {whole / ppo:.2f} and {whole / dpo:.1f}")
         if ratios:
             lines.append(
-                f"- {topology}: whole MPO's FLOPs over PPO's, and over DPO's, on all pairs: {'; '.join(ratios)}."
+                f"- {topology}: FLOPs of whole MPO, divided by those of PPO and by those of DPO on all pairs: "
+                f"{'; '.join(ratios)}."
             )
     return lines
 
