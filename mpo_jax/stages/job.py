@@ -5,6 +5,7 @@ LoRA, {"lora"} over the base model's frozen {"params"}, and {"head"} for reward 
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
@@ -196,6 +197,19 @@ def abstract_base(job: Job, model: ModelConfig) -> PyTree:
 
 def abstract_weights(model: ModelConfig, mesh, head: bool = False, dtype: str = "float32") -> PyTree:
     """Shapes and shardings of the collections that a stage trains: the trunk or the adapters, and the scalar head."""
+    abstract = _weight_shapes(model, head)
+    placed = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        abstract,
+        sharding.tree_shardings(abstract, mesh),
+    )
+    return parameters.frozen_copy(model, placed, dtype)
+
+
+@functools.cache
+def _weight_shapes(model: ModelConfig, head: bool) -> PyTree:
+    """Shapes of the collections of `abstract_weights`. To trace a model's beginning takes a third of a second, and a
+    stage asks for its shapes several times."""
 
     def shapes():
         whole = decoder.init(model, jax.random.key(0), head=head)
@@ -204,13 +218,7 @@ def abstract_weights(model: ModelConfig, mesh, head: bool = False, dtype: str = 
             return adapters | {name: tree for name, tree in whole.items() if name != "params"}
         return without_output(whole) if head else whole
 
-    abstract = jax.eval_shape(shapes)
-    placed = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        abstract,
-        sharding.tree_shardings(abstract, mesh),
-    )
-    return parameters.frozen_copy(model, placed, dtype)
+    return jax.eval_shape(shapes)
 
 
 def with_head(job: Job, model: ModelConfig, weights: PyTree) -> PyTree:
