@@ -27,7 +27,8 @@ class Report:
     peak: all of it, results that reuse no argument included. flops: of its matrix products, on one chip. needed: those
     of them that are not computed again. moved: in the chip's memory. collectives: kind -> bytes on one chip. largest:
     the biggest temporary, and where it comes from. source: "compiler" or "arithmetic". seconds_to_compile: 0.0 for
-    arithmetic.
+    arithmetic. alone: those of the collectives' bytes during which the chip computes nothing; {} for arithmetic, which
+    can't tell.
     """
 
     arguments: int
@@ -42,6 +43,7 @@ class Report:
     largest: str
     source: str
     seconds_to_compile: float = 0.0
+    alone: dict[str, int] = dataclasses.field(default_factory=dict)
     text: str = dataclasses.field(default="", repr=False)
 
 
@@ -77,6 +79,7 @@ def report(program: Program, topology: Topology, mesh, keep_text: bool = False, 
         largest=found.largest,
         source="compiler",
         seconds_to_compile=found.seconds,
+        alone=found.alone,
         text=found.text if keep_text else "",
     )
 
@@ -97,14 +100,18 @@ def _compile(lowered: Any, topology: Topology, loops: tuple[int, int], known: Kn
         seconds, memory, text = time.perf_counter() - began, compiled.memory_analysis(), compiled.as_text()
         module = hlo.parse(text, loops)
         kinds: dict[str, int] = collections.Counter()
+        alone: dict[str, int] = collections.Counter()
         for each in module.collectives():
             kinds[each.kind] += each.bytes * each.times
+            if each.alone:
+                alone[each.kind] += each.bytes * each.times
         found = Compiled(
             arguments=memory.argument_size_in_bytes,
             results=max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
             temporaries=memory.temp_size_in_bytes,
             moved=float(module.bytes_moved()),
             collectives=dict(kinds),
+            alone=dict(alone),
             largest=_largest(module),
             seconds=seconds,
             text=text,

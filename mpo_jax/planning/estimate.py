@@ -1,7 +1,7 @@
 """What a chip must do for one call enters; seconds, and the chip-hours of a stage, leave. Estimates, unlike the rest.
 
 A call takes as long as the slowest of its three parts, work, memory traffic and collectives, each at the stated share
-of the chip's peak: they are taken to overlap.
+of the chip's peak: they are taken to overlap. `alone` tells what the compiled program does not overlap.
 """
 
 import dataclasses
@@ -64,6 +64,12 @@ def seconds(report: Report, chip: Chip, assumptions: Assumptions) -> Seconds:
     share = assumptions.utilisation
     sent = _sent(report.collectives, chip, share)
     return Seconds(report.flops / (chip.flops * share), report.moved / (chip.bandwidth * share), sent)
+
+
+def alone(report: Report, chip: Chip, assumptions: Assumptions) -> float:
+    """Seconds of one call in which collectives travel and the chip computes nothing, by the compiled program. The
+    estimate leaves them out wherever the other parts take longer than the collectives do."""
+    return _sent(report.alone, chip, assumptions.utilisation)
 
 
 def mfu(report: Report, chip: Chip, assumptions: Assumptions) -> float:

@@ -60,7 +60,8 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of the program. bytes: of its larger side, on one device, each time. times: how often it runs."""
+    """One collective of the program. bytes: of its larger side, on one device, each time. times: how often it runs.
+    alone: nothing is computed while it travels, because the program waits for its end where it begins."""
 
     kind: str
     arrays: tuple[Array, ...]
@@ -68,6 +69,7 @@ class Collective:
     times: int
     op_name: str
     computation: str
+    alone: bool
 
 
 Computation = dict[str, Instruction]
@@ -182,7 +184,8 @@ class Module:
                     size = instruction.bytes
                 else:
                     size = _payload(instruction)
-                found[key] = Collective(kind, instruction.arrays, size, times, instruction.op_name, name)
+                alone = not (chain or instruction.opcode.endswith("-start") or kind.endswith(BETWEEN_SLICES))
+                found[key] = Collective(kind, instruction.arrays, size, times, instruction.op_name, name, alone)
         return list(found.values())
 
     def bytes_moved(self) -> int:

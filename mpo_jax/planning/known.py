@@ -25,8 +25,9 @@ class Compiled:
     """What the compiler says of one program, whatever lies in memory beside it: bytes on one chip.
 
     arguments: that the program reads, results: that reuse no argument. moved: in the chip's memory. collectives: by
-    kind. largest: the biggest temporary, and where it comes from. used: what it would have needed, where the compiler
-    gave up for want of memory; 0: it did not. seconds: that the compiler took.
+    kind; alone: those of them during which nothing is computed. largest: the biggest temporary, and where it comes
+    from. used: what it would have needed, where the compiler gave up for want of memory; 0: it did not. seconds: that
+    the compiler took.
     """
 
     arguments: int = 0
@@ -34,6 +35,7 @@ class Compiled:
     temporaries: int = 0
     moved: float = 0.0
     collectives: dict[str, int] = dataclasses.field(default_factory=dict)
+    alone: dict[str, int] = dataclasses.field(default_factory=dict)
     largest: str = ""
     seconds: float = 0.0
     used: int = 0

@@ -64,6 +64,11 @@ def lines(name: str, plan: StagePlan) -> str:
         if report.collectives:
             kinds = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in sorted(report.collectives.items()))
             found.append(f"    {kinds}")
+        if planned.alone:
+            found.append(
+                f"    {sum(report.alone.values()) / 1e9:.2f} GB of these are sent while the chip computes nothing, "
+                f"{planned.alone:.3f} s a call"
+            )
         if report.largest:
             found.append(f"    biggest temporary: {report.largest}")
     disk = plan.storage
@@ -207,6 +212,8 @@ def _program(planned: Planned) -> dict[str, Any]:
         "model_flops_per_chip": report.needed,
         "bytes_moved_per_chip": report.moved,
         "collective_bytes_per_chip": report.collectives,
+        "collective_bytes_alone_per_chip": report.alone,
+        "seconds_of_collectives_alone": planned.alone,
         "biggest_temporary": report.largest,
         "seconds_estimate": planned.seconds.total,
         "waits_for": planned.seconds.bound,

@@ -32,7 +32,8 @@ from mpo_jax.stages.programs import Program
 class Planned:
     """One program of a stage, its figures, the seconds of one call with the longest rows, its model FLOPs' share of the
     peak at most (see `estimate.mfu`), and how many calls the stage makes. least, most: of those seconds, what a call
-    takes on average, see `lengths.shares`."""
+    takes on average, see `lengths.shares`. alone: seconds of a call with collectives and no work, see
+    `estimate.alone`."""
 
     report: Report
     seconds: Seconds
@@ -40,6 +41,7 @@ class Planned:
     calls: float
     least: float = 1.0
     most: float = 1.0
+    alone: float = 0.0
 
     @property
     def total_seconds(self) -> float:
@@ -132,7 +134,8 @@ def plan(
             each = estimate.seconds(report, topology.chip, assumptions)
             parts = lengths.shares(job, program, each, topology, assumptions)
             mfu = estimate.mfu(report, topology.chip, assumptions)
-            planned[name] = Planned(report, each, mfu, estimate.calls(job, program, assumptions), *parts)
+            alone = estimate.alone(report, topology.chip, assumptions)
+            planned[name] = Planned(report, each, mfu, estimate.calls(job, program, assumptions), *parts, alone)
     own = {} if job.settings.mesh == StageMesh() else dict(job.mesh.shape)
     return StagePlan(planned, topology.size, storage.of_stage(job, programs, assumptions), own)
 

@@ -115,13 +115,13 @@ def test_a_loop_that_counts_by_two_runs_half_as_often():
 
 
 def test_a_chain_of_fusions_is_one_collective_and_a_channel_may_be_of_several():
-    found = [(each.kind, each.bytes, each.times) for each in hlo.parse(CHAIN).collectives()]
+    found = [(each.kind, each.bytes, each.times, each.alone) for each in hlo.parse(CHAIN).collectives()]
     assert sorted(found) == [
-        ("all-gather", 8 * 512 * 2, 1),
-        ("all-reduce", 16 * 512 * 4, 1),
-        ("all-reduce", 16 * 512 * 4, 1),
-        ("collective-permute", 8 * 128 * 2, 3),
-        ("reduce-scatter", 16 * 512 * 4, 1),
+        ("all-gather", 8 * 512 * 2, 1, False),
+        ("all-reduce", 16 * 512 * 4, 1, True),
+        ("all-reduce", 16 * 512 * 4, 1, True),
+        ("collective-permute", 8 * 128 * 2, 3, True),
+        ("reduce-scatter", 16 * 512 * 4, 1, True),
     ]
 
 

@@ -89,6 +89,21 @@ def test_an_asynchronous_copy_moves_once_what_it_copies():
     assert hlo.parse(ASYNCHRONOUS).bytes_moved() == 2 * 512 * 2 + 2 * 8 * 512 * 2
 
 
+@pytest.mark.parametrize(
+    ("instruction", "alone"),
+    [
+        ("%g = bf16[8,512]{1,0} all-gather(%w), channel_id=1, dimensions={1}", True),
+        ("%g = (bf16[8,128]{1,0}, bf16[8,512]{1,0}) all-gather-start(%w), channel_id=1, dimensions={1}", False),
+        ('%g = bf16[8,512]{1,0} all-gather(%w), channel_id=1, frontend_attributes={async_collective_name="g"}', False),
+    ],
+)
+def test_a_collective_that_is_not_begun_before_it_is_needed_travels_alone(instruction, alone):
+    whole = "  ROOT %w = bf16[8,128]{1,0} parameter(0)"
+    text = "\n".join(["ENTRY %main (w: bf16[8,128]) -> bf16[8,128] {", whole, f"  {instruction}", "}", ""])
+    (found,) = hlo.parse(text).collectives()
+    assert (found.kind, found.bytes, found.alone) == ("all-gather", 8 * 512 * 2, alone)
+
+
 WHOLE = """HloModule f
 
 %flat (q: bf16[8,512]) -> bf16[4096] {

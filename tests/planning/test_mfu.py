@@ -141,3 +141,17 @@ def test_the_plan_shows_it(plan):
     train = told["programs"]["train"]
     assert train["mfu_at_most"] == found.programs["train"].mfu
     assert train["model_flops_per_chip"] == dataclasses.asdict(found.programs["train"].report)["needed"]
+
+
+def test_the_plan_tells_what_is_sent_while_nothing_is_computed(plan):
+    made = chip(flops=1e9)
+    found = plan("dpo", made)
+    train = found.programs["train"]
+    assert train.alone == 0 and "computes nothing" not in report.lines("dpo", found)  # arithmetic can't tell
+    sent = {"all-gather": 30_000_000, "all-reduce": 20_000_000}
+    reported = dataclasses.replace(train.report, collectives=sent, alone={"all-reduce": 20_000_000})
+    alone = estimate.alone(reported, made, Assumptions())
+    assert alone == pytest.approx(2 * 20e6 / (1e12 * 0.4))  # a sum travels twice
+    programs = {"train": dataclasses.replace(train, report=reported, alone=alone)}
+    shown = report.lines("dpo", dataclasses.replace(found, programs=programs))
+    assert "    0.02 GB of these are sent while the chip computes nothing, 0.000 s a call\n" in shown
