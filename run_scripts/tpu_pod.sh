@@ -25,9 +25,10 @@ Settings, as environment variables (defaults in brackets):
   ATTEMPTS [50]  starts of a `watch`   FAILURES [3]  of them in a row that end in an error, with nothing new in the workdir
   WAIT [240]     minutes that a slice may take to become active; then the request is deleted
 
-Exit codes that `watch` goes on after: 75 (told to stop, and saved), 143 or 241 (SIGTERM), 255 (ssh lost), and any where the slices
-are no longer active. Others are errors: tried again FAILURES times. It waits 30 s, then twice as long each time, up to 30
-minutes, and 30 s again once the run has got on. What a start costs stands in docs/pods.md.
+Exit codes after which `watch` starts the run again: 75 (told to stop, and saved), 143 or 241 (SIGTERM), 255 (ssh lost), and
+any code if the slices are no longer active. Others are errors, and are tried FAILURES times. It waits 30 s before a start,
+then twice as long each time, up to 30 minutes, and 30 s again once the run has made progress. docs/pods.md says what a start
+costs.
 Before it, for several hosts: ssh-add ~/.ssh/google_compute_engine. Plan first: python -m mpo_jax.plan --topology=v5e:4x8 ...
 --dry_run prints the commands instead of running them.
 TEXT
