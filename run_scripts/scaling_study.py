@@ -203,7 +203,9 @@ def draw(known: dict[str, Any]) -> None:
                 if each:
                     size = presets.parameters(presets.find(model).architecture) / 1e9
                     points.append((size, each["peak"] / GIB, each["source"] == "compiler"))
-            line = axis.plot([p[0] for p in points], [p[1] for p in points], label=method)[0]
+            # Dashed, since the largest memory of whole MPO is that of its PPO.
+            style = "--" if method == "MPO, whole" else "-"
+            line = axis.plot([p[0] for p in points], [p[1] for p in points], style, label=method)[0]
             for filled in (True, False):
                 some = [p for p in points if p[2] is filled]
                 face = line.get_color() if filled else "white"
@@ -213,7 +215,10 @@ def draw(known: dict[str, Any]) -> None:
         memory = next(each["memory"] for name, each in known.items() if name.endswith(topology))
         axis.axhline(memory / GIB, color="grey", linestyle="--", linewidth=1)
         axis.set(title=topology, xlabel="billion weights", xscale="log", yscale="log")
-    axes[0][0].set_ylabel("peak GiB of a chip\n(filled: compiler; dashed: what there is)")
+        sizes = [presets.parameters(presets.find(model).architecture) / 1e9 for model in MODELS]
+        axis.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
+        axis.set_xticks([], minor=True)
+    axes[0][0].set_ylabel("peak GiB of a chip\n(filled: compiler; grey: what there is)")
     axes[0][-1].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(_PLOT, dpi=110)
