@@ -246,12 +246,13 @@ def settings_page() -> str:
     parts = [
         "# Settings",
         "",
-        "Made from the package by `mpo show --settings`. Any of them is a flag: `--config.stages.dpo.beta=0.2`. "
-        "*Operational* settings say how something is computed, not what: they don't enter a stage's key.",
+        "All settings of a run and of each kind of stage, as `mpo show --settings` prints them. Every setting is also "
+        "a flag, for example `--config.stages.dpo.beta=0.2`. *Operational* settings change how something is computed "
+        "and not what is computed: they are no part of a stage's key, so a finished stage is not repeated for them.",
     ]
     for heading, section in run_sections().items():
         parts += ["", f"## `{heading}`", "", inspect.getdoc(section) or "", ""]
-        parts += ["| setting | default | values | |", "| --- | --- | --- | --- |"]
+        parts += ["| setting | default | values | meaning |", "| --- | --- | --- | --- |"]
         for line in settings.lines(section):
             cells = [f"`{line.name}`", f"`{line.default}`", line.allowed.replace("|", "\\|"), line.help]
             parts.append(f"| {' | '.join(cells)} |")

@@ -28,7 +28,7 @@ class Settings(StageSettings):
     """A mean of policies' weights."""
 
     policies: Names = role(POLICY, ("sft", "dpo"), "the policies that are blended")
-    weights: Numbers = setting((), "of each policy, 1 in all; empty: all alike")
+    weights: Numbers = setting((), "the weight of each policy, with sum 1; empty: all the same")
 
     @property
     def shares(self) -> tuple[float, ...]:

@@ -23,7 +23,10 @@ class Curves(Section):
     """How the policies' snapshots are evaluated."""
 
     curve_prompts: Whole = setting(
-        0, "held-out prompts that the policies' snapshots reply to; 0: all of count", unit="prompts", later=True
+        0,
+        "number of held-out prompts that the policies' snapshots reply to; 0: as many as `count`",
+        unit="prompts",
+        later=True,
     )
 
 

@@ -43,16 +43,19 @@ class Decodings(Section):
     """What stands in the table beside each policy's replies as the stage samples them."""
 
     decodings: dict[str, Decoding] = setting(
-        {}, 'further ways of drawing replies, by name: of "greedy" the rows are POLICY@greedy', later=True
+        {}, 'further ways of sampling replies, by name; the rows of one named "greedy" are POLICY@greedy', later=True
     )
     best_of: Whole = setting(
         0,
-        "of so many replies the best, by the reward model or else the labeller, stands as a policy of its own; 0: none",
+        "number of replies of which the best, by the reward model or otherwise by the labeller, is shown as the reply "
+        "of a further policy; 0: no such policy",
         unit="replies",
         later=True,
     )
     best_of_policies: Names = setting(
-        (), "whose replies those are; empty: the baseline's, or the first policy's where there is none", later=True
+        (),
+        "the policies for which `best_of` is done; empty: the baseline, or the first policy if there is no baseline",
+        later=True,
     )
 
 

@@ -34,17 +34,22 @@ class Settings(PolicyTraining):
     """Kahneman-Tversky optimization of a policy on single replies, good and bad."""
 
     init: str = role(POLICY, "sft", "the policy that training starts from")
-    reference: str = role(POLICY, "sft", "the frozen policy of the log-ratios")
+    reference: str = role(POLICY, "sft", "the frozen policy that the log-ratios are taken against")
     pairs: str = role(
         PAIRS,
         "split/all",
-        "pairs whose chosen replies are good, and whose rejected ones are bad; data: the data's own labelled replies",
+        "pairs, whose chosen replies count as good and rejected ones as bad; data: the data's own labelled replies",
         data=True,
     )
-    beta: Positive = setting(0.1, "strength of the KL leash; Ethayarajh et al. 2024, eq. 8; ours")
-    desirable_weight: Amount = setting(1.0, "of good replies; the paper's lambda_D")
-    undesirable_weight: Amount = setting(1.0, "of bad replies; the paper's lambda_U")
-    learning_rate: Rate = changed(Training, "learning_rate", 5e-7, "peak of the schedule; ours")
+    beta: Positive = setting(
+        0.1,
+        "how strongly the policy is held to the reference; Ethayarajh et al. 2024, eq. 8; the default is our choice",
+    )
+    desirable_weight: Amount = setting(1.0, "weight of good replies in the loss; the paper's lambda_D")
+    undesirable_weight: Amount = setting(1.0, "weight of bad replies in the loss; the paper's lambda_U")
+    learning_rate: Rate = changed(
+        Training, "learning_rate", 5e-7, "peak of the learning rate; the default is our choice"
+    )
 
     @pydantic.model_validator(mode="after")
     def _whole_batches(self):

@@ -30,7 +30,7 @@ class Settings(Pairing):
     policy: str = role(POLICY, "sft", "the policy whose replies are paired")
     samples: Annotated[int, annotated_types.Interval(ge=2, le=4096)] = changed(Pairing, "samples", 2)
     pairing: Literal["best_worst", "all"] = changed(Pairing, "pairing", "all")
-    batch_size: Count = setting(32, "prompts sampled at a time", unit="rows")
+    batch_size: Count = setting(32, "prompts for which replies are sampled at a time", unit="rows")
 
 
 def check(job: Job[Settings]) -> None:

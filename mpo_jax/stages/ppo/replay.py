@@ -31,12 +31,12 @@ DEFAULT_BETA = 0.1
 class Replay(Section):
     """A loss on pairs beside that on samples."""
 
-    replay: str = role(PAIRS, "", "pairs that a second loss is taken on in every update, as split/easy; empty: none")
+    replay: str = role(PAIRS, "", "pairs for a second loss in every update, such as split/easy; empty: no second loss")
     replay_loss: Literal["sft", "dpo"] = setting(
-        "sft", "the second loss: of the chosen replies' tokens, or of the pairs against the stage's reference"
+        "sft", "the second loss: SFT on the chosen replies, or DPO on the pairs with the stage's own reference"
     )
-    replay_coefficient: Amount = setting(0.1, "of the second loss; ours")
-    replay_beta: Positive = setting(DEFAULT_BETA, "beta of replay_loss=dpo")
+    replay_coefficient: Amount = setting(0.1, "coefficient of the second loss; the default is our choice")
+    replay_beta: Positive = setting(DEFAULT_BETA, "beta of the second loss, if replay_loss=dpo")
 
     @pydantic.model_validator(mode="after")
     def _replayed(self):
