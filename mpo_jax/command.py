@@ -163,7 +163,7 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, InputError):
         return str(error)
     if "no attribute 'get_config'" in str(error):
-        return "defines no get_config(); expected a Python file with one, as configs/tldr.py"
+        return "defines no get_config(); expected a Python file with one, such as configs/tldr.py"
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {error.msg}" if error.lineno else f"no Python file: {error.msg}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "mpo_jax" not in frame.filename]
@@ -205,7 +205,7 @@ def _reworded(error: Exception) -> str:
     value: Any = flags.FLAGS["config"].value
     for key in name.split("."):
         value = value[key] if isinstance(value, ml_collections.ConfigDict) and key in value else None
-    words = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list, as a,b"}
+    words = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list, such as a,b"}
     return f"{name}: {given!r}; expected {words.get(type(value), 'another value')}"
 
 

@@ -44,7 +44,7 @@ def check(job: Job) -> None:
         raise job.error(
             "curve_prompts",
             f"{job.settings.curve_prompts}, but there are no curves: they need a policy whose stage has snapshots, a "
-            "baseline, a scorer, and replies of the whole distribution",
+            "baseline, a scorer, and sampling without top_k, top_p and the like",
         )
 
 

@@ -67,11 +67,15 @@ def check_names(settings) -> None:
             raise declared.wrong("decodings", f"{name!r}; expected a name of letters, digits, '.', '_' and '-'")
     for name in settings.policies:
         if settings.decodings and AT in name:
-            raise declared.wrong("decodings", f"the policy {name!r} has an {AT!r} in its name, as a decoding's row has")
+            raise declared.wrong(
+                "decodings", f"the policy {name!r} has an {AT!r} in its name, which is kept for the names of decodings"
+            )
     if settings.best_of == 1 or settings.best_of > MOST:
         raise declared.wrong("best_of", f"{settings.best_of}; expected 0, or 2 to {MOST} replies")
     if settings.best_of and not (settings.reward or settings.labeller):
-        raise declared.wrong("best_of", f"{settings.best_of}, but nobody scores; name a reward or a labeller")
+        raise declared.wrong(
+            "best_of", f"{settings.best_of}, but nothing scores the replies; name a reward or a labeller"
+        )
     if settings.best_of_policies and not settings.best_of:
         raise declared.wrong("best_of_policies", "given, but best_of is 0")
     for name in settings.best_of_policies:

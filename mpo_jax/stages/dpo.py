@@ -89,20 +89,25 @@ class Settings(PolicyTraining):
         objective, fields = OBJECTIVES[self.objective], type(self).model_fields
         for name in sorted({name for each in OBJECTIVES.values() for name in each.settings}):
             if name not in objective.settings and getattr(self, name) != fields[name].default:
-                raise declared.wrong(name, f"{self.objective} has none; expected {fields[name].default:g}")
+                raise declared.wrong(name, f"{self.objective} does not read it; expected {fields[name].default:g}")
         if objective.reference and not self.reference:
             raise declared.wrong("reference", f"empty; expected the frozen policy that {self.objective} compares with")
         if self.reference and not objective.reference:
-            raise declared.wrong("reference", f"{self.reference!r}; {self.objective} has none, expected an empty text")
+            raise declared.wrong(
+                "reference", f"{self.reference!r}; {self.objective} has no reference, expected an empty text"
+            )
         if self.reference_every and not objective.reference:
             raise declared.wrong("reference_every", f"{self.reference_every}; {self.objective} has no reference")
         if self.pairs == DATA:  # which nobody has scored
             for name, usual in (("weight", "none"), ("order", "random")):
                 if getattr(self, name) != usual:
-                    raise declared.wrong(name, f"{getattr(self, name)!r} goes by gaps; expected pairs of a split")
+                    raise declared.wrong(
+                        name, f"{getattr(self, name)!r} needs the gaps of pairs; expected pairs of a split"
+                    )
         if self.reference_mix != 1 and not self.reference_every:
             raise declared.wrong(
-                "reference_mix", f"{self.reference_mix:g}, of a reference that never moves; expected 1"
+                "reference_mix",
+                f"{self.reference_mix:g}, but the reference never moves (reference_every is 0); expected 1",
             )
         return self
 

@@ -24,7 +24,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """What a gap may be measured by -> the roles that it reads."""
 
-UNITS = {"reward": "reward units", "given": "the data's units", "implicit": "nats", "reference_loss": "nats a token"}
+UNITS = {"reward": "reward units", "given": "the data's units", "implicit": "nats", "reference_loss": "nats per token"}
 
 
 class Measures(Section):

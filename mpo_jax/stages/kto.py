@@ -55,7 +55,7 @@ class Settings(PolicyTraining):
     def _whole_batches(self):
         if self.microbatch not in (0, self.batch_size):
             raise declared.wrong(
-                "microbatch", f"{self.microbatch}, but the reference point is of a whole batch; expected 0"
+                "microbatch", f"{self.microbatch}, but the KL estimate is computed over a whole batch; expected 0"
             )
         return self
 
@@ -100,7 +100,9 @@ def with_others(rows_: Encoded, longest: int) -> Encoded:
     takes the next row of a batch. InputError where all rows have one prompt."""
     prompt, count = rows_.prompt_id, len(rows_)
     if len(np.unique(prompt)) < 2:
-        raise InputError("kto: all replies are to one prompt; expected another whose replies can stand beside them")
+        raise InputError(
+            "kto: all replies are to one prompt; expected a second prompt, whose replies the KL estimate needs"
+        )
     other = (np.arange(count) + count // 2) % count
     while (same := prompt[other] == prompt).any():
         other = np.where(same, (other + 1) % count, other)

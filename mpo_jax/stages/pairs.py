@@ -80,7 +80,10 @@ def run(job: Job[Settings]) -> dict[str, Any]:
             corpus.write_rows(pairs.encoded, job.folder / share)
             gap = pairs.scores[:, 0] - pairs.scores[:, 1]
             right = float(np.mean(gap > 0))
-            jobs.say(f"{share}: {len(gap)} pairs of {len(prompts)} prompts; the label follows the score in {right:.3f}")
+            jobs.say(
+                f"{share}: {len(gap)} pairs of {len(prompts)} prompts; in {right:.3f} of the pairs, the label agrees "
+                "with the score"
+            )
     return {"pairs": counts, "unscored": unscored}
 
 

@@ -176,7 +176,7 @@ def _check_folds(job: Job[Settings], models: list[Artifact]) -> None:
             f"fold=0 to {len(names) - 1} in this order",
         )
     if {_learned_from(job, name) for name in names} != {job.settings.share}:
-        raise job.error("share", f"{job.settings.share!r}; the folds of {names[0]} are of another")
+        raise job.error("share", f"{job.settings.share!r}; the folds of {names[0]} are of another share")
 
 
 def programs(job: Job[Settings]) -> Programs:

@@ -41,9 +41,13 @@ class Replay(Section):
     @pydantic.model_validator(mode="after")
     def _replayed(self):
         if self.replay_beta != DEFAULT_BETA and self.replay_loss != "dpo":
-            raise declared.wrong("replay_beta", f"{self.replay_beta:g}; {self.replay_loss} has none")
+            raise declared.wrong(
+                "replay_beta", f"{self.replay_beta:g}, but replay_loss={self.replay_loss} does not read it"
+            )
         if self.replay_loss != "sft" and not self.replay:
-            raise declared.wrong("replay", f"empty, but replay_loss is {self.replay_loss}; name pairs, as split/easy")
+            raise declared.wrong(
+                "replay", f"empty, but replay_loss is {self.replay_loss}; name pairs, such as split/easy"
+            )
         return self
 
 
