@@ -1,7 +1,8 @@
-"""A run's replies enter; people judge them on a local web page, blind; their judgements leave, into the run's report.
+"""Takes the replies of a run's evaluation; people judge them on a web page, without seeing which policy wrote which.
+The judgements become part of the run's report.
 
 `python -m mpo_jax.annotate --run=runs/tldr --policies=sft,mpo` serves the page to this machine. `--token=SECRET` serves
-it to the network, to those who bring the token. `--export=FILE.csv` (or .jsonl) writes what was judged and ends.
+it to the network, to those who know the token. `--export=FILE.csv` (or .jsonl) writes the judgements to a file instead.
 """
 
 import socket

@@ -1,8 +1,8 @@
-"""A finished stage enters; its model leaves as a Hugging Face folder with a model card.
+"""Takes a finished stage; writes its model as a Hugging Face folder with a model card.
 
 `python -m mpo_jax.export --stage=WORKDIR/mpo --output=FOLDER [--adapter] [--verify]`. A policy becomes a causal model,
-its adapters merged or, with --adapter, a PEFT folder of them alone; a reward model becomes one for sequence
-classification. --verify reads the folder again and holds its logits or scores against the stage's own.
+with its adapters merged; with --adapter, only the adapters are written, as a PEFT folder. A reward model becomes a
+model for sequence classification. --verify reads the folder again and compares its logits or scores with the stage's.
 """
 
 import dataclasses

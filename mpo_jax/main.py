@@ -1,9 +1,9 @@
-"""Takes a config and a workdir; runs the stages of its graph that are not done.
+"""Takes a config and a workdir; runs the stages of its graph that are not finished.
 
 `python -m mpo_jax.main --config=configs/tldr.py --workdir=runs/tldr`, or `mpo run --config=tldr --workdir=runs/tldr`;
-any setting can be overridden, as in `--config.stages.dpo.beta=0.2`. Exit codes: 0 done, 1 an error in what was given,
-75 (SIGTERM) or 130 (Ctrl-C) told to stop and saved, or 75 where another process of the run has died: run the same
-command again.
+any setting can be changed, as in `--config.stages.dpo.beta=0.2`. Exit codes: 0: done; 1: an error in config, flags or
+data; 75 (SIGTERM) or 130 (Ctrl-C): the run was told to stop, and has saved; 75 too if another process of the run has
+died. After 75 and 130, run the same command again.
 """
 
 import sys
@@ -50,7 +50,7 @@ def define() -> None:
     flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
     flags.DEFINE_integer("process", None, "This process's index, with --coordinator.")
     flags.DEFINE_bool(
-        "distributed", False, "Run on several hosts, which the platform provides (Cloud TPU, GKE, SLURM)."
+        "distributed", False, "Run on several hosts, which the platform names (Cloud TPU, GKE, SLURM)."
     )
 
 

@@ -1,9 +1,9 @@
-"""Takes a config and a topology; prints, before anything is paid for, what every stage would need there.
+"""Takes a config and a topology; prints what every stage would need there, before you pay for it.
 
 `python -m mpo_jax.plan --config=configs/tldr.py --topology=v5e:4x8 [--stages=dpo,mpo] [--json=plan.json]`. Each stage's
 own programs are compiled by libtpu for the topology; no TPU and no weights are needed. `--topology=cpu` compiles for
-this machine, `gpu:80GB` and `gpu:8x80GB` reckon by arithmetic. `--tune` looks for faster settings. Exit code
-0: every stage fits, 2: one does not, 1: an error in what was given.
+this machine; for `gpu:80GB` and `gpu:8x80GB` the figures are estimated by arithmetic. `--tune` looks for faster
+settings. Exit codes: 0: every stage fits; 2: some stage does not; 1: an error in config or flags.
 """
 
 import dataclasses
@@ -40,11 +40,11 @@ def define() -> None:
     flags.DEFINE_integer(
         "pairs", Assumptions.pairs, "Number of pairs in the data, for the estimate of chip-hours.", lower_bound=1
     )
-    flags.DEFINE_float("easy", Assumptions.easy, "Share of the pairs that are easy, for the same estimate.", 0.0, 1.0)
+    flags.DEFINE_float("easy", Assumptions.easy, "Share of the pairs that are easy, for the estimate of chip-hours.", 0.0, 1.0)
     flags.DEFINE_float(
         "utilisation",
         Assumptions.utilisation,
-        "Share of a chip's peak that is reached, for the same estimate.",
+        "Share of a chip's peak that is reached, for the estimate of chip-hours.",
         0.01,
         1.0,
     )

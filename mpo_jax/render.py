@@ -1,5 +1,5 @@
-"""The folder of a run enters; its report is written again, with what was judged or finished since. Of several runs, one
-report over them: means with intervals over seeds, and what differs.
+"""Takes the folder of a run; writes its report again, with what was judged or finished since. For several runs it
+writes one report over all of them: means with intervals over seeds, and the settings that differ.
 
 `mpo report WORKDIR [WORKDIR ...]`, or `python -m mpo_jax.render --run=WORKDIR,WORKDIR`. With `--markdown` the results
 are printed as a table for a README, and nothing is written.

@@ -1,7 +1,7 @@
-"""Folders of runs enter; their stages leave, with their state and main figures, and what differs between two runs.
+"""Takes the folders of runs; prints their stages with state and main figures, and the settings in which runs differ.
 
-`mpo runs WORKDIR [WORKDIR ...]`, or `python -m mpo_jax.runs --runs=WORKDIR,WORKDIR`. With `--prune`: what of each
-folder no stage of its present graph needs, with sizes; `--prune --yes` deletes it.
+`mpo runs WORKDIR [WORKDIR ...]`, or `python -m mpo_jax.runs --runs=WORKDIR,WORKDIR`. With `--prune` it lists
+the files that no stage of a run's present graph needs, with sizes; `--prune --yes` deletes them.
 """
 
 import datetime

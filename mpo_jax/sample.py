@@ -1,9 +1,10 @@
-"""A policy and a prompt enter; its replies are printed as they are generated.
+"""Takes a policy and a prompt; prints replies as they are generated.
 
 `python -m mpo_jax.sample --model=FOLDER_OR_STAGE --prompt="Once upon a time" --n=4 --temperature=0.7
---max_new_tokens=64 --seed=0`. Temperature 0 is greedy. One reply is printed token by token; of several, each when it is
-complete, behind its number. Where the model has a chat template, the prompt is the user's turn; `--raw` continues its
-text as it stands. Without `--prompt`, each line of the standard input is a turn of one conversation.
+--max_new_tokens=64 --seed=0`. Temperature 0 is greedy decoding. One reply is printed token by token; several are
+printed with their numbers, each when it is complete. If the model has a chat template, the prompt is the user's turn;
+with `--raw` its text is continued as it is. Without `--prompt`, each line of the standard input is a turn of one
+conversation.
 """
 
 import dataclasses

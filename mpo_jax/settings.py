@@ -227,7 +227,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     if near:
         return f"; did you mean {near[0]!r}?"
-    return f"; expected one of {', '.join(known)}" if len(known) <= 12 else "; `mpo run --help` lists what there is"
+    return f"; expected one of {', '.join(known)}" if len(known) <= 12 else "; `mpo run --help` lists all settings"
 
 
 _EXPECTED = {

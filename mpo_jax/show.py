@@ -1,9 +1,9 @@
-"""A data path, a tokenizer and a record's number enter; that record's text and tokens are printed, every mark visible.
+"""Takes a data path, a tokenizer and the number of a record; prints the record's text and each of its tokens.
 
 `python -m mpo_jax.show --config=configs/quickstart.py --split=train --index=0`, or without a config
 `python -m mpo_jax.show --data_path=FILE --tokenizer=FOLDER --split=train --index=0`. `--source=NAME` looks at a
-named source of the config. Of columns that no form knows, it says what they probably are. With `--settings` it prints
-the reference of all settings, with `--schema` their JSON schemas.
+named source of the config. If the columns are in no known form, it says what each of them probably is. With
+`--settings` it prints the reference of all settings, with `--schema` their JSON schemas.
 """
 
 import dataclasses

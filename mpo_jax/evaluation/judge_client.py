@@ -186,7 +186,7 @@ def _read(body: bytes) -> tuple[str, Any]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         text, usage = 0, None
     if not isinstance(text, str | None):
-        raise Again("a reply that is not one of the protocol, or cut off")
+        raise Again("an answer that does not follow the protocol, or is cut off")
     return text or "", usage
 
 

@@ -85,7 +85,7 @@ def test_an_answer_has_a_largest_size(tmp_path, form):
             connection.sendall(b"10000\r\n" + block + b"\r\n" if form == "chunked" else block)
             sent.append(len(block))
 
-    told = "packed" if form == "gzip" else "above 4,194,304 bytes"
+    told = "compressed" if form == "gzip" else "above 4,194,304 bytes"
     with RawServer(flood) as server, pytest.raises(InputError, match=told):
         ask(server, tmp_path)
     assert sum(sent) < 32 << 20

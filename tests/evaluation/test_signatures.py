@@ -184,8 +184,8 @@ def test_gold_and_judges_that_say_the_opposite_of_the_reward_model(run):
         artifacts.write_json(evaluate.folder / artifacts.REPORT, {"comparisons": [*mine, gold]})
         found = signatures.of_stage(evaluate)
         assert len(found) == signs
-        assert all("mpo wins against sft in 80 % of the prompts by the reward model, but in 30 % by the gold" in each.told
-                   and each.figure == "evaluation-evaluate" for each in found)  # fmt: skip
+        words = "mpo wins against sft in 80 % of the prompts by the reward model, but in 30 % by the gold"
+        assert all(words in each.told and each.figure == "evaluation-evaluate" for each in found)
     judged = {"inputs": {"evaluate": "evaluate"}}
     (sign,) = signatures.of_stage(run("judge", summary={"pairs": [each("qwen", 0.2, 0.01)]}, **judged))
     assert sign.figure == "judged-judge" and "20 % by qwen" in sign.told

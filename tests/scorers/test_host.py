@@ -251,7 +251,7 @@ def test_faults_that_pass_cost_nothing_but_time(tmp_path):
     ("fault", "told"),
     [
         ("500", "no answer in 3 attempts, the last: status 500; answers so far are kept, run the same command again"),
-        ("html", r'no answer in 3 attempts, the last: an answer that is not \{"scores": \[\.\.\.\]\}, or cut off'),
+        ("html", r'no answer in 3 attempts, the last: an answer that is not \{"scores": \[\.\.\.\]\}, or is cut off'),
         ("401", "refused with status 401; check the token in MPO_SCORER_TOKEN"),
         ("302", "refused with status 302"),
         ("short", "gave 1 scores to 2 replies; expected one each"),
