@@ -49,9 +49,7 @@ def define() -> None:
     flags.DEFINE_string("coordinator", None, "host:port of process 0, if the platform does not provide it.")
     flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
     flags.DEFINE_integer("process", None, "This process's index, with --coordinator.")
-    flags.DEFINE_bool(
-        "distributed", False, "Run on several hosts, which the platform names (Cloud TPU, GKE, SLURM)."
-    )
+    flags.DEFINE_bool("distributed", False, "Run on several hosts, which the platform names (Cloud TPU, GKE, SLURM).")
 
 
 def work() -> int | None:

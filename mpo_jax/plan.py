@@ -40,7 +40,9 @@ def define() -> None:
     flags.DEFINE_integer(
         "pairs", Assumptions.pairs, "Number of pairs in the data, for the estimate of chip-hours.", lower_bound=1
     )
-    flags.DEFINE_float("easy", Assumptions.easy, "Share of the pairs that are easy, for the estimate of chip-hours.", 0.0, 1.0)
+    flags.DEFINE_float(
+        "easy", Assumptions.easy, "Share of the pairs that are easy, for the estimate of chip-hours.", 0.0, 1.0
+    )
     flags.DEFINE_float(
         "utilisation",
         Assumptions.utilisation,

@@ -148,7 +148,10 @@ def test_no_usage_figure_lowers_what_was_spent(tmp_path):
     ids=lambda body: repr(body[:24]),
 )  # fmt: skip
 def test_what_is_no_answer_is_asked_again(tmp_path, body):
-    with answering(body) as server, pytest.raises(InputError, match="no answer in 2 attempts, the last: a reply that"):
+    with (
+        answering(body) as server,
+        pytest.raises(InputError, match="no answer in 2 attempts, the last: an answer that"),
+    ):
         ask(server, tmp_path, attempts=2)
 
 
