@@ -1,7 +1,8 @@
-"""A run's replies enter; people judge them on a local web page, blind; their judgements leave, into the run's report.
+"""Takes the replies of a run's evaluation; people judge them on a web page, without seeing which policy wrote which.
+The judgements become part of the run's report.
 
 `python -m mpo_jax.annotate --run=runs/tldr --policies=sft,mpo` serves the page to this machine. `--token=SECRET` serves
-it to the network, to those who bring the token. `--export=FILE.csv` (or .jsonl) writes what was judged and ends.
+it to the network, to those who know the token. `--export=FILE.csv` (or .jsonl) writes the judgements to a file instead.
 """
 
 import socket
@@ -37,7 +38,7 @@ def bind(host: str | None, port: int, token: str) -> tuple[str, socket.socket]:
     if token and (len(token) < _SHORTEST_TOKEN or not token.isascii() or not token.isalnum()):
         raise InputError(f"--token: expected at least {_SHORTEST_TOKEN} letters and digits")
     if host not in annotation.LOOPBACK and not token:
-        raise InputError(f"--host: {host} is beyond this machine; give a --token too")
+        raise InputError(f"--host: {host} can be reached from other machines; give a --token too")
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -61,15 +62,17 @@ def export(file: epath.Path, run: epath.Path) -> None:
 
 def define() -> None:
     flags.DEFINE_string("run", None, "The run's folder.")
-    flags.DEFINE_list("policies", [], "Policies to compare, as sft,mpo; empty: all that the evaluation has.")
-    flags.DEFINE_string("evaluation", "", "Whose replies, where the run has several evaluate stages.")
-    flags.DEFINE_integer("count", 0, "Prompts; 0: all.", lower_bound=0)
-    flags.DEFINE_integer("seed", 0, "Shuffles the order of items and the sides of replies.")
-    flags.DEFINE_string("question", "Which reply is better?", "What annotators are asked.")
-    flags.DEFINE_integer("port", 8008, "Of the page; 0: any free one.", lower_bound=0, upper_bound=65535)
+    flags.DEFINE_list("policies", [], "Policies to compare, such as sft,mpo; empty: all policies of the evaluation.")
+    flags.DEFINE_string("evaluation", "", "The evaluate stage whose replies are judged, if the run has several.")
+    flags.DEFINE_integer("count", 0, "Number of prompts; 0: all.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Seed that shuffles the order of the items and the sides of the replies.")
+    flags.DEFINE_string("question", "Which reply is better?", "The question that annotators are asked.")
+    flags.DEFINE_integer("port", 8008, "Port of the page; 0: any free port.", lower_bound=0, upper_bound=65535)
     flags.DEFINE_string("host", None, "Address to serve at. Default: 127.0.0.1, or with a token 0.0.0.0.")
-    flags.DEFINE_string("token", "", "What every visitor must bring; needed beyond this machine.")
-    flags.DEFINE_string("export", None, "Write the judgements to this .jsonl or .csv file, serve nothing.")
+    flags.DEFINE_string(
+        "token", "", "Secret that every visitor must give; needed if other machines can reach the page."
+    )
+    flags.DEFINE_string("export", None, "Write the judgements to this .jsonl or .csv file, and serve no page.")
 
 
 def work() -> None:

@@ -163,7 +163,7 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, InputError):
         return str(error)
     if "no attribute 'get_config'" in str(error):
-        return "defines no get_config(); expected a Python file with one, as configs/tldr.py"
+        return "defines no get_config(); expected a Python file with one, such as configs/tldr.py"
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {error.msg}" if error.lineno else f"no Python file: {error.msg}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "mpo_jax" not in frame.filename]
@@ -205,7 +205,7 @@ def _reworded(error: Exception) -> str:
     value: Any = flags.FLAGS["config"].value
     for key in name.split("."):
         value = value[key] if isinstance(value, ml_collections.ConfigDict) and key in value else None
-    words = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list, as a,b"}
+    words = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list, such as a,b"}
     return f"{name}: {given!r}; expected {words.get(type(value), 'another value')}"
 
 
@@ -246,12 +246,13 @@ def settings_page() -> str:
     parts = [
         "# Settings",
         "",
-        "Made from the package by `mpo show --settings`. Any of them is a flag: `--config.stages.dpo.beta=0.2`. "
-        "*Operational* settings say how something is computed, not what: they don't enter a stage's key.",
+        "All settings of a run and of each kind of stage, as `mpo show --settings` prints them. Every setting is also "
+        "a flag, for example `--config.stages.dpo.beta=0.2`. *Operational* settings change how something is computed "
+        "and not what is computed: they are no part of a stage's key, so a finished stage is not repeated for them.",
     ]
     for heading, section in run_sections().items():
         parts += ["", f"## `{heading}`", "", inspect.getdoc(section) or "", ""]
-        parts += ["| setting | default | values | |", "| --- | --- | --- | --- |"]
+        parts += ["| setting | default | values | meaning |", "| --- | --- | --- | --- |"]
         for line in settings.lines(section):
             cells = [f"`{line.name}`", f"`{line.default}`", line.allowed.replace("|", "\\|"), line.help]
             parts.append(f"| {' | '.join(cells)} |")

@@ -76,10 +76,10 @@ def advice(folder: epath.PathLike) -> str:
     found = sorted(spare(run), key=lambda each: -each.size) if run is not None else []
     found = [each for each in found if each.size]
     if not found:
-        return "make room there, and the same command goes on"
+        return "make room there and run the same command again"
     shown = ", ".join(f"{each.path} ({told(each.size)}, {each.why})" for each in found[:_SHOWN])
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return f"`mpo runs --prune {run}` would free {shown}{more}; make room, and the same command goes on"
+    return f"`mpo runs --prune {run}` would free {shown}{more}; make room and run the same command again"
 
 
 def spare(workdir: epath.Path) -> list[Spare]:
@@ -90,24 +90,24 @@ def spare(workdir: epath.Path) -> list[Spare]:
     found = []
     for path in sorted(workdir.iterdir()):
         if path.name == artifacts.SET_ASIDE:
-            found += [_spare(each, "set aside: an earlier making of a stage") for each in sorted(path.iterdir())]
+            found += [_spare(each, "an earlier result of a stage, set aside") for each in sorted(path.iterdir())]
         elif path in present:
             states = path / artifacts.CHECKPOINTS
             if path in done and states.exists():
-                found.append(_spare(states, "states of a finished stage"))
+                found.append(_spare(states, "training states of a finished stage"))
             listed = (artifacts.read_manifest(path) or {}).get("files", {})
             found += [each for each in _abandoned(path, 2) if not _holds(path, each, listed)]
         elif _STAGE.fullmatch(path.name) and (path / artifacts.INPUTS).exists():
-            found.append(_spare(path, "a stage that the present graph has not"))
+            found.append(_spare(path, "a stage that is not in the present graph"))
         elif path.name == artifacts.CACHE:
             if done == present:
-                found.append(_spare(path, "rows and log-probs; made again where a new stage needs them"))
+                found.append(_spare(path, "rows and log-probs; made again if a new stage needs them"))
             else:
                 found += _abandoned(path, 1)
     return found + [_spare(path, _LEFT) for path in sorted(workdir.iterdir()) if _is_abandoned(path)]
 
 
-_LEFT = "left by a process that was killed while it wrote"
+_LEFT = "left by a process that was killed while writing"
 
 
 def _abandoned(folder: epath.Path, depth: int) -> Iterator[Spare]:

@@ -1,8 +1,8 @@
-"""A finished stage enters; its model leaves as a Hugging Face folder with a model card.
+"""Takes a finished stage; writes its model as a Hugging Face folder with a model card.
 
 `python -m mpo_jax.export --stage=WORKDIR/mpo --output=FOLDER [--adapter] [--verify]`. A policy becomes a causal model,
-its adapters merged or, with --adapter, a PEFT folder of them alone; a reward model becomes one for sequence
-classification. --verify reads the folder again and holds its logits or scores against the stage's own.
+with its adapters merged; with --adapter, only the adapters are written, as a PEFT folder. A reward model becomes a
+model for sequence classification. --verify reads the folder again and compares its logits or scores with the stage's.
 """
 
 import dataclasses
@@ -44,7 +44,8 @@ def export(stage: epath.PathLike, output: epath.PathLike, adapter: bool = False,
     head = artifact.produces == REWARD
     if adapter and (head or model.lora is None):
         raise InputError(
-            f"--adapter: {artifact.name} has {'a scalar head' if head else 'no adapters'}; export it whole"
+            f"--adapter: {artifact.name} has {'a scalar head' if head else 'no adapters'}; "
+            "export the whole model, without --adapter"
         )
     with jax.set_mesh(job.mesh):
         weights = jobs.base_weights(job, model) | jobs.load_weights(job, artifact, model)
@@ -76,7 +77,9 @@ def _verify(target: Path, model: ModelConfig, base: str, weights: PyTree, adapte
     first, second = _numbers(plain, weights, batch, head), _numbers(read, again, batch, head)
     furthest = float(np.abs(first - second).max())
     if not furthest <= _TOLERANCE:
-        raise InputError(f"{target}: read again, it differs from the stage by {furthest:.3g}; expected {_TOLERANCE:g}")
+        raise InputError(
+            f"{target}: the model that was read back differs from the stage by {furthest:.3g}; expected {_TOLERANCE:g}"
+        )
     print(f"verified: {first.size} {'scores' if head else 'logits'} differ by {furthest:.3g} at most")
 
 
@@ -89,10 +92,14 @@ def _numbers(model: ModelConfig, weights: PyTree, batch: Batch, head: bool) -> n
 
 
 def define() -> None:
-    flags.DEFINE_string("stage", None, "WORKDIR/NAME, as in its stages.json, or WORKDIR/NAME-KEY.")
-    flags.DEFINE_string("output", None, "An empty folder, or one that is not there yet; a gs:// address too.")
-    flags.DEFINE_bool("adapter", False, "Write the LoRA adapters alone, as PEFT reads them.")
-    flags.DEFINE_bool("verify", False, "Read the folder again and compare what it computes.")
+    flags.DEFINE_string(
+        "stage", None, "The finished stage: WORKDIR/NAME (names are in its stages.json) or WORKDIR/NAME-KEY."
+    )
+    flags.DEFINE_string("output", None, "An empty or new folder, here or at gs://.")
+    flags.DEFINE_bool("adapter", False, "Write only the LoRA adapters, as PEFT reads them.")
+    flags.DEFINE_bool(
+        "verify", False, "Read the written folder again and compare what its model computes with the stage's."
+    )
 
 
 def work() -> None:

@@ -86,7 +86,7 @@ def _digests(place: epath.Path, files: list[tuple[str, epath.Path]]) -> dict[str
 def _digest(file: epath.Path) -> str:
     content = hashlib.blake2b(digest_size=32)
     whole = int(file.stat().length) // _BLOCK + 1
-    with file.open("rb") as stream, progress.work(f"hash {file.name} in blocks of 4 MiB", whole) as here:
+    with file.open("rb") as stream, progress.work(f"hash {file.name}, blocks of 4 MiB", whole) as here:
         while block := stream.read(_BLOCK):
             content.update(block)
             here.add()

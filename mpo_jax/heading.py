@@ -45,7 +45,7 @@ def _numbers(config: Run, mesh: jax.sharding.Mesh) -> str:
     if config.model.dtype != "auto" or platform != "cpu":
         return told
     found, other = ("", "float32") if dtype == "mixed" else ("no ", "mixed")
-    return f"{told}, as XLA finds {found}AVX512-BF16 here; model.dtype={other} for the other"
+    return f"{told}, because XLA finds {found}AVX512-BF16 on this CPU; model.dtype={other} chooses the other"
 
 
 def _wrapped(name: str, text: str) -> list[str]:

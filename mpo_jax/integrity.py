@@ -82,7 +82,7 @@ def unseal(path: epath.PathLike, value: Any, advice: str = "") -> dict[str, Any]
     """The object that was sealed. InputError, naming the file, where it is none or has changed."""
     advice = advice or remedy(epath.Path(path).parent)
     if not isinstance(value, dict) or SEAL not in value:
-        raise InputError(f"{path}: not what this package writes, or cut; {advice}")
+        raise InputError(f"{path}: not a file that this package writes, or truncated; {advice}")
     inner = {name: each for name, each in value.items() if name != SEAL}
     if _of_value(inner) != value[SEAL]:
         raise InputError(f"{path}: damaged (its checksum does not fit its text); {advice}")

@@ -122,9 +122,11 @@ def _take(path: epath.Path, what: str, wait: bool) -> dict[str, Any]:
             continue
         who = _who(holder)
         if not said and holder.get("machine") not in (None, own["machine"]):
-            progress.say(f"{what}: locked by {who}; looking, up to {STALE:.0f} s, whether it lives", sys.stderr)
+            progress.say(
+                f"{what}: locked by {who}; checking, for up to {STALE:.0f} s, whether that process is alive", sys.stderr
+            )
         if not _lives(path, holder):
-            progress.say(f"{what}: the lock of {who}, is taken over: that process has ended", sys.stderr)
+            progress.say(f"{what}: the lock of {who}, is taken over, because that process has ended", sys.stderr)
             _remove(path, holder)
         elif not wait:
             raise InputError(

@@ -1,9 +1,9 @@
-"""Takes a config and a workdir; runs the stages of its graph that are not done.
+"""Takes a config and a workdir; runs the stages of its graph that are not finished.
 
 `python -m mpo_jax.main --config=configs/tldr.py --workdir=runs/tldr`, or `mpo run --config=tldr --workdir=runs/tldr`;
-any setting can be overridden, as in `--config.stages.dpo.beta=0.2`. Exit codes: 0 done, 1 an error in what was given,
-75 (SIGTERM) or 130 (Ctrl-C) told to stop and saved, or 75 where another process of the run has died: run the same
-command again.
+any setting can be changed, as in `--config.stages.dpo.beta=0.2`. Exit codes: 0: done; 1: an error in config, flags or
+data; 75 (SIGTERM) or 130 (Ctrl-C): the run was told to stop, and has saved; 75 too if another process of the run has
+died. After 75 and 130, run the same command again.
 """
 
 import sys
@@ -38,14 +38,18 @@ _WORTH_KEEPING = 0.5
 def define() -> None:
     config_flags.DEFINE_config_file("config", None, "A config file or the name of a shipped one: tldr, tldr:debug.")
     flags.DEFINE_string("workdir", None, "The run's folder, or a gs:// address.")
-    flags.DEFINE_list("stages", [], "Run these stages and what they rest on; empty: all.")
+    flags.DEFINE_list("stages", [], "Run these stages, and the stages that they need; empty: all.")
     flags.DEFINE_bool("dry_run", False, "Print the graph with the state of every stage, and run nothing.")
-    flags.DEFINE_bool("wait", False, "Wait for a stage that another run is at work on, rather than end with an error.")
-    flags.DEFINE_string("profile", None, "STAGE:STEP+N: a device trace of so many steps of a stage, in its folder.")
-    flags.DEFINE_string("coordinator", None, "host:port of process 0, where the platform does not tell.")
-    flags.DEFINE_integer("processes", None, "How many processes, with --coordinator.")
+    flags.DEFINE_bool(
+        "wait", False, "If another run is working on a stage, wait for it instead of ending with an error."
+    )
+    flags.DEFINE_string(
+        "profile", None, "STAGE:STEP+N: write a device trace of N steps of a stage, from STEP on, to its folder."
+    )
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, if the platform does not provide it.")
+    flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
     flags.DEFINE_integer("process", None, "This process's index, with --coordinator.")
-    flags.DEFINE_bool("distributed", False, "Several hosts, as the platform tells (Cloud TPU, GKE, SLURM).")
+    flags.DEFINE_bool("distributed", False, "Run on several hosts, which the platform names (Cloud TPU, GKE, SLURM).")
 
 
 def work() -> int | None:
@@ -121,7 +125,7 @@ def _here(config: Run) -> tuple[Run, jax.sharding.Mesh, list[str]]:
             raise
         one = {name: stage.model_copy(update={"mesh": StageMesh()}) for name, stage in config.stages.items()}
         told = str(error).replace("\n", "; ")
-        note = f"not checked here: {told} (`mpo plan --topology=...` checks it for any slice)"
+        note = f"not checked here: {told} (`mpo plan --topology=...` can check it for any slice)"
         return config.model_copy(update={"stages": one}), sharding.make_mesh(devices=jax.devices()[:1]), [note]
 
 

@@ -16,14 +16,14 @@ from mpo_jax import __version__, allocator
 from mpo_jax.errors import INTERRUPTED
 
 COMMANDS = {
-    "run": ("mpo_jax.main", "run the stages of a config that are not done"),
-    "plan": ("mpo_jax.plan", "what every stage needs on a slice or a GPU, before anything is paid for"),
-    "show": ("mpo_jax.show", "one record of a data set with every token marked; the reference of all settings"),
-    "sample": ("mpo_jax.sample", "replies of a model or of a finished stage"),
-    "export": ("mpo_jax.export", "a finished stage as a Hugging Face folder, with a model card"),
-    "annotate": ("mpo_jax.annotate", "a page on which people judge replies"),
-    "report": ("mpo_jax.render", "write a run's report again, or one over several runs"),
-    "runs": ("mpo_jax.runs", "list runs, their stages and main figures, and what differs between two; free disk"),
+    "run": ("mpo_jax.main", "run the stages of a config that are not finished"),
+    "plan": ("mpo_jax.plan", "estimate what every stage needs on a TPU slice or a GPU, before you pay for it"),
+    "show": ("mpo_jax.show", "print one record of a data set with all its tokens, or the reference of all settings"),
+    "sample": ("mpo_jax.sample", "sample replies from a model or from a finished stage"),
+    "export": ("mpo_jax.export", "write a finished stage as a Hugging Face folder, with a model card"),
+    "annotate": ("mpo_jax.annotate", "serve a page on which people judge replies"),
+    "report": ("mpo_jax.render", "write a run's report again, or a report over several runs"),
+    "runs": ("mpo_jax.runs", "list runs, their stages and main figures, and what differs between two; free disk space"),
 }
 """Name -> module, whose `run` is called, and a line of help."""
 

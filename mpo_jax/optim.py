@@ -26,19 +26,25 @@ Decay = Annotated[float, annotated_types.Interval(ge=0, lt=1)]
 class Optimizer(Section):
     """AdamW, or Adafactor's second moment, and the schedule of its learning rate."""
 
-    learning_rate: Rate = setting(1e-5, "peak of the schedule")
-    schedule: Literal[SCHEDULES] = setting("cosine", "of the learning rate after its warm-up")  # type: ignore[valid-type]
-    warmup: Share = setting(0.05, "share of the steps in which the rate rises to its peak")
-    end_fraction: Share = setting(0.1, "of the peak, at the last step")
-    weight_decay: Rate = setting(0.0, "as in AdamW, multiplied by the rate")
-    beta1: Decay = setting(0.9, "of the first moment")
-    beta2: Decay = setting(0.95, "of the second moment")
-    eps: Annotated[float, annotated_types.Interval(gt=0, le=1)] = setting(
-        1e-8, "added to the root of the second moment"
+    learning_rate: Rate = setting(1e-5, "peak of the learning rate")
+    schedule: Literal[SCHEDULES] = setting("cosine", "course of the learning rate after its warm-up")  # type: ignore[valid-type]
+    warmup: Share = setting(0.05, "share of the steps in which the learning rate rises to its peak")
+    end_fraction: Share = setting(
+        0.1, "learning rate at the last step, as a fraction of the peak; not used by constant"
     )
-    clip_norm: Amount = setting(1.0, "bound of the global gradient's norm; 0: none")
+    weight_decay: Rate = setting(0.0, "weight decay, as in AdamW; it is multiplied by the learning rate")
+    beta1: Decay = setting(0.9, "decay rate of Adam's first moment")
+    beta2: Decay = setting(0.95, "decay rate of Adam's second moment")
+    eps: Annotated[float, annotated_types.Interval(gt=0, le=1)] = setting(
+        1e-8, "added to the square root of Adam's second moment"
+    )
+    clip_norm: Amount = setting(
+        1.0, "largest norm of the whole gradient; a larger gradient is scaled down to it; 0: no clipping"
+    )
     moments: Literal[MOMENTS] = setting(  # type: ignore[valid-type]
-        "float32", "how moments are stored; factored: Adafactor's second moment, no first"
+        "float32",
+        "how Adam's moments are stored; bfloat16: only the first is, the second stays float32; factored: Adafactor's "
+        "second moment, and no first",
     )
 
 

@@ -148,7 +148,7 @@ class _Watch:
             self._tell(str(count))
             lost = self._lost()
             if lost is None and self._index == 0 and (silent := self._silent()) is not None:
-                lost = PREEMPTED, f"process {silent} has not been heard of for {SILENT:.0f} s; {ADVICE}"
+                lost = PREEMPTED, f"process {silent} has not been heard from for {SILENT:.0f} s; {ADVICE}"
             # Where all have met the same error, each is given the time to end with it.
             if lost is not None and not self._over.wait(2 * BEAT):
                 self._end(*lost)

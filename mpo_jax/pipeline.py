@@ -190,7 +190,7 @@ def _run(
             jobs.say(f"told to stop in stage {name}{where}; the same command goes on from there")
             raise
     if jobs.is_first() and _is_shown(workdir, nodes):  # drawing it takes longer than much of a warm start
-        jobs.say(f"report: {workdir / artifacts.REPORT_PAGE}, as it was; `mpo report {workdir}` writes it again")
+        jobs.say(f"report: {workdir / artifacts.REPORT_PAGE}, unchanged; `mpo report {workdir}` writes it again")
     elif jobs.is_first():
         _report(workdir)
     return nodes
@@ -408,5 +408,5 @@ def _set_aside(node: Node, workdir: epath.Path) -> None:
     if node.folder.exists() and jobs.is_first():
         target = workdir / artifacts.SET_ASIDE / f"{node.folder.name}-{uuid.uuid4().hex[:8]}"
         store.move(node.folder, target, last=artifacts.INPUTS)
-        jobs.say(f"{node.name}: the earlier artifact now lies in {target}")
+        jobs.say(f"{node.name}: its earlier result was moved to {target}")
     processes.barrier(f"{node.name} set aside")

@@ -1,9 +1,9 @@
-"""Takes a config and a topology; prints, before anything is paid for, what every stage would need there.
+"""Takes a config and a topology; prints what every stage would need there, before you pay for it.
 
 `python -m mpo_jax.plan --config=configs/tldr.py --topology=v5e:4x8 [--stages=dpo,mpo] [--json=plan.json]`. Each stage's
 own programs are compiled by libtpu for the topology; no TPU and no weights are needed. `--topology=cpu` compiles for
-this machine, `gpu:80GB` and `gpu:8x80GB` reckon by arithmetic. `--tune` looks for faster settings. Exit code
-0: every stage fits, 2: one does not, 1: an error in what was given.
+this machine; for `gpu:80GB` and `gpu:8x80GB` the figures are estimated by arithmetic. `--tune` looks for faster
+settings. Exit codes: 0: every stage fits; 2: some stage does not; 1: an error in config or flags.
 """
 
 import dataclasses
@@ -27,22 +27,42 @@ from mpo_jax.stages.job import Job
 
 
 def define() -> None:
-    config_flags.DEFINE_config_file("config", None, "A config file or a shipped one's name; its model may be a preset.")
-    flags.DEFINE_string("topology", None, "v5e:4x8, v4:2x2x4, 2xv5e:4x8 (slices), ...; cpu; gpu:80GB or gpu:8x80GB.")
-    flags.DEFINE_list("stages", [], "Plan these stages; empty: all.")
-    flags.DEFINE_string("json", None, "Where the figures go too.")
-    flags.DEFINE_integer("pairs", Assumptions.pairs, "Pairs of the data, for chip-hours.", lower_bound=1)
-    flags.DEFINE_float("easy", Assumptions.easy, "Share of pairs that are easy.", 0.0, 1.0)
-    flags.DEFINE_float("utilisation", Assumptions.utilisation, "Of a chip's peak.", 0.01, 1.0)
-    flags.DEFINE_bool("propose", True, "Where a stage does not fit, try what would make it.")
+    config_flags.DEFINE_config_file(
+        "config", None, "A config file or the name of a shipped one; its model may be a preset."
+    )
     flags.DEFINE_string(
-        "compiled", str(store.scratch() / "plan"), "Folder that keeps compilers' figures for later plans; empty: none."
+        "topology",
+        None,
+        "The hardware: a TPU slice (v5e:4x8, v4:2x2x4, ...), several (2xv5e:4x8), cpu, gpu:80GB or gpu:8x80GB.",
+    )
+    flags.DEFINE_list("stages", [], "Plan these stages; empty: all.")
+    flags.DEFINE_string("json", None, "File to which the figures are written too.")
+    flags.DEFINE_integer(
+        "pairs", Assumptions.pairs, "Number of pairs in the data, for the estimate of chip-hours.", lower_bound=1
+    )
+    flags.DEFINE_float(
+        "easy", Assumptions.easy, "Share of the pairs that are easy, for the estimate of chip-hours.", 0.0, 1.0
+    )
+    flags.DEFINE_float(
+        "utilisation",
+        Assumptions.utilisation,
+        "Share of a chip's peak that is reached, for the estimate of chip-hours.",
+        0.01,
+        1.0,
+    )
+    flags.DEFINE_bool("propose", True, "If a stage does not fit, try which settings would make it fit.")
+    flags.DEFINE_string(
+        "compiled",
+        str(store.scratch() / "plan"),
+        "Folder that keeps the compilers' figures for later plans; empty: none.",
     )
     flags.DEFINE_bool(
-        "lengths", True, "Read the data, where it and the tokenizer are files here, for how long rows are."
+        "lengths", True, "Read the lengths of the rows from the data, if data and tokenizer are files on this machine."
     )
-    flags.DEFINE_bool("tune", False, "Look for the fastest mesh and settings, of those that change no result.")
-    flags.DEFINE_integer("compiles", tune.COMPILES, "Programs that --tune may compile.", lower_bound=1)
+    flags.DEFINE_bool("tune", False, "Search for the fastest mesh and settings among those that change no result.")
+    flags.DEFINE_integer(
+        "compiles", tune.COMPILES, "Largest number of programs that --tune may compile.", lower_bound=1
+    )
 
 
 def work() -> int:
@@ -98,7 +118,7 @@ def plan(
         tuned = tune.tune(config, plans, topology, assumptions, known, compiles, functools.partial(print, flush=True))
         print(report.tuned_lines(tuned), flush=True)
     elif compiles:
-        print("nothing is tuned before every stage fits")
+        print("no settings are tuned until every stage fits")
     least, most = (sum(getattr(each, name) for each in plans.values()) for name in ("least_chip_hours", "chip_hours"))
     fits = all(each.fits for each in plans.values())
     programs = sum(len(each.programs) for each in plans.values())

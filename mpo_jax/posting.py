@@ -106,7 +106,7 @@ async def post(place: Place, body: bytes, threads: ThreadPoolExecutor) -> bytes:
             _hang_up(connection)
             await asyncio.wait({call})
             call.exception()
-            raise Again(f"nothing within {place.seconds:g} s")
+            raise Again(f"no answer within {place.seconds:g} s")
         return call.result()
     finally:
         connection.close()
@@ -170,7 +170,7 @@ def _exchange(
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = f"no connection ({type(error).__name__})"
     if time.monotonic() >= until:
-        raise Again(f"nothing within {place.seconds:g} s")
+        raise Again(f"no answer within {place.seconds:g} s")
     if reason:
         raise Again(reason)
     if (status := response.status) in RETRIED or status >= 500:
@@ -179,7 +179,7 @@ def _exchange(
         hint = "; redirects are not followed" if 300 <= status < 400 else place.hint(status, bytes(read[:_SAID]))
         raise InputError(f"{place.who}: refused with status {status}{hint}")
     if response.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
-        raise InputError(f"{place.who}: its answer is packed (Content-Encoding), which was not asked for")
+        raise InputError(f"{place.who}: its answer is compressed (Content-Encoding), which was not asked for")
     if not whole:
         raise InputError(f"{place.who}: its answer is above {place.largest:,} bytes")
     return bytes(read)

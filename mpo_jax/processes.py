@@ -75,7 +75,7 @@ def together(work: Callable[[], Any], what: str = "") -> None:
         code = -1 if told else int(stopped.code or 0) if stopped else 0
         codes = multihost_utils.process_allgather(np.array(code, np.int32))
         failed = np.flatnonzero(codes < 0)
-        told = told or (f"process {failed[0]} found what is wrong; see its log" if len(failed) else "")
+        told = told or (f"process {failed[0]} ended with an error; see its log" if len(failed) else "")
         stopped = stopped or (Stopped(int(codes.max())) if codes.max() > 0 else None)
     if told:
         raise InputError(told)

@@ -139,7 +139,7 @@ def of_stage(wanted: Wanted | None, name: str, folder: epath.Path, training: boo
         _recorders.remove(recorder)
         recorder.close()
     if not recorder.recorded:
-        raise InputError(f"--profile: {name} had {recorder.batches} batches; there was no {wanted.last}")
+        raise InputError(f"--profile: {name} had {recorder.batches} batches; there was no batch {wanted.last}")
 
 
 def check(start: int, steps: int) -> None:
@@ -147,9 +147,11 @@ def check(start: int, steps: int) -> None:
     for recorder in _recorders:
         wanted = recorder.wanted
         if wanted.first <= start:
-            raise InputError(f"--profile: {wanted.stage} goes on with step {start + 1}; {wanted.first} is done")
+            raise InputError(
+                f"--profile: {wanted.stage} goes on with step {start + 1}; step {wanted.first} is already done"
+            )
         if wanted.last > steps:
-            raise InputError(f"--profile: {wanted.stage} has {steps} steps; there is no {wanted.last}")
+            raise InputError(f"--profile: {wanted.stage} has {steps} steps; there is no step {wanted.last}")
 
 
 def begin(step: int, pending: Any) -> None:

@@ -1,5 +1,5 @@
-"""The folder of a run enters; its report is written again, with what was judged or finished since. Of several runs, one
-report over them: means with intervals over seeds, and what differs.
+"""Takes the folder of a run; writes its report again, with what was judged or finished since. For several runs it
+writes one report over all of them: means with intervals over seeds, and the settings that differ.
 
 `mpo report WORKDIR [WORKDIR ...]`, or `python -m mpo_jax.render --run=WORKDIR,WORKDIR`. With `--markdown` the results
 are printed as a table for a README, and nothing is written.
@@ -23,7 +23,9 @@ SEVERAL = "runs_report.html"
 
 
 def define() -> None:
-    flags.DEFINE_list("run", [], "The runs' folders; may stand without the flag's name, one after the other.")
+    flags.DEFINE_list(
+        "run", [], "Folders of the runs; they may also be given without the flag's name, one after the other."
+    )
     flags.DEFINE_string("output", None, f"The page of the report over several runs. [{SEVERAL}]")
     flags.DEFINE_bool("markdown", False, "Print the results as a table in Markdown; write nothing.")
 
@@ -37,7 +39,9 @@ def work() -> None:
     if len({str(epath.Path(place).resolve()) for place in places}) < len(places):
         raise InputError("--run: the same folder is given twice; expected each run once")
     if len(places) == 1 and given.output is not None:
-        raise InputError(f"--output: goes with several runs; the report of one is its folder's {artifacts.REPORT_PAGE}")
+        raise InputError(
+            f"--output: is only for several runs; the report of one run is its folder's {artifacts.REPORT_PAGE}"
+        )
     if given.markdown:
         print(runs_page.markdown([read(place) for place in places]))
     elif len(places) == 1:

@@ -31,9 +31,11 @@ AxisSize = Annotated[int, annotated_types.Interval(ge=-1, le=settings.LARGEST)]
 class Lora(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
 
-    rank: Whole = setting(0, "rank of the adapters; 0: full fine-tuning")
-    alpha: Positive = setting(16.0, "the adapters' product is scaled by alpha / rank")
-    targets: Projections = setting(("q", "k", "v", "o"), "projections that get adapters", min_length=1)
+    rank: Whole = setting(0, "rank of the LoRA adapters; 0: full fine-tuning, without adapters")
+    alpha: Positive = setting(16.0, "the product of an adapter's two matrices is multiplied by alpha / rank")
+    targets: Projections = setting(
+        ("q", "k", "v", "o"), f"projections that get adapters, out of {', '.join(PROJECTIONS)}", min_length=1
+    )
 
 
 class Model(Section):
@@ -43,35 +45,49 @@ class Model(Section):
         "", "the base model: a Hugging Face folder, here or at gs://, or a hub id", operational=True, min_length=1
     )
     dtype: Literal["auto", "float32", "bfloat16", "mixed"] = setting(
-        "auto", "of computation; auto: bfloat16 on accelerators; on a CPU mixed where it has AVX512-BF16, else float32"
+        "auto",
+        "dtype of computation; auto: bfloat16 on accelerators; on a CPU mixed if it has AVX512-BF16, otherwise "
+        "float32; mixed (for CPUs): products of bfloat16, sums in float32",
     )
     frozen_dtype: Literal["auto", "float32", "bfloat16", "int8"] = setting(
         "auto",
-        "of frozen weights; auto: float32 on a CPU or where dtype is, else bfloat16; int8: projections in eight bits, "
-        "on one device; the reference is then not quite the policy that it is a copy of",
+        "dtype of frozen weights (reference, reward model, base model under LoRA); auto: float32 on a CPU or if dtype "
+        "is float32, otherwise bfloat16; int8: projections in eight bits, on one device only; without LoRA the "
+        "reference then differs slightly from the policy that it is a copy of",
     )
     remat: Remat = setting(
-        "none", "what is computed again in the backward pass; full keeps a layer's input, dots matrix products too",
+        "none",
+        "what the backward pass computes again, to save memory; none: nothing; full: all except each layer's input; "
+        "dots: all except each layer's input and its matrix products",
         operational=True,
-    )  # fmt: skip
+    )
     attention: Attention = setting(
         "auto",
-        "how attention is computed; auto: cudnn on a GPU that can, else xla; flash: Pallas splash on a TPU, rows in "
-        "multiples of 128",
+        "implementation of attention; auto: cudnn on a GPU that supports it, otherwise xla; flash: Pallas splash "
+        "attention, for TPUs, with row lengths in multiples of 128",
         operational=True,
     )
     lora: Lora = Lora()
+
+
+_REST = "-1: all devices that the other axes leave"
 
 
 class Mesh(Section):
     """How the devices are divided; -1: what the other axes leave of them."""
 
     data: AxisSize = setting(
-        1, "copies of the model; batches are divided among them; over several TPU slices a multiple of their number",
+        1,
+        f"number of copies of the model; batches are divided among them; {_REST}; with several TPU slices, a multiple "
+        "of their number",
         unit="devices",
-    )  # fmt: skip
-    fsdp: AxisSize = setting(-1, "shards of weights and batches", unit="devices")
-    tensor: AxisSize = setting(1, "shards of heads, feed-forward and vocabulary", unit="devices")
+    )
+    fsdp: AxisSize = setting(-1, f"number of parts that weights and batches are divided into; {_REST}", unit="devices")
+    tensor: AxisSize = setting(
+        1,
+        f"number of parts that attention heads, feed-forward layers and vocabulary are divided into; {_REST}",
+        unit="devices",
+    )
 
     @pydantic.model_validator(mode="after")
     def _sizes(self):
@@ -88,9 +104,11 @@ class Shares(Section):
     """How prompts are divided, by the hash of each: no prompt stands in two shares. Ours: the paper publishes none."""
 
     # In this order the shares lie along the hash: another would give every prompt's share to others.
-    eval: Share = setting(0.1, "held out: half of it selects checkpoints, half is reported on")
-    policy: Share = setting(0.45, "for the split, DPO and PPO")
-    sft_reward: Share = setting(0.45, "for SFT and the reward model")
+    eval: Share = setting(
+        0.1, "share of the prompts that is held out: one half selects checkpoints, the other is reported on"
+    )
+    policy: Share = setting(0.45, "share of the prompts for the split, DPO and PPO")
+    sft_reward: Share = setting(0.45, "share of the prompts for SFT and the reward model")
 
     @pydantic.model_validator(mode="after")
     def _whole(self):
@@ -106,8 +124,11 @@ ShareName = Literal["sft_reward", "policy"]
 Columns: Any = pydantic.create_model(
     "Columns",
     __base__=Section,
-    __doc__="The file's own names for columns; empty: the role's own.",
-    **{role: (str, setting("", help)) for role, help in ROLES.items()},
+    __doc__="The file's own names for columns; empty: the column is recognised by its usual names.",
+    **{
+        role: (str, setting("", f"name of the column with {help}; empty: the usual names"))
+        for role, help in ROLES.items()
+    },
 )  # type: ignore[call-overload]
 
 
@@ -115,7 +136,7 @@ Constants: Any = pydantic.create_model(
     "Constants",
     __base__=Section,
     __doc__="Texts that all rows have in common.",
-    **{role: (str, setting("", f"{ROLES[role]}, the same for every row")) for role in CONSTANTS},
+    **{role: (str, setting("", f"{ROLES[role]}, the same for every row; empty: none")) for role in CONSTANTS},
 )  # type: ignore[call-overload]
 
 
@@ -123,31 +144,44 @@ class Source(Section):
     """Where records are read, and how."""
 
     path: str = setting("", "the data: a file or folder, here or at gs://, tfds:name or a hub name", operational=True)
-    split: str = setting("train", "the split that is read; all: every one", min_length=1)
+    split: str = setting("train", "the split that is read; all: all splits", min_length=1)
     eval_split: str = setting(
-        "", "a split of its own that is held out, halved as eval is; empty: the eval share of `split`"
+        "",
+        "a split whose records are held out instead of the eval share, and halved in the same way; empty: the eval "
+        "share of `split` is held out",
     )
-    limit: Whole = setting(0, "records read; 0: all", unit="records")
+    limit: Whole = setting(0, "number of records that are read; 0: all", unit="records")
     columns: Columns = Columns()
     constants: Constants = Constants()
-    ignore: Names = setting((), "columns that look as if they meant something, and are to be left unread")
+    ignore: Names = setting(
+        (), "columns that are left unread on purpose, although their names suggest replies, labels or the like"
+    )
     keep: Names = setting(
-        (), "columns, by the file's names, that python: scorers are told of: a reference answer, say", later=True
+        (),
+        "further columns, by their names in the file, that python: scorers receive, such as a reference answer",
+        later=True,
     )
     template: str = setting(
         "auto",
-        "auto: conversations by the chat template, where the tokenizer has one; plain: all in HH's form; chat: plain "
-        f"prompts are a user's turn too; or another template: {', '.join(BUILT_IN)}, a Jinja file, or its text",
+        "how conversations are written; auto: with the tokenizer's chat template if it has one, otherwise in HH's "
+        "form; plain: always in HH's form; chat: as auto, and a plain prompt becomes a user's turn too; or another "
+        "template: "
+        f"{', '.join(BUILT_IN)}, a Jinja file, or the text of a template",
         min_length=1,
     )
-    end_of_turn: str = setting("", "the token that ends a reply in a chat; empty: what the template writes after one")
-    template_kwargs: dict[str, Any] = setting({}, "the chat template's own settings")
-    system: Literal[SYSTEMS] = setting(  # type: ignore[valid-type]
-        "turn", "where a system text stands: a turn of its own, or the beginning of the first user's"
+    end_of_turn: str = setting(
+        "", "the token that ends a reply in a conversation; empty: the one that the template writes after a reply"
     )
-    common_prompt: bool = setting(False, "pairs without a prompt column: what both replies begin with is the prompt")
+    template_kwargs: dict[str, Any] = setting({}, "values that are passed to the chat template")
+    system: Literal[SYSTEMS] = setting(  # type: ignore[valid-type]
+        "turn", "where a system text is put: into a turn of its own, or at the beginning of the first user's turn"
+    )
+    common_prompt: bool = setting(
+        False, "for pairs without a prompt column: the text with which both replies begin becomes the prompt"
+    )
     ranked: Literal[RANKED] = setting(  # type: ignore[valid-type]
-        "best_worst", "which of a row's ranked replies are paired: best and worst, every two, or neighbours in rank"
+        "best_worst",
+        "which of a row's ranked replies are paired: the best with the worst, every two, or neighbours in rank",
     )
 
 
@@ -156,16 +190,23 @@ class Data(Source):
 
     sources: dict[str, Source] = setting(
         {},
-        "further data by name, each with those of the settings above that it has otherwise; a stage names it in `data`",
+        "further data sources by name, each with those of the settings above in which it differs; a stage names a "
+        "source in its setting `data`",
     )
     shares: Shares = Shares()
-    max_length: Count = setting(512, "length of a row: prompt and all replies", unit="tokens")
-    max_response: Count = setting(128, "length of one reply, its end included", unit="tokens")
-    max_prompt: Whole = setting(0, "length of a prompt, its latest part kept; 0: what the replies leave", unit="tokens")
-    too_long: Literal["truncate", "drop"] = setting("truncate", "what becomes of a row that is too long")
-    max_buckets: Count = setting(8, "row lengths that a step is compiled for")
-    multiple: Count = setting(8, "what row lengths are a multiple of; flash attention needs 128", unit="tokens")
-    cache: bool = setting(True, "keep encoded rows in WORKDIR/cache", operational=True)
+    max_length: Count = setting(512, "largest length of a row: the prompt with all its replies", unit="tokens")
+    max_response: Count = setting(128, "largest length of one reply, including the token that ends it", unit="tokens")
+    max_prompt: Whole = setting(
+        0,
+        "largest length of a prompt, of which the latest part is kept; 0: the room that the replies leave",
+        unit="tokens",
+    )
+    too_long: Literal["truncate", "drop"] = setting(
+        "truncate", "what happens to a row that is too long: it is truncated, or dropped"
+    )
+    max_buckets: Count = setting(8, "largest number of different row lengths; a step is compiled for each of them")
+    multiple: Count = setting(8, "row lengths are multiples of this; flash attention needs 128", unit="tokens")
+    cache: bool = setting(True, "whether encoded rows are kept in WORKDIR/cache", operational=True)
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -210,16 +251,16 @@ def _over(own: Any, given: Any) -> Any:
 class StageMesh(Section):
     """Another division of the run's devices, for one stage."""
 
-    data: AxisSize = setting(0, "as mesh.data, for this stage; 0: the run's", unit="devices", operational=True)
-    fsdp: AxisSize = setting(0, "as mesh.fsdp, for this stage; 0: the run's", unit="devices", operational=True)
-    tensor: AxisSize = setting(0, "as mesh.tensor, for this stage; 0: the run's", unit="devices", operational=True)
+    data: AxisSize = setting(0, "mesh.data for this stage; 0: the run's value", unit="devices", operational=True)
+    fsdp: AxisSize = setting(0, "mesh.fsdp for this stage; 0: the run's value", unit="devices", operational=True)
+    tensor: AxisSize = setting(0, "mesh.tensor for this stage; 0: the run's value", unit="devices", operational=True)
 
 
 class StageSettings(Section):
     """What every kind of stage has."""
 
     kind: str = ""
-    seed: Seed = setting(0, "added to the run's, for a stage of another seed in the same run")
+    seed: Seed = setting(0, "added to the run's seed, so that stages of one run can have different seeds")
     mesh: StageMesh = setting(StageMesh(), "how the run's devices are divided for the stage", operational=True)
 
 
@@ -237,15 +278,19 @@ def sources_of(stage: StageSettings) -> dict[str, float]:
 
 
 class Run(Section):
-    """All settings of a run. stages: name -> the settings of its kind, in the order of the config."""
+    """All settings of a run. `stages` holds each stage under its name, with the settings of its kind, in the config's
+    order."""
 
-    name: str = setting("mpo", "of the run, shown in its reports", min_length=1)
-    seed: Seed = setting(0, "of data order, sampling and fresh weights")
+    name: str = setting("mpo", "name of the run, shown in its reports", min_length=1)
+    seed: Seed = setting(0, "seed of the data's order, of sampling, and of freshly initialised weights")
     shard_seconds: Amount = setting(
-        60.0, "how often stages write down what long loops have computed, which a kill then can't take; 0: every batch",
-        unit="seconds", operational=True,
-    )  # fmt: skip
-    plugins: Names = setting((), "modules that register kinds, objectives, estimators or scorers of their own")
+        60.0,
+        "how often a stage saves the results of sampling and scoring, so that a kill loses no more than this; 0: after "
+        "every batch",
+        unit="seconds",
+        operational=True,
+    )
+    plugins: Names = setting((), "Python modules that add further kinds of stage, objectives, estimators or scorers")
     model: Model = Model()
     mesh: Mesh = Mesh()
     data: Data = Data()

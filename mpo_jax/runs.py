@@ -1,7 +1,7 @@
-"""Folders of runs enter; their stages leave, with their state and main figures, and what differs between two runs.
+"""Takes the folders of runs; prints their stages with state and main figures, and the settings in which runs differ.
 
-`mpo runs WORKDIR [WORKDIR ...]`, or `python -m mpo_jax.runs --runs=WORKDIR,WORKDIR`. With `--prune`: what of each
-folder no stage of its present graph needs, with sizes; `--prune --yes` deletes it.
+`mpo runs WORKDIR [WORKDIR ...]`, or `python -m mpo_jax.runs --runs=WORKDIR,WORKDIR`. With `--prune` it lists
+the files that no stage of a run's present graph needs, with sizes; `--prune --yes` deletes them.
 """
 
 import datetime
@@ -20,9 +20,13 @@ from mpo_jax.stages import kinds
 
 
 def define() -> None:
-    flags.DEFINE_list("runs", [], "The runs' folders; may stand without the flag's name, one after the other.")
-    flags.DEFINE_bool("prune", False, "Show what the present graphs of the runs do not need, and its size.")
-    flags.DEFINE_bool("yes", False, "With --prune: delete it.")
+    flags.DEFINE_list(
+        "runs", [], "Folders of the runs; they may also be given without the flag's name, one after the other."
+    )
+    flags.DEFINE_bool(
+        "prune", False, "List the files that the present graphs of the runs do not need, with their sizes."
+    )
+    flags.DEFINE_bool("yes", False, "With --prune: delete these files.")
 
 
 def work() -> None:
@@ -31,7 +35,7 @@ def work() -> None:
         if not (folder / artifacts.STAGES_FILE).exists():
             raise InputError(f"--runs: {folder} holds no {artifacts.STAGES_FILE}; expected the --workdir of a run")
     if flags.FLAGS.yes and not flags.FLAGS.prune:
-        raise InputError("--yes: goes with --prune alone")
+        raise InputError("--yes: is only for --prune")
     if flags.FLAGS.prune:
         for folder in folders:
             print(f"{folder}\n{prune(folder, flags.FLAGS.yes)}")
@@ -53,7 +57,7 @@ def prune(workdir: epath.Path, delete: bool = False) -> str:
         for each in found:
             disk.free(each)
     lines = [f"  {disk.told(each.size):>11}  {each.path.relative_to(workdir)}  {each.why}" for each in found]
-    end = "freed" if delete else "to free: the same command with --yes deletes this"
+    end = "freed" if delete else "can be freed: the same command with --yes deletes these files"
     total = disk.told(sum(each.size for each in found))
     return "\n".join([*lines, f"  {total:>11}  {end}"]) if found else "  nothing to free"
 

@@ -1,9 +1,10 @@
-"""A policy and a prompt enter; its replies are printed as they are generated.
+"""Takes a policy and a prompt; prints replies as they are generated.
 
 `python -m mpo_jax.sample --model=FOLDER_OR_STAGE --prompt="Once upon a time" --n=4 --temperature=0.7
---max_new_tokens=64 --seed=0`. Temperature 0 is greedy. One reply is printed token by token; of several, each when it is
-complete, behind its number. Where the model has a chat template, the prompt is the user's turn; `--raw` continues its
-text as it stands. Without `--prompt`, each line of the standard input is a turn of one conversation.
+--max_new_tokens=64 --seed=0`. Temperature 0 is greedy decoding. One reply is printed token by token; several are
+printed with their numbers, each when it is complete. If the model has a chat template, the prompt is the user's turn;
+with `--raw` its text is continued as it is. Without `--prompt`, each line of the standard input is a turn of one
+conversation.
 """
 
 import dataclasses
@@ -122,16 +123,22 @@ def turns_of(lines: Sequence[str] | Iterator[str]) -> Iterator[str]:
 
 def define() -> None:
     flags.DEFINE_string("model", None, "Hugging Face folder, or WORKDIR/NAME of a finished stage.")
-    flags.DEFINE_string("prompt", None, "What the replies answer or continue. Default: lines of the standard input.")
+    flags.DEFINE_string(
+        "prompt", None, "Prompt that the replies answer or continue. Default: lines of the standard input."
+    )
     flags.DEFINE_string("system", "", "A system turn, for a model with a chat template.")
     flags.DEFINE_bool("raw", False, "Continue the prompt's text as it stands, without the model's chat template.")
-    flags.DEFINE_integer("n", 1, "Replies to the prompt.")
-    flags.DEFINE_float("temperature", 1.0, "0 is greedy.")
-    flags.DEFINE_integer("top_k", None, "Sample from the most probable tokens alone. Default: from all.")
-    flags.DEFINE_float("top_p", None, "Sample from the fewest tokens with this probability. Default: from all.")
-    flags.DEFINE_integer("min_new_tokens", 0, "No stop token is drawn before this many tokens.")
-    flags.DEFINE_integer("max_new_tokens", 64, "Longest reply, its stop token included.")
-    flags.DEFINE_integer("seed", 0, "Other seeds give other replies.")
+    flags.DEFINE_integer("n", 1, "Number of replies to the prompt.")
+    flags.DEFINE_float("temperature", 1.0, "Sampling temperature; 0: greedy decoding.")
+    flags.DEFINE_integer("top_k", None, "Sample only from this many most probable tokens. Default: from all.")
+    flags.DEFINE_float(
+        "top_p",
+        None,
+        "Sample only from the most probable tokens that together have this probability. Default: from all.",
+    )
+    flags.DEFINE_integer("min_new_tokens", 0, "No stop token is sampled before this many tokens.")
+    flags.DEFINE_integer("max_new_tokens", 64, "Longest reply in tokens, including its stop token.")
+    flags.DEFINE_integer("seed", 0, "Seed of sampling; another seed gives other replies.")
 
 
 def work() -> None:

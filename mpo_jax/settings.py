@@ -227,7 +227,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     if near:
         return f"; did you mean {near[0]!r}?"
-    return f"; expected one of {', '.join(known)}" if len(known) <= 12 else "; `mpo run --help` lists what there is"
+    return f"; expected one of {', '.join(known)}" if len(known) <= 12 else "; `mpo run --help` lists all settings"
 
 
 _EXPECTED = {
@@ -385,7 +385,11 @@ def lines(section: type[Section], prefix: str = "") -> list[Line]:
         elif field.description:
             extra = _extra(field)
             notes = [extra["unit"]] if extra.get("unit") else []
-            named = [f"names a {extra['role']}" + (' or "data"' if extra["data"] else "")] if "role" in extra else []
+            named = (
+                [f"name of a stage (result: {extra['role']})" + (', or "data"' if extra["data"] else "")]
+                if "role" in extra
+                else []
+            )
             notes += named or [allowed(field)]
             notes += ["operational"] if extra.get("operational") else []
             told.append(Line(prefix + name, _shown(field.default), ", ".join(filter(None, notes)), field.description))

@@ -1,9 +1,9 @@
-"""A data path, a tokenizer and a record's number enter; that record's text and tokens are printed, every mark visible.
+"""Takes a data path, a tokenizer and the number of a record; prints the record's text and each of its tokens.
 
 `python -m mpo_jax.show --config=configs/quickstart.py --split=train --index=0`, or without a config
 `python -m mpo_jax.show --data_path=FILE --tokenizer=FOLDER --split=train --index=0`. `--source=NAME` looks at a
-named source of the config. Of columns that no form knows, it says what they probably are. With `--settings` it prints
-the reference of all settings, with `--schema` their JSON schemas.
+named source of the config. If the columns are in no known form, it says what each of them probably is. With
+`--settings` it prints the reference of all settings, with `--schema` their JSON schemas.
 """
 
 import dataclasses
@@ -80,16 +80,20 @@ def look(division: Division, folder: str, split: str, index: int, limits: Limits
 
 
 def define() -> None:
-    config_flags.DEFINE_config_file("config", None, "Config whose data and model keys the other flags override.")
+    config_flags.DEFINE_config_file("config", None, "Config whose data and model settings the other flags override.")
     flags.DEFINE_string("data_path", None, "File, folder, tfds:name or hub name. Default: config.data.path.")
     flags.DEFINE_string("source", "", "A name of config.data.sources; empty: the run's own data.")
     flags.DEFINE_string("tokenizer", None, "Tokenizer folder. Default: config.model.path.")
-    flags.DEFINE_string("split", "train", "Split to read; 'all' for every one.")
-    flags.DEFINE_integer("index", 0, "Which of the records kept.")
-    flags.DEFINE_integer("max_length", None, "Tokens of a row. Default: config.data.max_length, or 512.")
-    flags.DEFINE_integer("max_response", None, "Tokens of one reply. Default: config.data.max_response, or 192.")
-    flags.DEFINE_bool("settings", False, "Print the reference of all settings instead, as Markdown.")
-    flags.DEFINE_bool("schema", False, "Print the JSON schemas of all settings instead, for editors.")
+    flags.DEFINE_string("split", "train", "Split to read; all: all splits.")
+    flags.DEFINE_integer("index", 0, "Number of the record among those that are kept, from 0.")
+    flags.DEFINE_integer(
+        "max_length", None, "Largest length of a row in tokens. Default: config.data.max_length, or 512."
+    )
+    flags.DEFINE_integer(
+        "max_response", None, "Largest length of one reply in tokens. Default: config.data.max_response, or 192."
+    )
+    flags.DEFINE_bool("settings", False, "Print the reference of all settings instead of a record, as Markdown.")
+    flags.DEFINE_bool("schema", False, "Print the JSON schemas of all settings instead of a record, for editors.")
 
 
 def work() -> None:

@@ -32,7 +32,7 @@ def statuses(config: Run, nodes: Mapping[str, Node]) -> dict[str, Status]:
     states: dict[str, Status] = {}
     for name, node in nodes.items():
         if node.key == graph.UNKNOWN:
-            states[name] = Status(UNKNOWN, "the model or the data is not at hand")
+            states[name] = Status(UNKNOWN, "the model or the data is not on this machine")
             continue
         waiting = [source for source in node.sources if states[source].state != DONE]
         begun, current = _begun(node.folder), inputs(nodes, node)
@@ -42,11 +42,11 @@ def statuses(config: Run, nodes: Mapping[str, Node]) -> dict[str, Status]:
         elif waiting and finished:
             states[name] = Status(STALE, f"{', '.join(waiting)} will be made again")
         elif not waiting and begun != current:
-            states[name] = Status(STALE, f"{', '.join(_remade(begun, current))} was made again since")
+            states[name] = Status(STALE, f"{', '.join(_remade(begun, current))} was made again since then")
         elif finished:
             states[name] = Status(DONE)
         else:
-            states[name] = Status(UNFINISHED, "resumes from what it has kept")
+            states[name] = Status(UNFINISHED, "resumes from what it has saved")
     return states
 
 

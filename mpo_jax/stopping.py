@@ -113,7 +113,7 @@ class Notice:
                 self._hear()
             if time.monotonic() - self._told_at > _PATIENCE:
                 self._told_at = math.inf
-                _say("told to stop; this happens after the batch, or the compile, that is at work")
+                _say("told to stop; the run stops when the present batch, or compilation, is done")
 
     def _count(self) -> None:
         """Hears signals that come while the process ends."""
@@ -162,7 +162,7 @@ class Notice:
                     for process in range(jax.process_count())
                 ]
             except jax.errors.JaxRuntimeError:  # one has died, and the runtime ends the others
-                _say("told to stop, but a process of the run does not answer")
+                _say("told to stop, but another process of the run does not answer")
                 self._client = None
                 return
             self.code, self._last = code, max(places) + 1

@@ -178,7 +178,7 @@ def _fetch_file(source: epath.Path, target: Path) -> None:
         shutil.copyfileobj(stream, file, _BLOCK)
     if temporary.stat().st_size != there.length:
         raise InputError(
-            f"{source}: {temporary.stat().st_size} of {there.length} bytes came; run the same command again"
+            f"{source}: {temporary.stat().st_size} of {there.length} bytes arrived; run the same command again"
         )
     os.utime(temporary, (there.mtime, there.mtime))
     temporary.replace(target)

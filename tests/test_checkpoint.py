@@ -403,7 +403,9 @@ def test_a_kill_between_writing_and_renaming_leaves_the_manifest_before(tmp_path
     assert artifacts.read_manifest(tmp_path)["run"] == 1
 
 
-@pytest.mark.parametrize(("text", "found"), [('{"a": ', "not valid JSON"), ("[1]", "not what this package writes")])
+@pytest.mark.parametrize(
+    ("text", "found"), [('{"a": ', "not valid JSON"), ("[1]", "not a file that this package writes")]
+)
 def test_a_broken_manifest_is_named(tmp_path, text, found):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(InputError, match=rf"manifest\.json: {found}"):

@@ -195,8 +195,8 @@ def test_prune_shows_and_then_deletes_nothing_that_is_needed(run):
 
     before = files()
     shown = runs.prune(run)
-    assert files() == before and "with --yes deletes this" in shown
-    assert f"sft-0123456789ab{os.sep}checkpoints  states of a finished stage" in shown
+    assert files() == before and "with --yes deletes these files" in shown
+    assert f"sft-0123456789ab{os.sep}checkpoints  training states of a finished stage" in shown
     assert "freed" in runs.prune(run, delete=True)
     after = files()
     needed = ("sft-0123456789ab/weights", "dpo-0123456789ab/weights", "dpo-0123456789ab/checkpoints", "cache/rows/")
@@ -221,7 +221,7 @@ def test_an_error_names_what_to_delete_with_its_size(run, monkeypatch):
     with pytest.raises(InputError) as told:
         disk.check_room(run / "dpo-0123456789ab" / artifacts.CHECKPOINTS, 6 * MIB, "the checkpoint of step 4")
     assert "the checkpoint of step 4 needs 6.00 MiB, and 5.00 MiB are free; `mpo runs --prune" in str(told.value)
-    assert "dpo-ba9876543210 (1.48 KiB, a stage that the present graph has not)" in str(told.value)
+    assert "dpo-ba9876543210 (1.48 KiB, a stage that is not in the present graph)" in str(told.value)
     assert "\n" not in str(told.value)
     disk.check_room(run, 5 * MIB, "a checkpoint")
     disk.check_room("gs://bucket/run", 1 << 60, "a checkpoint")

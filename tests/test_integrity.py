@@ -72,7 +72,7 @@ def test_any_cut_and_any_missing_file_is_told(stage, share, tmp_path):
 
 def test_an_empty_object_is_no_finished_stage(tmp_path):
     (tmp_path / artifacts.MANIFEST).write_text("{}")
-    with pytest.raises(InputError, match=r"manifest\.json: not what this package writes"):
+    with pytest.raises(InputError, match=r"manifest\.json: not a file that this package writes"):
         artifacts.read_manifest(tmp_path)
 
 

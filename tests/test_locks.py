@@ -216,5 +216,5 @@ def test_a_workdir_that_processes_do_not_share_is_told_by_all_in_seconds(tmp_pat
         assert lines == [[], []] and not list(folders[0].iterdir())
         return
     assert [process.returncode for process in started] == [1, 1], errors
-    assert lines[0] == ["error: process 1 found what is wrong; see its log"]
+    assert lines[0] == ["error: process 1 ended with an error; see its log"]
     assert len(lines[1]) == 1 and f"{folders[1]}: process 1 on" in lines[1][0] and "does not see" in lines[1][0]

@@ -239,8 +239,8 @@ def test_the_first_screen_tells_in_what_numbers_are_computed(config, tmp_path, m
 
     assert made.model.dtype == "auto"
     chosen = "mixed: products of bfloat16, sums in float32"
-    assert told(True) == f"{chosen}, as XLA finds AVX512-BF16 here; model.dtype=float32 for the other"
-    assert told(False) == "float32, as XLA finds no AVX512-BF16 here; model.dtype=mixed for the other"
+    assert told(True) == f"{chosen}, because XLA finds AVX512-BF16 on this CPU; model.dtype=float32 chooses the other"
+    assert told(False) == "float32, because XLA finds no AVX512-BF16 on this CPU; model.dtype=mixed chooses the other"
     made = made.model_copy(update={"model": made.model.model_copy(update={"dtype": "mixed"})})
     assert told(False) == chosen
 

@@ -76,7 +76,7 @@ def test_all_others_end_where_one_falls_silent_and_are_told_which():
         for each in started[:2]:
             code, out, error = told(each)
             assert code == PREEMPTED and out == "let go\n"
-            expected = f"process 2 on {socket.gethostname()} has not been heard of for 3 s; {peers.ADVICE}"
+            expected = f"process 2 on {socket.gethostname()} has not been heard from for 3 s; {peers.ADVICE}"
             assert error.strip().splitlines()[-1] == expected and "Traceback" not in error
 
 

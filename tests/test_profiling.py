@@ -89,9 +89,9 @@ def test_a_profile_is_no_part_of_what_a_manifest_seals(tmp_path):
 
 def test_steps_beyond_a_training_are_an_error_before_it_begins(tmp_path):
     with profiling.of_stage(Wanted("dpo", 9, 2), "dpo", epath.Path(tmp_path), True):
-        with pytest.raises(InputError, match="--profile: dpo has 9 steps; there is no 10"):
+        with pytest.raises(InputError, match="--profile: dpo has 9 steps; there is no step 10"):
             profiling.check(0, 9)
-        with pytest.raises(InputError, match="dpo goes on with step 10; 9 is done"):
+        with pytest.raises(InputError, match="dpo goes on with step 10; step 9 is already done"):
             profiling.check(9, 20)
         profiling.check(8, 10)
         for step in (9, 10):
@@ -100,7 +100,7 @@ def test_steps_beyond_a_training_are_an_error_before_it_begins(tmp_path):
 
 
 def test_batches_beyond_a_stage_are_an_error_when_it_ends_and_nothing_stays_open(tmp_path):
-    with pytest.raises(InputError, match="--profile: dpo had 4 batches; there was no 6"):
+    with pytest.raises(InputError, match="--profile: dpo had 4 batches; there was no batch 6"):
         record(tmp_path, 4, 3, training=False)
     record(tmp_path, 1, 1)  # JAX records once at a time: the one before has ended
     assert steps_in(tmp_path) == [1]

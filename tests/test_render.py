@@ -84,7 +84,7 @@ def test_what_can_t_be_meant_is_a_line(places, tmp_path, monkeypatch):
     for run, output, words in [
         ([one, str(older)], None, r"^--run: \S+older: its settings can't be read: stages.dpo.bta: no such setting"),
         ([one, f"{one}/../seed0"], None, "^--run: the same folder is given twice; expected each run once$"),
-        ([one], "x.html", "^--output: goes with several runs"),
+        ([one], "x.html", "^--output: is only for several runs"),
         ([one, str(tmp_path)], None, r"^--run: \S+ holds no stages.json; expected the --workdir of a run$"),
         ([one, str(tmp_path / "empty")], None, "has no finished stage; expected a run whose evaluate stage is done$"),
         ([], None, "^--run: expected the --workdir of a run, or of several$"),

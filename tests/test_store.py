@@ -84,7 +84,7 @@ def test_a_fetch_that_was_cut_off_goes_on_behind_the_last_whole_file(gcs, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(store.shutil, "copyfileobj", cut)
-        with pytest.raises(InputError, match=r"^gs://bucket/cut/one: 10 of 1000 bytes came; run the same command"):
+        with pytest.raises(InputError, match=r"^gs://bucket/cut/one: 10 of 1000 bytes arrived; run the same command"):
             store.fetch(place)
     assert set(files(store.local(place))) == {"two.txt", "deep/three"} and not store.is_fetched(place)
     first = (store.local(place) / "two.txt").stat().st_ino

@@ -43,7 +43,7 @@ class Account:
         lines = [self.line()]
         used = [f"{name}: {what}" for name, what in self.columns.items()]
         lines += [f"  columns: {'; '.join(used)}"] if used else []
-        lines += [f"  prompts: {_counts(self.shown)}"] if self.shown else []
+        lines += [f"  prompts written as: {_counts(self.shown)}"] if self.shown else []
         lines += [f"  {count} {what}" for what, count in self.notes.items()]
         if self.share:
             left = f"; {self.overlap} left out, since their prompts are held out too" if self.overlap else ""
@@ -68,10 +68,10 @@ class Account:
 
 
 _WORDS = {
-    "replies truncated": "replies cut at their end, which is missing",
+    "replies truncated": "replies cut at their end, without the token that ends a reply",
     "prompts truncated": "prompts cut at their beginning",
-    "prompts cut at a turn": "of them at a turn",
-    "prompts cut within a turn": "of them within their last turn",
+    "prompts cut at a turn": "of these at a turn",
+    "prompts cut within a turn": "of these within their last turn",
 }
 
 

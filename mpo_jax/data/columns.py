@@ -112,7 +112,7 @@ def rename(rows: Sequence[Row], reading: Reading, place: str) -> tuple[list[Row]
         return list(rows), {}
     for role, name in reading.columns.items():
         if role in known and role != name and role not in reading.columns.values():
-            said[role] = f"unread, since data.columns takes {name!r} for it"
+            said[role] = f"unread, since data.columns names {name!r} in its place"
     moved = {name: role for role, name in reading.columns.items()}
     left = (set(reading.ignore) | set(reading.columns)) - set(moved)
     return [
@@ -163,7 +163,7 @@ def check_unread(
         if not kinds:
             said[name] = "empty"
         elif name in known:
-            said[name] = "unread (known to this form, and left)"
+            said[name] = "unread (a column of this form that is not used)"
         elif not is_meaningful(name) and not (prompts_alone and _may_be_replies(rows, name)):
             said[name] = "unread"
         elif same := next((used for used in uses if _same(rows, name, used, uses)), None):

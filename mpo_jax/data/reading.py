@@ -35,23 +35,23 @@ def of_source(name: str):
 
 ROLES = {
     "prompt": "the prompt, as text or messages",
-    "messages": "a whole conversation, its last turn the reply; or the prompt of pairs, as messages",
-    "input": "what is joined to the prompt by a line break",
+    "messages": "a whole conversation, whose last turn is the reply, or the prompt of a pair, as messages",
+    "input": "a text that is joined to the prompt by a line break",
     "chosen": "the better reply",
     "rejected": "the worse reply",
-    "completion": "the one reply of a demonstration",
-    "label": "whether a completion is good: true or false, 1 or 0",
+    "completion": "the only reply, a demonstration",
+    "label": "the label of a completion: true or 1 if it is good, false or 0 if it is bad",
     "first": "one of two replies",
     "second": "the other of two replies",
-    "choice": "which of the two is better: 0 or 1, 1 or 2, below or above 0, or a name",
+    "choice": "the choice between first and second: 0 or 1, 1 or 2, below or above 0, or a name",
     "system": "the system text",
-    "history": "past turns, as [user, assistant] pairs or messages",
+    "history": "earlier turns, as [user, assistant] pairs or as messages",
     "tools": "the functions that a model may call",
-    "margin": "how much better chosen is",
+    "margin": "the margin: how much better chosen is than rejected",
     "score_chosen": "the rating of the better reply",
     "score_rejected": "the rating of the worse reply",
     "confidence": "the annotator's confidence",
-    "split": "the split a row belongs to",
+    "split": "the split that a row belongs to",
 }
 """What a column can be: the keys of `Reading.columns`."""
 

@@ -204,9 +204,9 @@ class _Tally:
                 other = others.pop(0)
                 plain = (*said.plain, *other.plain[1:]) if said.plain else ()
                 said = dataclasses.replace(said, rejected=other.chosen, plain=plain)
-                self.notes["replies labelled bad, each the rejected one of a pair"] += 1
+                self.notes["replies labelled bad, each the rejected reply of a pair"] += 1
             else:
-                self.notes["good replies without a bad one to the same prompt: demonstrations alone"] += 1
+                self.notes["good replies without a bad one to the same prompt: only demonstrations"] += 1
             result.append((number, row, own, said))
         left = sum(map(len, bad.values()))
         if left:

@@ -103,6 +103,6 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     _SOURCE = flags.DEFINE_string("source", None, "File, folder or hub name to read.", required=True)
-    _KIND = flags.DEFINE_enum("kind", None, list(FEATURES), "What the rows are.", required=True)
-    _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the shards go.", required=True)
+    _KIND = flags.DEFINE_enum("kind", None, list(FEATURES), "Kind of the rows.", required=True)
+    _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder to which the shards are written.", required=True)
     app.run(main)

@@ -9,7 +9,7 @@ from mpo_jax.evaluation.sections import Finished
 
 _LEVEL = 0.05
 _REWARD, _GOLD = "the reward model", "the gold labeller"
-_ATTEMPT = "Take a larger kl_coefficient, fewer steps, select=best, or a reward model trained on such replies."
+_ATTEMPT = "Try a larger kl_coefficient, fewer steps, select=best, or a reward model trained on such replies."
 
 Found = tuple[str, str] | None
 Comparisons = Iterable[Mapping[str, Any]]
@@ -43,8 +43,8 @@ def _found(report: Comparisons, judged: Comparisons) -> Found:
         if mine is None or other["by"] == _REWARD or max(_p(mine), _p(other)) >= _LEVEL:
             continue
         if (mine["win_rate"] - 0.5) * (other["win_rate"] - 0.5) < 0:
-            told = f"{other['left']} wins against {other['right']} {100 * mine['win_rate']:.0f} % of the prompts by "
-            return f"{told}the reward model, and {100 * other['win_rate']:.0f} % by {other['by']}.", _ATTEMPT
+            told = f"{other['left']} wins against {other['right']} in {100 * mine['win_rate']:.0f} % of the prompts by "
+            return f"{told}the reward model, but in {100 * other['win_rate']:.0f} % by {other['by']}.", _ATTEMPT
     return None
 
 

@@ -178,7 +178,7 @@ def graph(sources: Mapping[str, Sequence[str]], kinds: Mapping[str, str]) -> str
     parts = [
         f'<svg class="graph" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" '
         f'style="min-width:{_LEAST * width:.0f}px" '
-        'aria-label="The stages and what each rests on">'
+        'aria-label="The stages and their inputs">'
     ]
     for name, above in sources.items():
         for source in (source for source in above if source in place):

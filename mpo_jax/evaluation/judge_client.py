@@ -30,29 +30,39 @@ _MOST_TOKENS = 10_000_000
 class Endpoint(Section):
     """Whom to ask, and how hard. Ceilings are checked before each call: those in flight are finished."""
 
-    base_url: str = setting("https://api.openai.com/v1", "where the chat-completions protocol is spoken", min_length=1)
-    model: str = setting("", "the endpoint's name for the model")
-    key_variable: str = setting(
-        "OPENAI_API_KEY", "environment variable with the API key; empty: the server wants none", operational=True
+    base_url: str = setting(
+        "https://api.openai.com/v1", "the address of a server with the chat-completions protocol", min_length=1
     )
-    temperature: Amount = setting(0.0, "of the judge's answers")
-    answer_tokens: Count = setting(256, "of an answer, at most", unit="tokens")
+    model: str = setting("", "the server's name for the model")
+    key_variable: str = setting(
+        "OPENAI_API_KEY", "environment variable with the API key; empty: the server needs none", operational=True
+    )
+    temperature: Amount = setting(0.0, "sampling temperature of the judge's answers")
+    answer_tokens: Count = setting(256, "largest length of an answer", unit="tokens")
     limit_key: str = setting(
-        "max_tokens", "under which answer_tokens is sent; some models want max_completion_tokens", min_length=1
+        "max_tokens",
+        "the name under which answer_tokens is sent; some models want max_completion_tokens",
+        min_length=1,
     )
     concurrency: Annotated[int, annotated_types.Interval(ge=1, le=1024)] = setting(
-        8, "calls at a time", operational=True
+        8, "number of calls at a time", operational=True
     )
-    seconds: Positive = setting(120.0, "that a call may take in all", unit="seconds", operational=True)
-    attempts: Count = setting(6, "at a question, before the stage stops", operational=True)
+    seconds: Positive = setting(120.0, "longest time of a call", unit="seconds", operational=True)
+    attempts: Count = setting(6, "number of attempts at a question before the stage stops", operational=True)
     max_calls: Whole = setting(
-        0, "ceiling of the stage, failed attempts included; 0: none", unit="calls", operational=True
+        0, "largest number of the stage's calls, including failed attempts; 0: no limit", unit="calls", operational=True
     )
     max_tokens: Whole = setting(
-        0, "ceiling of the stage, of questions and answers; 0: none", unit="tokens", operational=True
+        0,
+        "largest number of the stage's tokens, of questions and answers; 0: no limit",
+        unit="tokens",
+        operational=True,
     )
     backoff: Positive = setting(
-        1.0, "before the second attempt at a question, doubled from there", unit="seconds", operational=True
+        1.0,
+        "pause before the second attempt at a question; each further one is twice as long",
+        unit="seconds",
+        operational=True,
     )
 
     @pydantic.model_validator(mode="after")
@@ -176,7 +186,7 @@ def _read(body: bytes) -> tuple[str, Any]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         text, usage = 0, None
     if not isinstance(text, str | None):
-        raise Again("a reply that is not one of the protocol, or cut off")
+        raise Again("an answer that does not follow the protocol, or is cut off")
     return text or "", usage
 
 

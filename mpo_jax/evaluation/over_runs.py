@@ -110,7 +110,7 @@ def section(group: Sequence[Evaluated]) -> dict[str, Any]:
     """What runs of equal settings say together: {"runs", "seeds", "notes", "evaluations"}, each evaluation that all of
     them have with its policies' table, verdict and scores at common KL values."""
     names = [name for name in group[0].evaluations if all(name in run.evaluations for run in group)]
-    alone = "One run: there is no interval over runs; its own report has those over prompts."
+    alone = "This is one run, so there is no interval over runs; the run's own report has intervals over prompts."
     made = [_evaluation(name, [run.evaluations[name] for run in group]) for name in names]
     return {
         "runs": list(group),

@@ -31,7 +31,7 @@ def few_prompts(summary: Summary, rows: Rows) -> Found:
     """PPO that goes over few prompts again and again while its value learns nothing."""
     if not {"epochs", "prompts"} <= set(summary) or summary["epochs"] <= EPOCHS:
         return None
-    told = f"It went {summary['epochs']:.1f} times over {summary['prompts']:,} prompts, and "
+    told = f"PPO went {summary['epochs']:.1f} times over its {summary['prompts']:,} prompts, and "
     attempt = (
         "Hard prompts may be too few: raise the split's threshold, which makes more pairs hard, or take fewer steps."
     )
@@ -39,12 +39,14 @@ def few_prompts(summary: Summary, rows: Rows) -> Found:
     if explained:
         if _end(explained) >= LEARNED:
             return None
-        return f"{told}its value explains {_end(explained):.2f} of the returns' variance at the end.", attempt
+        return f"{told}the critic explains {_end(explained):.2f} of the returns' variance at the end.", attempt
     trained, held = _values(rows, "score"), _values(rows, "eval/score")
     if len(trained) < 2 or len(held) < 2 or trained[-1] <= trained[0] or held[-1] > held[0]:
         return None
-    told += f"its score rose on them from {trained[0]:.2f} to {trained[-1]:.2f}, and on held-out ones from "
-    return f"{told}{held[0]:.2f} to {held[-1]:.2f}: it learns them by heart.", attempt
+    told += (
+        f"the score on them rose from {trained[0]:.2f} to {trained[-1]:.2f}, while on held-out prompts it went from "
+    )
+    return f"{told}{held[0]:.2f} to {held[-1]:.2f}: the policy learns its prompts by heart.", attempt
 
 
 def unlearned_value(summary: Summary, rows: Rows) -> Found:
@@ -52,8 +54,14 @@ def unlearned_value(summary: Summary, rows: Rows) -> Found:
     explained = _values(rows, "explained_variance")
     if len(explained) < 6 or _end(explained) >= 0:
         return None
-    told = f"The value explains {_end(explained):.2f} of the returns' variance at the end: less than their mean would."
-    return told, "Begin the critic from the reward model, raise its rate, or use algorithm=rloo, which has no critic."
+    told = (
+        f"The critic explains {_end(explained):.2f} of the returns' variance at the end: it is worse than their mean."
+    )
+    return (
+        told,
+        "Begin the critic from the reward model, raise value_learning_rate, or use algorithm=rloo, which has no "
+        "critic.",
+    )
 
 
 def hacked(summary: Summary, rows: Rows) -> Found:
@@ -63,8 +71,8 @@ def hacked(summary: Summary, rows: Rows) -> Found:
     if curve is not None:
         gain = curve["best"]["gold"] - curve["points"][0]["gold"]
         if curve["gained"] > 0 and curve["lost"] > LOST * max(gain, 0) and curve["lost"] > 0:
-            told = f"Gold fell by {curve['lost']:.3f} from step {curve['best']['step']} to the end, while the reward "
-            return f"{told}model's score rose by {curve['gained']:.3f}.", attempt
+            told = f"The gold score fell by {curve['lost']:.3f} from step {curve['best']['step']} to the end, while "
+            return f"{told}the reward model's score rose by {curve['gained']:.3f}.", attempt
     held = [row for row in rows if "eval/score" in row and "eval/response_len" in row]
     if len(held) < 2 or held[-1]["eval/score"] <= held[0]["eval/score"]:
         return None
@@ -73,9 +81,9 @@ def hacked(summary: Summary, rows: Rows) -> Found:
     repeated = after.get("eval/repetition", 0.0) - before.get("eval/repetition", 0.0)
     if growth >= LONGER:
         lengths = f"{before['eval/response_len']:.0f} to {after['eval/response_len']:.0f} tokens"
-        return f"With its score, replies grew from {lengths}: it may be paid for length.", attempt
+        return f"The score rose, and replies grew from {lengths}: the reward model may reward length.", attempt
     if repeated >= REPEATED:
-        told = f"With its score, repeated 4-grams grew from {before['eval/repetition']:.2f} to "
+        told = f"The score rose, and repeated 4-grams grew from {before['eval/repetition']:.2f} to "
         return f"{told}{after['eval/repetition']:.2f} of the replies.", attempt
     return None
 
@@ -87,7 +95,9 @@ def unwell(summary: Summary, rows: Rows) -> Found:
         return None
     first, last = trained[0], trained[-1]
     if first["entropy"] > 0 and last["entropy"] < COLLAPSED * first["entropy"]:
-        told = f"Entropy fell from {first['entropy']:.2f} to {last['entropy']:.2f} nats a token: replies are all alike."
+        told = (
+            f"Entropy fell from {first['entropy']:.2f} to {last['entropy']:.2f} nats per token: all replies are alike."
+        )
         return told, "Raise kl_coefficient or entropy, or take fewer steps."
     if last["finished"] < CUT:
         told = f"Only {last['finished']:.2f} of the replies end before max_new_tokens."
@@ -107,7 +117,7 @@ def kl_collapsed(summary: Summary, rows: Rows) -> Found:
         told = f"After {steps} steps the KL to the reference is {kl:.3f} nats: the policy has hardly moved."
         return told, "Raise learning_rate, or lower kl_coefficient; look at grad_norm and at critic_warmup."
     if each > FAR:
-        told = f"The KL to the reference is {kl:.1f} nats, {each:.2f} a token: the policy has run away from it."
+        told = f"The KL to the reference is {kl:.1f} nats, {each:.2f} per token: the policy is too far from it."
         return told, "Raise kl_coefficient, set kl_target, or lower learning_rate."
     return None
 
@@ -118,8 +128,8 @@ def beyond_target(stage: Finished, rows: Rows) -> Found:
     target = stage.settings.get("kl_target", 0) if len(kl) >= STEPS else 0
     if not target or _end(kl) < BEYOND * target:
         return None
-    told = f"The KL to the reference is {_end(kl):.1f} nats at the end, where kl_target asks for {target:g}."
-    return told, "Raise kl_coefficient, from which the adaptive one begins, or kl_gain, or lower learning_rate."
+    told = f"The KL to the reference is {_end(kl):.1f} nats at the end, but kl_target is {target:g}."
+    return told, "Raise kl_coefficient (the adaptive coefficient begins there) or kl_gain, or lower learning_rate."
 
 
 def empty_batches(summary: Summary, rows: Rows) -> Found:
@@ -131,11 +141,14 @@ def empty_batches(summary: Summary, rows: Rows) -> Found:
         told = f"{len(without)} of {steps} logged steps made no update, the first of them step {first}: none of their "
         return f"{told}replies had a score.", "Look at what the scorer answers."
     if unscored and _end(unscored) > UNSCORED:
-        told = f"{100 * _end(unscored):.0f} % of the prompts had no score at the end, and nothing is learned from them."
+        told = f"{100 * _end(unscored):.0f} % of the prompts had no score at the end, so nothing is learned from them."
         return told, "Look at what the scorer answers, and at its time limits."
     if lens and _end(lens) < EMPTY:
         told = f"Replies are {_end(lens):.1f} tokens long at the end: they are empty."
-        return told, "Look at where prompts end, at the stop tokens, and at whether the reward model likes silence."
+        return (
+            told,
+            "Look at where prompts end, at the stop tokens, and at whether the reward model prefers empty replies.",
+        )
     return None
 
 
@@ -149,8 +162,11 @@ def beyond_training(stage: Finished, rows: Rows) -> Found:
     told = (
         f"The mean score is {_end(score):.2f} at the end, beyond {high:.2f}: 99 % of the replies that the reward model "
     )
-    told += "was trained on score less, and of such replies it can only guess."
-    return told, "Judge by gold, a judge or people; try a larger kl_coefficient, or a reward model of such replies."
+    told += "was trained on score less, so its score of such replies is only a guess."
+    return (
+        told,
+        "Judge by gold, a judge or people; try a larger kl_coefficient, or a reward model trained on such replies.",
+    )
 
 
 RULES: tuple[Callable[[Summary, Rows], Found], ...] = (

@@ -85,6 +85,6 @@ def _by_gap(rows: Sequence[Mapping[str, float]]) -> list[figures.Drawn]:
     expected = [(row["x"], row["predicted"]) for row in rows]
     return [
         figures.shares(
-            rows, expected, "size of the gap, reward units", "accuracy", "as the gap predicts", "accuracy by gap"
+            rows, expected, "size of the gap, reward units", "accuracy", "predicted by the gap", "accuracy by gap"
         )
     ]

@@ -77,18 +77,21 @@ def weak_reward(summary: Summary, rows: Rows) -> Found:
     told = f"The reward model is right on {accuracy:.3f} ± {error:.3f} of {report['pairs']:,} held-out pairs"
     attempt = (
         "Its gaps say little about which pairs are easy: train it on more pairs or a larger model, look at the labels, "
-        "or stop the run there with minimum_accuracy."
+        "or let minimum_accuracy stop the run."
     )
     if accuracy - 2 * error <= 0.5 or accuracy < WEAK:
-        return f"{told}, where guessing gives 0.5.", attempt
+        return f"{told}; guessing gives 0.5.", attempt
     if words is not None and accuracy + error < words:
-        return f"{told}, fewer than a TF-IDF model of their words ({words:.3f}).", attempt
+        return f"{told}; a TF-IDF model of their words is right on more ({words:.3f}).", attempt
     bins = report.get("calibration", [])
     if reward_model.miscalibrated(bins):
         claimed, right = (sum(row["pairs"] * row[key] for row in bins) / report["pairs"] for key in _SURE)
-        told = f"The reward model's gaps claim {claimed:.2f} of the held-out pairs, and it is right on {right:.2f} "
-        told += f"(calibration error {pair_tables.calibration_error(bins, 'observed'):.2f})."
-        return told, "A threshold in its units does not mean what it says: take a quantile, or train it less long."
+        told = f"By its gaps, the reward model should be right on {claimed:.2f} of the held-out pairs, but it is right "
+        told += f"on {right:.2f} (calibration error {pair_tables.calibration_error(bins, 'observed'):.2f})."
+        return (
+            told,
+            "A threshold in its units does not mean what it seems to: use a quantile, or train it for fewer steps.",
+        )
     return None
 
 
@@ -101,7 +104,8 @@ def learned_by_heart(summary: Summary, rows: Rows) -> Found:
     (step, least), (last, loss) = min(held, key=lambda each: each[1]), held[-1]
     if least <= 0 or loss < OVERFITTED * least or trained[-1] >= trained[0]:
         return None
-    told = f"Held-out loss was lowest at step {step} ({least:.3f}) and is {loss:.3f} at step {last}: overfitted."
+    told = f"Held-out loss was lowest at step {step} ({least:.3f}) and is {loss:.3f} at step {last}: "
+    told += "the model is overfitted."
     return (
         told,
         "Try fewer epochs, a lower rate, a larger beta (for DPO), or select=best, which takes the best checkpoint.",
@@ -115,7 +119,7 @@ def drifted_apart(summary: Summary, rows: Rows) -> Found:
         return None
     told = f"Accuracy on hard held-out pairs fell from {found['best']:.3f} at step {found['step']} to "
     told += f"{found['end']:.3f} at step {found['last']} ({found['pairs']} pairs), while on easy ones it went from "
-    told += f"{found['easy'][0]:.3f} to {found['easy'][1]:.3f}: they drift apart, overfitted to the easy pairs."
+    told += f"{found['easy'][0]:.3f} to {found['easy'][1]:.3f}: the policy is overfitted to the easy pairs."
     return (
         told,
         "Try fewer epochs, a lower rate, a larger beta, select=best, or a lower threshold with more easy pairs.",

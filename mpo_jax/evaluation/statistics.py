@@ -202,7 +202,8 @@ def sentence(comparison: Comparison) -> str:
         text += f", {_percent(c.length_controlled)} % between replies of equal length"
     text += " (p < 0.001" if p < 0.001 else f" (p = {p:.2g}"
     if p >= 0.05 and c.win_rate != 0.5:
-        text += f": not told from chance; such a win rate takes some {sample_size(c.win_rate):,} prompts"
+        text += ": not distinguishable from chance; for such a win rate that would need about "
+        text += f"{sample_size(c.win_rate):,} prompts"
     return text + ")."
 
 

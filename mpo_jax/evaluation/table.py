@@ -36,12 +36,14 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     found = [("no KL", own)] if own else []
     found += [(f"no KL of @{name}", words) for name, words in report.get("decodings", {}).items() if words]
     told = [
-        f"{what}: replies were drawn with {words}; the log-ratio's mean over them is none"
+        f"{what}: replies were sampled with {words}, so the mean log-ratio over them is no KL"
         for what, words in found
         if any("log_ratio" in means for means in report["policies"].values())
     ]
     if any("kl_bound" in means for means in report["policies"].values()):
-        told.append("KL of the best of n: at most log n - (n - 1) / n nats from the policy that drew them")
+        told.append(
+            "KL of the best of n: an upper bound, log n - (n - 1) / n nats from the policy that sampled the replies"
+        )
     return told
 
 

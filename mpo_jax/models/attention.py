@@ -91,11 +91,11 @@ def choose(
     if platform != "gpu":
         return Choice("xla", f"cuDNN is not on {platform}")
     if devices > 1:
-        return Choice("xla", "cuDNN's attention spread over several GPUs is unproven here")
+        return Choice("xla", "cuDNN's attention over several GPUs has not been tested")
     obstacle = config.cudnn_obstacle(capability)
     if obstacle is not None:
         return Choice("xla", f"cuDNN {obstacle}")
-    return Choice("cudnn", "cuDNN can compute this model, and holds no logits")
+    return Choice("cudnn", "cuDNN can compute this model, and stores no logits")
 
 
 def compute_capability(device: jax.Device) -> tuple[int, int] | None:

@@ -61,7 +61,7 @@ def resolve(folder: epath.PathLike) -> str:
     except Exception as error:  # offline, unknown, gated: the hub's client raises a dozen kinds
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{name}: no such folder, and not to be had from the hub ({reason}); give a local folder"
+            f"{name}: no such folder, and it can't be downloaded from the hub ({reason}); give a local folder"
         ) from (error)
 
 

@@ -78,7 +78,7 @@ def lines(name: str, plan: StagePlan) -> str:
         + (f", snapshots {disk.snapshots / GIB:.2f})" if disk.snapshots else ")")
     )
     if len(plan.programs) > 1:
-        found.append(f"    MFU of {name}: at most {plan.mfu:.1%} in all, if every row were of the longest")
+        found.append(f"    MFU of {name}: at most {plan.mfu:.1%} in all, if every row had the largest length")
     if plan.mesh:
         found.append(f"    mesh of {name}: {_sizes(plan.mesh)}")
     return "\n".join(found)

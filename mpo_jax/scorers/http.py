@@ -64,7 +64,7 @@ def _read(body: bytes, who: str) -> list[float | None]:
     try:
         scores = json.loads(body)["scores"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise Again('an answer that is not {"scores": [...]}, or cut off') from error
+        raise Again('an answer that is not {"scores": [...]}, or is cut off') from error
     if not isinstance(scores, list):
         raise Again('an answer whose "scores" are no list')
     for place, score in enumerate(scores):

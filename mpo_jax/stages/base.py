@@ -60,29 +60,43 @@ class Training(StageSettings, Optimizer):
 
     data: OneOrWeighted = setting(
         "",
-        'what it learns from: a name of data.sources, or several, mixed ({"a": 0.7, "b": 0.3}); empty: the run\'s data',
+        'the data that is learned from: a name of data.sources, or several, mixed by weight ({"a": 0.7, "b": 0.3}); '
+        "empty: the run's own data",
     )
-    batch_size: Count = setting(16, "rows of a step, over all devices", unit="rows")
+    batch_size: Count = setting(16, "rows of a step, over all devices together", unit="rows")
     microbatch: Whole = setting(
-        0, "rows computed at a time (gradient accumulation); 0: all of them", unit="rows", operational=True
+        0,
+        "rows whose gradients are computed at a time, and then accumulated; 0: all of them at once",
+        unit="rows",
+        operational=True,
     )
-    remat: Literal["", Remat] = setting("", "of this stage, see model.remat; empty: the model's", operational=True)
+    remat: Literal["", Remat] = setting(
+        "", "model.remat for this stage; empty: the value of model.remat", operational=True
+    )
     epochs: Annotated[float, annotated_types.Interval(gt=0, le=10_000)] = setting(1.0, "passes over the rows")
-    steps: Whole = setting(0, "optimizer steps; 0: as many as `epochs` gives", unit="steps")
-    eval_every: Whole = setting(0, "how often held-out rows are evaluated; 0: a tenth of the run", unit="steps")
-    eval_batches: Count = setting(32, "of the held-out share, at most", unit="batches")
+    steps: Whole = setting(0, "number of steps; 0: as many as `epochs` gives", unit="steps")
+    eval_every: Whole = setting(
+        0, "how often held-out rows are evaluated; 0: after every tenth of the steps", unit="steps"
+    )
+    eval_batches: Count = setting(32, "largest number of held-out batches in an evaluation", unit="batches")
     save_every: Whole = setting(
-        0, "how often a checkpoint is saved; 0: a tenth of the run", unit="steps", operational=True
+        0, "how often a checkpoint is saved; 0: after every tenth of the steps", unit="steps", operational=True
     )
-    keep: Count = setting(2, "checkpoints kept", operational=True)
+    keep: Count = setting(2, "number of latest checkpoints that are kept", operational=True)
     log_every: Count = setting(1, "how often metrics are written", unit="steps", operational=True)
-    select: Literal["last", "best"] = setting("last", "which weights the stage leaves: the last, or the best evaluated")
-    on_nonfinite: Literal[CHOICES] = setting(  # type: ignore[valid-type]
-        "stop", "what to do about a batch whose loss or gradient is not finite: stop, or leave it out", operational=True
+    select: Literal["last", "best"] = setting(
+        "last", "the weights that the stage returns: the last, or those of the best evaluation"
     )
-    wandb: bool = setting(False, "also log to Weights & Biases, where it is installed", operational=True)
-    wandb_project: str = setting("mpo_jax", "the project there", operational=True, min_length=1)
-    wandb_entity: str = setting("", "the user or team there; empty: who is logged in", operational=True)
+    on_nonfinite: Literal[CHOICES] = setting(  # type: ignore[valid-type]
+        "stop",
+        "what happens if a batch's loss or gradient is not finite: stop the run, or skip the batch",
+        operational=True,
+    )
+    wandb: bool = setting(False, "also log to Weights & Biases, whose package must be installed", operational=True)
+    wandb_project: str = setting("mpo_jax", "the project at Weights & Biases", operational=True, min_length=1)
+    wandb_entity: str = setting(
+        "", "the user or team at Weights & Biases; empty: the account that is logged in", operational=True
+    )
 
     @property
     def update_rows(self) -> int:
@@ -102,7 +116,8 @@ class PolicyTraining(Training):
 
     snapshots: Whole = setting(
         0,
-        "weights kept on the way, evenly over the steps, by which `evaluate` draws score against KL; 0: none",
+        "number of intermediate weights that are kept, at even distances over the steps; `evaluate` draws curves of "
+        "score against KL with them; 0: none",
         later=True,
     )
 
@@ -118,14 +133,20 @@ class Sampling(StageSettings):
 
     data: OneOrWeighted = setting(
         "",
-        "what it reads, each row once: a name of data.sources, or several, of which a weight is the part that is read, "
-        'relative to the largest ({"a": 1.0, "b": 0.5}: all of a, half of b); empty: the run\'s data',
+        "the data that is read, each row once: a name of data.sources, or several with weights, of which the largest "
+        'means all rows ({"a": 1.0, "b": 0.5}: all of a, half of b); empty: the run\'s own data',
     )
-    temperature: Amount = setting(1.0, "of the softmax that tokens are drawn from; 0: greedy")
-    top_k: Whole = setting(0, "draw from the most probable tokens alone; 0: from the whole vocabulary", unit="tokens")
-    top_p: settings.Share = setting(0.0, "draw from the fewest tokens with this probability; 0: no truncation")
-    min_new_tokens: Whole = setting(0, "no stop token is drawn before so many", unit="tokens")
-    max_new_tokens: Count = setting(64, "longest reply, its stop token included", unit="tokens")
+    temperature: Amount = setting(1.0, "sampling temperature; 0: greedy decoding")
+    top_k: Whole = setting(
+        0, "sample only from this many most probable tokens; 0: from the whole vocabulary", unit="tokens"
+    )
+    top_p: settings.Share = setting(
+        0.0, "sample only from the most probable tokens that together have this probability; 0: from all"
+    )
+    min_new_tokens: Whole = setting(
+        0, "shortest reply: no stop token is sampled before it has this many tokens", unit="tokens"
+    )
+    max_new_tokens: Count = setting(64, "longest reply, including its stop token", unit="tokens")
 
     @pydantic.model_validator(mode="after")
     def _draws(self):

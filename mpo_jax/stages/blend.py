@@ -28,7 +28,7 @@ class Settings(StageSettings):
     """A mean of policies' weights."""
 
     policies: Names = role(POLICY, ("sft", "dpo"), "the policies that are blended")
-    weights: Numbers = setting((), "of each policy, 1 in all; empty: all alike")
+    weights: Numbers = setting((), "the weight of each policy, with sum 1; empty: all the same")
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -38,10 +38,10 @@ class Settings(StageSettings):
     def _one_each(self):
         if self.weights and len(self.weights) != len(self.policies):
             raise declared.wrong(
-                "weights", f"{len(self.weights)} of {len(self.policies)} policies; expected one of each"
+                "weights", f"{len(self.weights)} of {len(self.policies)} policies; expected a weight for each"
             )
         if self.policies and abs(sum(self.shares) - 1) > 1e-6:
-            raise declared.wrong("weights", f"{sum(self.shares):g} in all; expected 1")
+            raise declared.wrong("weights", f"{sum(self.shares):g} in sum; expected 1")
         return self
 
 
@@ -81,7 +81,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
         found, missing = jax.jit(lora.mean, static_argnums=1, out_shardings=where)(adapters, shares)
         jobs.save_weights(job, found)
         told["missing"] = float(missing)
-        words += f"; adapters of rank {model.lora.rank} come within {told['missing']:.2g} of its norm"
+        words += f"; its adapters of rank {model.lora.rank} miss {told['missing']:.2g} of the norm of the exact mean"
     jobs.say(words)
     return told
 

@@ -79,7 +79,7 @@ def check_buckets(name: str, table: GapTable, threshold: float, flipped: str) ->
             f"stages.{name}.threshold: at {threshold:.4g} no pair is {part}; gaps run from {gap.min():.4g} to "
             f"{gap.max():.4g}, "
             + (
-                "and no threshold parts them: the reward model agrees with no label, or scores all pairs alike"
+                "and no threshold divides them: the reward model agrees with no label, or scores all pairs alike"
                 if better is None
                 else f"so try --config.stages.{name}.threshold={better} --config.stages.{name}.quantile=0"
             )

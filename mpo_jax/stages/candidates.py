@@ -41,11 +41,13 @@ _ENDING = 0.5  # what that costs: of a batch's reply slots, in tokens of a promp
 class Pairing(Sampling):
     """How a policy's own replies become preference pairs."""
 
-    labeller: Annotated[Scorer, Scorers()] = setting("vader", "the scorer who says which reply is better")
+    labeller: Annotated[Scorer, Scorers()] = setting("vader", "the scorer that decides which reply is better")
     label_temperature: Amount = setting(
-        0.1, "of the Bradley-Terry noise of labels; 0: none", unit="the labeller's units"
+        0.1, "temperature of the Bradley-Terry noise in the labels; 0: no noise", unit="the labeller's units"
     )
-    samples: Annotated[int, annotated_types.Interval(ge=2, le=4096)] = setting(4, "replies to a prompt", unit="replies")
+    samples: Annotated[int, annotated_types.Interval(ge=2, le=4096)] = setting(
+        4, "replies that are sampled to each prompt", unit="replies"
+    )
     pairing: Literal["best_worst", "all"] = setting(
         "best_worst", "which replies are paired: the best with the worst, or every two"
     )

@@ -107,7 +107,9 @@ def heldout_prompts(job: Job, model: ModelConfig, loaded_tokenizer) -> encode.En
         if len(kept) < len(rows):
             say(f"  {len(rows) - len(kept)} records left out: other stages read data that begins as they do")
         if not kept:
-            raise job.error("heldout", "'whole', but other stages read data that begins as every record here does")
+            raise job.error(
+                "heldout", "'whole', but every record here begins like one in the data that other stages read"
+            )
         return _prompts(job, kept, shown)
 
     return _of_sources(job, (division.SELECT, division.REPORT), loaded_tokenizer, make)

@@ -23,7 +23,10 @@ class Curves(Section):
     """How the policies' snapshots are evaluated."""
 
     curve_prompts: Whole = setting(
-        0, "held-out prompts that the policies' snapshots reply to; 0: all of count", unit="prompts", later=True
+        0,
+        "number of held-out prompts that the policies' snapshots reply to; 0: as many as `count`",
+        unit="prompts",
+        later=True,
     )
 
 
@@ -41,7 +44,7 @@ def check(job: Job) -> None:
         raise job.error(
             "curve_prompts",
             f"{job.settings.curve_prompts}, but there are no curves: they need a policy whose stage has snapshots, a "
-            "baseline, a scorer, and replies of the whole distribution",
+            "baseline, a scorer, and sampling without top_k, top_p and the like",
         )
 
 

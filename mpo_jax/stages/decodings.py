@@ -43,16 +43,19 @@ class Decodings(Section):
     """What stands in the table beside each policy's replies as the stage samples them."""
 
     decodings: dict[str, Decoding] = setting(
-        {}, 'further ways of drawing replies, by name: of "greedy" the rows are POLICY@greedy', later=True
+        {}, 'further ways of sampling replies, by name; the rows of one named "greedy" are POLICY@greedy', later=True
     )
     best_of: Whole = setting(
         0,
-        "of so many replies the best, by the reward model or else the labeller, stands as a policy of its own; 0: none",
+        "number of replies of which the best, by the reward model or otherwise by the labeller, is shown as the reply "
+        "of a further policy; 0: no such policy",
         unit="replies",
         later=True,
     )
     best_of_policies: Names = setting(
-        (), "whose replies those are; empty: the baseline's, or the first policy's where there is none", later=True
+        (),
+        "the policies for which `best_of` is done; empty: the baseline, or the first policy if there is no baseline",
+        later=True,
     )
 
 
@@ -64,11 +67,15 @@ def check_names(settings) -> None:
             raise declared.wrong("decodings", f"{name!r}; expected a name of letters, digits, '.', '_' and '-'")
     for name in settings.policies:
         if settings.decodings and AT in name:
-            raise declared.wrong("decodings", f"the policy {name!r} has an {AT!r} in its name, as a decoding's row has")
+            raise declared.wrong(
+                "decodings", f"the policy {name!r} has an {AT!r} in its name, which is kept for the names of decodings"
+            )
     if settings.best_of == 1 or settings.best_of > MOST:
         raise declared.wrong("best_of", f"{settings.best_of}; expected 0, or 2 to {MOST} replies")
     if settings.best_of and not (settings.reward or settings.labeller):
-        raise declared.wrong("best_of", f"{settings.best_of}, but nobody scores; name a reward or a labeller")
+        raise declared.wrong(
+            "best_of", f"{settings.best_of}, but nothing scores the replies; name a reward or a labeller"
+        )
     if settings.best_of_policies and not settings.best_of:
         raise declared.wrong("best_of_policies", "given, but best_of is 0")
     for name in settings.best_of_policies:

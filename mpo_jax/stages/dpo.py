@@ -43,50 +43,71 @@ class Settings(PolicyTraining):
 
     init: str = role(POLICY, "sft", "the policy that training starts from")
     reference: str = role(
-        POLICY, "sft", "the frozen policy of the log-ratios; empty for objectives without one", optional=True
+        POLICY,
+        "sft",
+        "the frozen policy that the log-ratios are taken against; empty for objectives without a reference",
+        optional=True,
     )
-    pairs: str = role(PAIRS, "split/easy", "what it learns from; data: the data's own pairs", data=True)
-    objective: Annotated[str, OneOf(OBJECTIVES)] = setting("dpo", "the loss; see docs/objectives.md")
-    beta: Positive = setting(0.1, "strength of the KL leash; Rafailov et al. 2023, eq. 7; ours")
+    pairs: str = role(PAIRS, "split/easy", "the pairs that are learned from; data: the data's own pairs", data=True)
+    objective: Annotated[str, OneOf(OBJECTIVES)] = setting("dpo", "the loss; docs/objectives.md describes each")
+    beta: Positive = setting(
+        0.1, "how strongly the policy is held to the reference; Rafailov et al. 2023, eq. 7; the default is our choice"
+    )
     label_smoothing: Annotated[float, annotated_types.Interval(ge=0, lt=0.5)] = setting(
-        0.0, "assumed share of flipped labels (cDPO; robust)"
+        0.0, "share of the labels that is assumed to be wrong; for the objectives dpo (then called cDPO) and robust"
     )
-    gamma: Amount = setting(0.5, "margin that simpo asks of the rewards; Meng et al. 2024, eq. 6; ours")
-    chosen_penalty: Amount = setting(50.0, "of dpop, on chosen replies that lose probability; Pal et al. 2024, eq. 3")
-    sft: Amount = setting(0.0, "weight of the chosen reply's mean negative log-likelihood; 0: no such term")
+    gamma: Amount = setting(
+        0.5, "target margin of the rewards in the objective simpo; Meng et al. 2024, eq. 6; the default is our choice"
+    )
+    chosen_penalty: Amount = setting(
+        50.0,
+        "weight of the penalty on chosen replies that lose probability, in the objective dpop; Pal et al. 2024, eq. 3",
+    )
+    sft: Amount = setting(
+        0.0, "weight of the chosen reply's mean negative log-likelihood, added to the loss; 0: no such term"
+    )
     weight: Literal[tuple(WEIGHTS)] = setting(  # type: ignore[valid-type]
-        "none", "how much a pair counts: all alike, by its gap (none below 0), or by sigmoid(gap)"
+        "none", "weight of a pair in the loss: the same for all, its gap (0 if the gap is below 0), or sigmoid(gap)"
     )
     order: Literal[tuple(ORDERS)] = setting(  # type: ignore[valid-type]
-        "random", "of an epoch's pairs: at random, or by gap, from the largest or from the smallest"
+        "random", "order of the pairs in an epoch: random, from the largest gap down, or from the smallest gap up"
     )
     reference_every: Whole = setting(
-        0, "how often the reference moves towards the policy (TR-DPO); 0: never", unit="steps"
+        0, "how often the reference is moved towards the policy (TR-DPO); 0: never", unit="steps"
     )
     reference_mix: Share = setting(
-        1.0, "share of the policy in a reference that moves; 1: replaced; Gorbatovski et al. 2024, eqs. 3 and 4"
+        1.0,
+        "share of the policy in a reference that moves; 1: the policy replaces it; Gorbatovski et al. 2024, eqs. 3 "
+        "and 4",
     )
-    learning_rate: Rate = changed(Training, "learning_rate", 5e-7, "peak of the schedule; ours")
+    learning_rate: Rate = changed(
+        Training, "learning_rate", 5e-7, "peak of the learning rate; the default is our choice"
+    )
 
     @pydantic.model_validator(mode="after")
     def _meant(self):
         objective, fields = OBJECTIVES[self.objective], type(self).model_fields
         for name in sorted({name for each in OBJECTIVES.values() for name in each.settings}):
             if name not in objective.settings and getattr(self, name) != fields[name].default:
-                raise declared.wrong(name, f"{self.objective} has none; expected {fields[name].default:g}")
+                raise declared.wrong(name, f"{self.objective} does not read it; expected {fields[name].default:g}")
         if objective.reference and not self.reference:
             raise declared.wrong("reference", f"empty; expected the frozen policy that {self.objective} compares with")
         if self.reference and not objective.reference:
-            raise declared.wrong("reference", f"{self.reference!r}; {self.objective} has none, expected an empty text")
+            raise declared.wrong(
+                "reference", f"{self.reference!r}; {self.objective} has no reference, expected an empty text"
+            )
         if self.reference_every and not objective.reference:
             raise declared.wrong("reference_every", f"{self.reference_every}; {self.objective} has no reference")
         if self.pairs == DATA:  # which nobody has scored
             for name, usual in (("weight", "none"), ("order", "random")):
                 if getattr(self, name) != usual:
-                    raise declared.wrong(name, f"{getattr(self, name)!r} goes by gaps; expected pairs of a split")
+                    raise declared.wrong(
+                        name, f"{getattr(self, name)!r} needs the gaps of pairs; expected pairs of a split"
+                    )
         if self.reference_mix != 1 and not self.reference_every:
             raise declared.wrong(
-                "reference_mix", f"{self.reference_mix:g}, of a reference that never moves; expected 1"
+                "reference_mix",
+                f"{self.reference_mix:g}, but the reference never moves (reference_every is 0); expected 1",
             )
         return self
 

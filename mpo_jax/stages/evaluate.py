@@ -42,27 +42,28 @@ _NGRAM, _DISTINCT = 4, 2
 class Settings(Sampling, Decodings, Curves):
     """Policies compared by their replies to held-out prompts."""
 
-    policies: Names = role(POLICY, ("sft", "dpo", "mpo"), "the policies that reply")
-    reward: str = role(REWARD, "reward", "the reward model that scores; empty: none does", optional=True)
-    baseline: str = setting("sft", "the policy that the others are compared with; empty: every two of them")
+    policies: Names = role(POLICY, ("sft", "dpo", "mpo"), "the policies that reply and are compared")
+    reward: str = role(REWARD, "reward", "the reward model that scores the replies; empty: none does", optional=True)
+    baseline: str = setting("sft", "the policy that the others are compared with; empty: every two are compared")
     prompts: str = role(
         PAIRS,
         "split/all",
-        "the split whose held-out prompts are used; data, or empty: those of the eval share",
+        "the split whose held-out prompts are used; data, or empty: the held-out prompts of the data",
         optional=True,
         data=True,
     )
     heldout: Literal["report", "whole"] = setting(
         "report",
-        "which of the held-out prompts: the half that no training looks at, or both, of data that nothing else reads",
+        "which held-out prompts are used: the half that no training reads, or both halves (whole), if no stage of "
+        "another kind reads the data",
         later=True,
     )
-    count: Count = setting(128, "held-out prompts", unit="prompts")
+    count: Count = setting(128, "number of held-out prompts", unit="prompts")
     labeller: Annotated[Scorer, Scorers(more=("",))] = setting(
-        "", "a scorer whose gold score stands beside the reward model's"
+        "", "a scorer whose scores are shown, as gold scores, beside the reward model's; empty: none"
     )
-    bootstrap: Count = setting(2000, "resamples of an interval")
-    batch_size: Count = setting(32, "prompts sampled at a time", unit="rows")
+    bootstrap: Count = setting(2000, "number of bootstrap resamples for an interval")
+    batch_size: Count = setting(32, "prompts for which replies are sampled at a time", unit="rows")
     score_batch: Whole = setting(0, "rows scored at a time; 0: batch_size", unit="rows", operational=True)
 
     @pydantic.model_validator(mode="after")

@@ -24,7 +24,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """What a gap may be measured by -> the roles that it reads."""
 
-UNITS = {"reward": "reward units", "given": "the data's units", "implicit": "nats", "reference_loss": "nats a token"}
+UNITS = {"reward": "reward units", "given": "the data's units", "implicit": "nats", "reference_loss": "nats per token"}
 
 
 class Measures(Section):
@@ -32,13 +32,15 @@ class Measures(Section):
 
     gap: OneOrMany = setting(
         "reward",
-        "what the gap is of: the scorer's scores (reward), the data's margins (given), implicit rewards beta log "
-        "policy/reference (implicit), or log-probs per token under the reference (reference_loss); of several their "
-        "mean rank",
+        "what gaps are differences of: the scorer's scores (reward), the data's own margins (given), implicit rewards "
+        "beta log policy/reference (implicit), or log-probs per token under the reference (reference_loss); with "
+        "several, a gap is the mean of its signed ranks",
     )
-    implicit: str = role(POLICY, "", "the policy whose implicit rewards are compared, for gap=implicit")
-    reference: str = role(POLICY, "", "the frozen policy that implicit rewards, or losses, are of")
-    beta: Positive = setting(0.1, "of the implicit reward; Rafailov et al. 2023, eq. 5")
+    implicit: str = role(POLICY, "", "the policy of the implicit rewards, for gap=implicit")
+    reference: str = role(
+        POLICY, "", "the frozen policy that implicit rewards are relative to, or whose log-probs are compared"
+    )
+    beta: Positive = setting(0.1, "beta of the implicit reward; Rafailov et al. 2023, eq. 5")
 
     @property
     def measures(self) -> tuple[str, ...]:

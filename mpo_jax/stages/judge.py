@@ -39,14 +39,18 @@ class Settings(StageSettings, Endpoint):
 
     evaluate: str = role(REPLIES, "evaluate", "the evaluation whose replies are judged")
     judge: Literal["endpoint", "local", "reward", "gold"] = setting(
-        "endpoint", "who judges: a server, a policy of the run (`local`), or scores that the evaluation has"
+        "endpoint", "who judges: a server, a policy of the run (`local`), or the scores in the evaluation"
     )
-    local: str = role(POLICY, "", "the policy that judges, for judge=local")
-    policies: Names = setting((), "some of the evaluation's policies; empty: all")
-    baseline: str = setting("", "the policy that the others are compared with; empty: every two of them")
-    rubric: Literal["summary", "helpful", "harmless"] = setting("helpful", "the question, of those in the package")
-    prompt_file: str = setting("", "a Jinja file instead, with {{ prompt }}, {{ first }} and {{ second }}")
-    bootstrap: Count = setting(2000, "resamples of an interval")
+    local: str = role(POLICY, "", "the policy that judges, if judge=local")
+    policies: Names = setting((), "the policies of the evaluation that are judged; empty: all")
+    baseline: str = setting("", "the policy that the others are compared with; empty: every two are compared")
+    rubric: Literal["summary", "helpful", "harmless"] = setting(
+        "helpful", "which of the package's questions the judge answers"
+    )
+    prompt_file: str = setting(
+        "", "a Jinja file with a question of your own, with {{ prompt }}, {{ first }} and {{ second }}; empty: `rubric`"
+    )
+    bootstrap: Count = setting(2000, "number of bootstrap resamples for an interval")
     batch_size: Count = setting(8, "questions that a local policy reads at a time", unit="rows")
 
     @pydantic.model_validator(mode="after")

@@ -34,23 +34,28 @@ class Settings(PolicyTraining):
     """Kahneman-Tversky optimization of a policy on single replies, good and bad."""
 
     init: str = role(POLICY, "sft", "the policy that training starts from")
-    reference: str = role(POLICY, "sft", "the frozen policy of the log-ratios")
+    reference: str = role(POLICY, "sft", "the frozen policy that the log-ratios are taken against")
     pairs: str = role(
         PAIRS,
         "split/all",
-        "pairs whose chosen replies are good, and whose rejected ones are bad; data: the data's own labelled replies",
+        "pairs, whose chosen replies count as good and rejected ones as bad; data: the data's own labelled replies",
         data=True,
     )
-    beta: Positive = setting(0.1, "strength of the KL leash; Ethayarajh et al. 2024, eq. 8; ours")
-    desirable_weight: Amount = setting(1.0, "of good replies; the paper's lambda_D")
-    undesirable_weight: Amount = setting(1.0, "of bad replies; the paper's lambda_U")
-    learning_rate: Rate = changed(Training, "learning_rate", 5e-7, "peak of the schedule; ours")
+    beta: Positive = setting(
+        0.1,
+        "how strongly the policy is held to the reference; Ethayarajh et al. 2024, eq. 8; the default is our choice",
+    )
+    desirable_weight: Amount = setting(1.0, "weight of good replies in the loss; the paper's lambda_D")
+    undesirable_weight: Amount = setting(1.0, "weight of bad replies in the loss; the paper's lambda_U")
+    learning_rate: Rate = changed(
+        Training, "learning_rate", 5e-7, "peak of the learning rate; the default is our choice"
+    )
 
     @pydantic.model_validator(mode="after")
     def _whole_batches(self):
         if self.microbatch not in (0, self.batch_size):
             raise declared.wrong(
-                "microbatch", f"{self.microbatch}, but the reference point is of a whole batch; expected 0"
+                "microbatch", f"{self.microbatch}, but the KL estimate is computed over a whole batch; expected 0"
             )
         return self
 
@@ -95,7 +100,9 @@ def with_others(rows_: Encoded, longest: int) -> Encoded:
     takes the next row of a batch. InputError where all rows have one prompt."""
     prompt, count = rows_.prompt_id, len(rows_)
     if len(np.unique(prompt)) < 2:
-        raise InputError("kto: all replies are to one prompt; expected another whose replies can stand beside them")
+        raise InputError(
+            "kto: all replies are to one prompt; expected a second prompt, whose replies the KL estimate needs"
+        )
     other = (np.arange(count) + count // 2) % count
     while (same := prompt[other] == prompt).any():
         other = np.where(same, (other + 1) % count, other)

@@ -71,9 +71,9 @@ class Watch:
         name, value = next((name, value) for name, value in values if not math.isfinite(value))
         _, rows = self._loader.rows(step - 1)
         ids = self._loader.encoded.id[rows[rows >= 0]].tolist()
-        way = "on_nonfinite=skip leaves such batches out"
+        way = "on_nonfinite=skip skips such batches"
         if self._skip:
-            way = f"{int(seen.longest)} steps in a row were skipped since, so that it is not the batch alone"
+            way = f"{int(seen.longest)} steps in a row were skipped, so this batch is not the only cause"
         start = "from the beginning" if saved is None else f"after step {saved}, the last checkpoint"
         raise NonFinite(f"step {step}: {name} is {value}; batch ids {ids}; run again to go on {start}; {way}")
 

@@ -30,7 +30,7 @@ class Settings(Pairing):
     policy: str = role(POLICY, "sft", "the policy whose replies are paired")
     samples: Annotated[int, annotated_types.Interval(ge=2, le=4096)] = changed(Pairing, "samples", 2)
     pairing: Literal["best_worst", "all"] = changed(Pairing, "pairing", "all")
-    batch_size: Count = setting(32, "prompts sampled at a time", unit="rows")
+    batch_size: Count = setting(32, "prompts for which replies are sampled at a time", unit="rows")
 
 
 def check(job: Job[Settings]) -> None:
@@ -80,7 +80,10 @@ def run(job: Job[Settings]) -> dict[str, Any]:
             corpus.write_rows(pairs.encoded, job.folder / share)
             gap = pairs.scores[:, 0] - pairs.scores[:, 1]
             right = float(np.mean(gap > 0))
-            jobs.say(f"{share}: {len(gap)} pairs of {len(prompts)} prompts; the label follows the score in {right:.3f}")
+            jobs.say(
+                f"{share}: {len(gap)} pairs of {len(prompts)} prompts; in {right:.3f} of the pairs, the label agrees "
+                "with the score"
+            )
     return {"pairs": counts, "unscored": unscored}
 
 

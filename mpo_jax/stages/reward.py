@@ -36,21 +36,24 @@ _RANGE = (1, 99)
 class Settings(Training):
     """A reward model, trained on preference pairs."""
 
-    init: str = role(POLICY, "sft", "the policy whose trunk it begins with")
+    init: str = role(POLICY, "sft", "the policy whose trunk the reward model begins with")
     pairs: str = role(
-        SAMPLES, "", "a stage whose sampled pairs it learns from; data, or empty: the data's own pairs", data=True
+        SAMPLES, "", "a stage whose sampled pairs are learned from; data, or empty: the data's own pairs", data=True
     )
-    share: ShareName = setting("sft_reward", "of the data that is learned from")
-    margin: bool = setting(False, "subtract the annotator's margin inside the sigmoid, where the data has one")
-    folds: Whole = setting(0, "parts of the share, by prompt, for cross-fitting; 0: learn from all of it")
-    fold: Whole = setting(0, "the part that is left out, counted from 0")
+    share: ShareName = setting("sft_reward", "the share of the data that is learned from")
+    margin: bool = setting(False, "whether the annotator's margin, if the data has one, is subtracted in the loss")
+    folds: Whole = setting(
+        0, "number of parts into which the share's prompts are divided for cross-fitting; 0: learn from all of them"
+    )
+    fold: Whole = setting(0, "the part that is not learned from, counted from 0")
     minimum_accuracy: Share = setting(
         0.0,
-        "of held-out pairs, below which the run stops here, since gaps of such a model mean nothing; 0: never",
+        "smallest accuracy on held-out pairs: the run stops if it is lower, since gaps of such a model mean nothing; "
+        "0: it never stops",
         operational=True,
     )
     score_batch: Whole = setting(
-        0, "rows scored at a time for the statistics; 0: batch_size", unit="rows", operational=True
+        0, "rows scored at a time for the statistics of scores; 0: batch_size", unit="rows", operational=True
     )
 
     @pydantic.model_validator(mode="after")

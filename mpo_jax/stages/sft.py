@@ -27,10 +27,12 @@ class Settings(PolicyTraining):
 
     init: str = role(POLICY, BASE, "the policy that training starts from")
     pairs: str = role(
-        PAIRS, "", "pairs whose chosen replies are learned from, as split/hard; empty: the data's replies"
+        PAIRS, "", "pairs whose chosen replies are learned from, such as split/hard; empty: the data's own replies"
     )
-    share: ShareName = setting("sft_reward", "of the data that is learned from, where `pairs` names none")
-    learning_rate: Rate = changed(Training, "learning_rate", 2e-5, "peak of the schedule; ours")
+    share: ShareName = setting("sft_reward", "the share of the data that is learned from, if `pairs` is empty")
+    learning_rate: Rate = changed(
+        Training, "learning_rate", 2e-5, "peak of the learning rate; the default is our choice"
+    )
 
 
 def make_loss(model: ModelConfig) -> gradients.Loss:

@@ -44,34 +44,52 @@ class Settings(Pairing, Measures):
     reward: OneOrMany = role(
         REWARD,
         "reward",
-        "the reward model that scores, which never saw the share; or the k of cross-fitting; empty where none is read",
+        "the reward model that scores the pairs and has not learned from them, or the k models of cross-fitting; empty "
+        "if none is read",
         optional=True,
     )
-    scorer: Annotated[Scorer, Scorers(more=(OWN,))] = setting(OWN, "who scores: the reward model, or another scorer")
-    second: str = role(REWARD, "", "another reward model: pairs are flipped only where it prefers rejected too")
-    policy: str = role(POLICY, "sft", "the policy whose replies are paired, where pairs are sampled", optional=True)
-    pairs: str = role(SAMPLES, "", "a stage whose pairs are read; data, or empty: the data's own pairs", data=True)
-    share: ShareName = setting("policy", "of the data that is divided")
+    scorer: Annotated[Scorer, Scorers(more=(OWN,))] = setting(
+        OWN, "what scores the pairs: the reward model, or another scorer"
+    )
+    second: str = role(
+        REWARD, "", "a second reward model; a pair is then flipped only if this one too prefers the rejected reply"
+    )
+    policy: str = role(
+        POLICY, "sft", "the policy whose sampled replies are paired, unless pair_source=dataset", optional=True
+    )
+    pairs: str = role(
+        SAMPLES, "", "a stage whose sampled pairs are divided; data, or empty: the data's own pairs", data=True
+    )
+    share: ShareName = setting("policy", "the share of the data whose pairs are divided")
     pair_source: Literal["dataset", "sampled", "both"] = setting(
-        "dataset", "where pairs come from: the data (or `pairs`), the policy's own replies, or both"
+        "dataset", "where the pairs come from: the data (or `pairs`), the policy's own replies, or both"
     )
     labeller: Annotated[Scorer, Scorers(more=("",))] = changed(
-        Pairing, "labeller", "", "the scorer who says which sampled reply is better; empty: the one who scores"
+        Pairing,
+        "labeller",
+        "",
+        "the scorer that decides which sampled reply is better; empty: the one that scores the pairs",
     )
-    threshold: Amount = setting(1.0, "gap at which a pair is easy; the paper tests 1 and 2", unit="reward units")
+    threshold: Amount = setting(1.0, "smallest gap of an easy pair; the paper tests 1 and 2", unit="reward units")
     quantile: Annotated[float, annotated_types.Interval(ge=0, lt=1)] = setting(
-        0.0, "share of pairs beneath the threshold, instead of it; 0: use threshold"
+        0.0, "sets the threshold so that the gaps of this share of the pairs are smaller in size; 0: use `threshold`"
     )
     top_k: Whole = setting(
-        0, "pairs that are easy, those of the largest gaps, instead of a threshold; 0: use threshold", unit="pairs"
+        0,
+        "sets the threshold so that this many pairs, those with the largest gaps, are easy; 0: use `threshold`",
+        unit="pairs",
     )
     band: Annotated[float, annotated_types.Interval(ge=0, lt=1)] = setting(
-        0.0, "share of the threshold, beneath it: pairs with gaps of such sizes are in no part"
+        0.0,
+        "leaves out pairs that are nearly easy or nearly flipped: those whose gap's size is at least (1 - band) times "
+        "the threshold, but below it; 0: none are left out",
     )
     flipped: Literal["hard", "drop", "swap"] = setting(
-        "hard", "where pairs go whose gap is at most -threshold: among the hard, nowhere, or turned around; ours"
+        "hard",
+        "what happens to pairs whose gap is at most -threshold: they are hard, are dropped, or become easy with their "
+        "replies swapped; the default is our choice",
     )
-    batch_size: Count = setting(32, "prompts sampled at a time", unit="rows")
+    batch_size: Count = setting(32, "prompts for which replies are sampled at a time", unit="rows")
     score_batch: Whole = setting(0, "rows scored at a time; 0: batch_size", unit="rows", operational=True)
 
     @property
@@ -158,7 +176,7 @@ def _check_folds(job: Job[Settings], models: list[Artifact]) -> None:
             f"fold=0 to {len(names) - 1} in this order",
         )
     if {_learned_from(job, name) for name in names} != {job.settings.share}:
-        raise job.error("share", f"{job.settings.share!r}; the folds of {names[0]} are of another")
+        raise job.error("share", f"{job.settings.share!r}; the folds of {names[0]} are of another share")
 
 
 def programs(job: Job[Settings]) -> Programs:

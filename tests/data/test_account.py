@@ -29,8 +29,8 @@ def test_every_row_and_column_is_accounted_for(jsonl, chatml):
         f"{path} [train] (completion): 8 rows read, 6 kept; dropped: "
         "1 empty reply, 1 no 'question' (missing or null, expected text)",
         "  columns: question: prompt; answer: chosen; source: unread",
-        "  prompts: 6 chat template",
-        "  rows: 6 encoded, 6 kept, 1 replies cut at their end, which is missing",
+        "  prompts written as: 6 chat template",
+        "  rows: 6 encoded, 6 kept, 1 replies cut at their end, without the token that ends a reply",
     ]
     assert account.first_dropped["empty reply"] == "a.jsonl, line 7"
 
@@ -56,7 +56,7 @@ def test_on_which_side_is_cut_is_told(shared):
     cut += sum(int(encoded.row(row)[2][-1] != tokenizer.eos_token_id) for row in range(len(encoded)))
     assert counts["replies truncated"] == cut
     text = account.with_rows(counts).text()
-    assert f"{cut} replies cut at their end" in text and f"{counts['prompts cut at a turn']} of them at a turn" in text
+    assert f"{cut} replies cut at their end" in text and f"{counts['prompts cut at a turn']} of these at a turn" in text
 
 
 def test_epochs_in_words():

@@ -183,7 +183,7 @@ def test_a_system_column_beside_conversations_in_the_replies(jsonl):
     }
     (record,), account = load(jsonl([{"system": "s", "history": [["h", "i"]]} | sides]))
     assert record.prompt == f"s\n\nHuman: h\n\nAssistant: i{HUMAN.format('q')}"
-    assert account.columns["system"] == "system turn" and account.columns["history"] == "past turns"
+    assert account.columns["system"] == "system turn" and account.columns["history"] == "earlier turns"
 
 
 def test_tools_are_shown_or_an_error_says_how_to_ignore_them(cases, fails, chatml):
@@ -455,8 +455,8 @@ def test_a_choice_of_one_or_two_is_told_by_all_rows(jsonl):
 def test_prompt_repeated_in_replies_is_taken_off_and_counted(cases):
     records, account = load(str(cases / "prompt_repeated_in_replies/pairs.jsonl"))
     _check_pairs(records, prompt=QUESTION.format)
-    assert account.notes == {"prompts repeated in the replies, taken off": 40}
-    assert "40 prompts repeated in the replies, taken off" in account.text()
+    assert account.notes == {"prompts that both replies repeated, removed from them": 40}
+    assert "40 prompts that both replies repeated, removed from them" in account.text()
 
 
 def test_a_reply_that_happens_to_begin_as_its_prompt_is_left(jsonl):
@@ -517,7 +517,7 @@ def test_margins_are_rating_differences_and_numbers_written_as_text(cases):
     assert {record.margin for record in load(str(cases / "margins/margin_text.jsonl"))[0]} == {2.5}
     records, account = load(str(cases / "margins/ratings.jsonl"))
     assert {record.margin for record in records} == {3.0}
-    assert account.columns["chosen_rating"] == "margin (minus the other)"
+    assert account.columns["chosen_rating"] == "margin (minus the other rating)"
 
 
 @pytest.mark.parametrize(
@@ -673,7 +673,7 @@ def test_a_column_map_reads_any_names(jsonl):
     (record,), account = load(jsonl([row]), reading=Reading(columns=columns))
     assert (record.prompt, record.chosen, record.rejected, record.margin) == (f"s{HUMAN.format('p')}", " x", " y", 2)
     assert account.columns["ask (as prompt)"] == "prompt"
-    assert account.columns["prompt"] == "unread, since data.columns takes 'ask' for it"
+    assert account.columns["prompt"] == "unread, since data.columns names 'ask' in its place"
 
 
 def test_a_column_map_of_whole_conversations(jsonl, fails):

@@ -70,4 +70,4 @@ def test_the_page_shows_it_and_leaves_nothing_out(workdir):
     )  # fmt: skip
     assert "dpo: 40 of 50 pairs, then 16 prompts" in " ".join(text.split())
     assert 'data-label="updates">about 12<' in text and 'data-label="tokens generated">–<' in text
-    assert "All rest on sft (50 replies, 5 updates) beside." in text
+    assert "All of them begin with sft (50 replies, 5 updates), which the table leaves out." in text

@@ -59,7 +59,7 @@ def test_a_server_that_drips_is_left_at_the_time_out(tmp_path, where):
 
     with RawServer(drip) as server:
         began = time.monotonic()
-        with pytest.raises(InputError, match=r"no answer in 2 attempts, the last: nothing within 0\.5 s"):
+        with pytest.raises(InputError, match=r"no answer in 2 attempts, the last: no answer within 0\.5 s"):
             ask(server, tmp_path, seconds=0.5, attempts=2, concurrency=1)
         assert len(server.requests) == 2 and time.monotonic() - began < 15
 
@@ -85,7 +85,7 @@ def test_an_answer_has_a_largest_size(tmp_path, form):
             connection.sendall(b"10000\r\n" + block + b"\r\n" if form == "chunked" else block)
             sent.append(len(block))
 
-    told = "packed" if form == "gzip" else "above 4,194,304 bytes"
+    told = "compressed" if form == "gzip" else "above 4,194,304 bytes"
     with RawServer(flood) as server, pytest.raises(InputError, match=told):
         ask(server, tmp_path)
     assert sum(sent) < 32 << 20
@@ -148,7 +148,10 @@ def test_no_usage_figure_lowers_what_was_spent(tmp_path):
     ids=lambda body: repr(body[:24]),
 )  # fmt: skip
 def test_what_is_no_answer_is_asked_again(tmp_path, body):
-    with answering(body) as server, pytest.raises(InputError, match="no answer in 2 attempts, the last: a reply that"):
+    with (
+        answering(body) as server,
+        pytest.raises(InputError, match="no answer in 2 attempts, the last: an answer that"),
+    ):
         ask(server, tmp_path, attempts=2)
 
 

@@ -96,7 +96,7 @@ def test_a_reward_models_results_are_those_on_held_out_pairs(run, tmp_path):
     manifest = artifacts.read_manifest(run)
     report = {"accuracy": 0.66, "accuracy_se": 0.02, "pairs": 414, "baselines": {"shorter_wins": 0.48}}
     text = model_card.text(run, manifest | {"summary": {"report": report}}, "org/base", tmp_path, head=True)
-    assert "Right on 0.660 ± 0.020 of 414 held-out pairs" in text and "shorter wins 0.480" in text
+    assert "The reward model is right on 0.660 ± 0.020 of 414 held-out pairs" in text and "shorter wins 0.480" in text
 
 
 def test_results_of_another_making_are_not_its_own(run, tmp_path):

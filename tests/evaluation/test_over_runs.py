@@ -153,7 +153,7 @@ def test_the_page_shows_runs_and_groups(tmp_path, browser, size):
     assert complaints(browser) == [] and overflow(browser) <= 0
     body = browser.find_element("css selector", "body").text
     assert "Over 3 runs, mpo is better than sft and dpo" in body and "<b>0.2</b>" in body
-    assert "One run: there is no interval over runs" in body
+    assert "This is one run, so there is no interval over runs" in body
     assert len(browser.find_elements("css selector", "svg.plot")) == 2
     links = browser.find_elements("css selector", "a")
     assert [link.get_attribute("href") for link in links[:3]] == [

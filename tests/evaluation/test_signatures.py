@@ -82,12 +82,16 @@ SOUND = [
     ({}, scored((0.5, 0.9, 0.85))),  # less than a quarter of the gain
 ]
 WRONG = [
-    (report(0.486, error=0.049), [], "right on 0.486 ± 0.049 of 400 held-out pairs, where guessing gives 0.5"),
-    (report(0.6, words=0.7), [], "fewer than a TF-IDF model of their words (0.700)"),
+    (report(0.486, error=0.049), [], "right on 0.486 ± 0.049 of 400 held-out pairs; guessing gives 0.5"),
+    (report(0.6, words=0.7), [], "a TF-IDF model of their words is right on more (0.700)"),
     ({}, held(0.6, 0.5, 0.6), "Held-out loss was lowest at step 2 (0.500) and is 0.600 at step 3"),
-    ({"epochs": 6.0, "prompts": 30}, ppo(explained=0.05), "It went 6.0 times over 30 prompts"),
-    ({"epochs": 1.0, "prompts": 30}, ppo(explained=-0.4), "The value explains -0.40"),
-    ({}, scored((0.5, 0.9, 0.6)), "Gold fell by 0.300 from step 2 to the end, while the reward model's score rose by"),
+    ({"epochs": 6.0, "prompts": 30}, ppo(explained=0.05), "PPO went 6.0 times over its 30 prompts"),
+    ({"epochs": 1.0, "prompts": 30}, ppo(explained=-0.4), "The critic explains -0.40"),
+    (
+        {},
+        scored((0.5, 0.9, 0.6)),
+        "The gold score fell by 0.300 from step 2 to the end, while the reward model's score rose by",
+    ),
     ({}, scored((0.5, 0.7, 0.8), lens=(40, 50, 60)), "replies grew from 40 to 60 tokens"),
     ({}, scored((0.5, 0.7, 0.8), repeated=(0.01, 0.05, 0.2)), "repeated 4-grams grew from 0.01 to 0.20"),
     ({}, ppo(entropy=(2.0, 0.3)), "Entropy fell from 2.00 to 0.30 nats"),
@@ -99,11 +103,14 @@ WRONG = [
     (
         calibrated(0.7, 0.72),
         [],
-        "gaps claim 0.90 of the held-out pairs, and it is right on 0.71",
+        "should be right on 0.90 of the held-out pairs, but it is right on 0.71",
     ),
-    (*learned((0.5, 0.1)), "its score rose on them from 1.00 to 2.00, and on held-out ones from 0.50 to 0.10"),
+    (
+        *learned((0.5, 0.1)),
+        "the score on them rose from 1.00 to 2.00, while on held-out prompts it went from 0.50 to 0.10",
+    ),
     ({}, steps(kl=0.001), "After 12 steps the KL to the reference is 0.001 nats"),
-    ({}, steps(kl=50.0), "50.0 nats, 2.50 a token: the policy has run away"),
+    ({}, steps(kl=50.0), "50.0 nats, 2.50 per token: the policy is too far from it"),
     ({}, steps(kl=3.0, unscored=0.75), "75 % of the prompts had no score"),
     ({}, steps(kl=1.0, updates=1.0) + steps(1, updates=0.0), "1 of 13 logged steps made no update"),
     ({}, steps(5, response_len=1.0), "Replies are 1.0 tokens long"),
@@ -163,7 +170,7 @@ def test_scores_beyond_what_the_reward_model_was_trained_on(run):
 
 def test_kl_far_above_its_target(run):
     (sign,) = signatures.of_stage(run("mpo", steps(kl=15.0), kl_target=4.0))
-    assert "15.0 nats at the end, where kl_target asks for 4" in sign.told
+    assert "15.0 nats at the end, but kl_target is 4" in sign.told
     assert signatures.of_stage(run("held", steps(kl=6.0), kl_target=4.0)) == []
 
 
@@ -177,8 +184,8 @@ def test_gold_and_judges_that_say_the_opposite_of_the_reward_model(run):
         artifacts.write_json(evaluate.folder / artifacts.REPORT, {"comparisons": [*mine, gold]})
         found = signatures.of_stage(evaluate)
         assert len(found) == signs
-        assert all("mpo wins against sft 80 % of the prompts by the reward model, and 30 % by the gold" in each.told
-                   and each.figure == "evaluation-evaluate" for each in found)  # fmt: skip
+        words = "mpo wins against sft in 80 % of the prompts by the reward model, but in 30 % by the gold"
+        assert all(words in each.told and each.figure == "evaluation-evaluate" for each in found)
     judged = {"inputs": {"evaluate": "evaluate"}}
     (sign,) = signatures.of_stage(run("judge", summary={"pairs": [each("qwen", 0.2, 0.01)]}, **judged))
     assert sign.figure == "judged-judge" and "20 % by qwen" in sign.told

@@ -156,7 +156,9 @@ def test_sentence():
         "MPO preferred to DPO in 61 % ± 4 of 500 prompts by reward, 58 % between replies of equal length (p < 0.001)."
     )
     weak = statistics.sentence(Comparison("MPO", "DPO", "annotators", 50, 0.6, 0.46, 0.74, 0.2))
-    assert weak.endswith("(p = 0.2: not told from chance; such a win rate takes some 194 prompts).")
+    assert weak.endswith(
+        "(p = 0.2: not distinguishable from chance; for such a win rate that would need about 194 prompts)."
+    )
 
 
 @pytest.mark.parametrize("bad", [[], [0.5, 1.5], [np.nan], [[0.5]]])

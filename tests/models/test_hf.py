@@ -291,7 +291,7 @@ def test_bad_folders_are_named(stories, broken):
     (folder / "config.json").unlink()
     told(folder, config, folder / "config.json", "not found")
     told(folder / "absent", config, folder / "absent", "no such folder")
-    told("some-owner/some-model", config, "some-owner/some-model", "not to be had from the hub")
+    told("some-owner/some-model", config, "some-owner/some-model", "it can't be downloaded from the hub")
 
 
 def test_reward_folder_without_a_score_head_is_named(stories, broken):

@@ -74,7 +74,7 @@ def test_all_hosts_take_the_revision_that_the_first_one_finds(server, tmp_path, 
 def test_a_token_that_is_refused_is_never_printed(server, tmp_path):
     wrong = start(server, tmp_path, FETCH, token="hf_wrong_and_secret")
     output = wrong.communicate(timeout=300)[0]
-    assert wrong.returncode == 1 and "owner/model: no such folder, and not to be had from the hub" in output
+    assert wrong.returncode == 1 and "owner/model: no such folder, and it can't be downloaded from the hub" in output
     assert "hf_wrong_and_secret" not in output and fake_hub.TOKEN not in output
 
 

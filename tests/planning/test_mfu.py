@@ -135,7 +135,7 @@ def test_the_plan_shows_it(plan):
     shown = report.lines("dpo", found).splitlines()
     at = report.COLUMNS.index("MFU <=")
     assert float(shown[0][at : at + 6].rstrip("%")) == pytest.approx(100 * found.programs["reference"].mfu, abs=0.06)
-    assert f"    MFU of dpo: at most {found.mfu:.1%} in all, if every row were of the longest" in shown
+    assert f"    MFU of dpo: at most {found.mfu:.1%} in all, if every row had the largest length" in shown
     told = report.as_json(place, {"fsdp": 1}, {"dpo": found}, {}, Assumptions())["stages"]["dpo"]
     assert told["mfu_at_most"] == found.mfu
     train = told["programs"]["train"]

@@ -212,7 +212,7 @@ def test_process_0_alone_asks_and_tells_the_others(module, tmp_path):
     said = [each.communicate(timeout=240)[0] for each in started]
     assert all("scores [1.0, nan, 3.0]" in each for each in said), said
     assert "told 'python:some_scorers:raises': raised ValueError: no good" in said[0]
-    assert "told process 0 found what is wrong; see its log" in said[1]
+    assert "told process 0 ended with an error; see its log" in said[1]
     assert (tmp_path / "kept_0").exists() and not (tmp_path / "kept_1").exists()
 
 
@@ -251,12 +251,12 @@ def test_faults_that_pass_cost_nothing_but_time(tmp_path):
     ("fault", "told"),
     [
         ("500", "no answer in 3 attempts, the last: status 500; answers so far are kept, run the same command again"),
-        ("html", r'no answer in 3 attempts, the last: an answer that is not \{"scores": \[\.\.\.\]\}, or cut off'),
+        ("html", r'no answer in 3 attempts, the last: an answer that is not \{"scores": \[\.\.\.\]\}, or is cut off'),
         ("401", "refused with status 401; check the token in MPO_SCORER_TOKEN"),
         ("302", "refused with status 302"),
         ("short", "gave 1 scores to 2 replies; expected one each"),
         ("huge", "its answer is above 16,777,216 bytes"),
-        ("silence", "no answer in 3 attempts, the last: nothing within 0.2 s"),
+        ("silence", "no answer in 3 attempts, the last: no answer within 0.2 s"),
     ],
 )
 def test_a_server_that_breaks_is_told_in_a_line(fault, told):

@@ -41,7 +41,7 @@ def test_a_server_that_drips_is_left_at_the_time_out(tmp_path, where):
 
     with RawServer(drip) as server:
         began = time.monotonic()
-        with pytest.raises(InputError, match=r"no answer in 2 attempts, the last: nothing within 0\.5 s"):
+        with pytest.raises(InputError, match=r"no answer in 2 attempts, the last: no answer within 0\.5 s"):
             asked(server, tmp_path, seconds=0.5, attempts=2)
         assert len(server.requests) == 2 and time.monotonic() - began < 15
 

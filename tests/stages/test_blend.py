@@ -51,8 +51,8 @@ def test_a_blend_is_the_weighted_mean_of_every_tensor(made):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weights": [1.0]}, r"stages\.soup\.weights: 1 of 2 policies; expected one of each"),
-        ({"weights": [0.5, 0.6]}, r"stages\.soup\.weights: 1\.1 in all; expected 1"),
+        ({"weights": [1.0]}, r"stages\.soup\.weights: 1 of 2 policies; expected a weight for each"),
+        ({"weights": [0.5, 0.6]}, r"stages\.soup\.weights: 1\.1 in sum; expected 1"),
         ({"weights": ["a", 1.0]}, r"stages\.soup\.weights\.0: 'a'; expected a number"),
     ],
 )

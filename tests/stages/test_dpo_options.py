@@ -164,13 +164,19 @@ def test_a_reference_may_follow_by_a_moving_average(made):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": "simpo"}, r"stages\.dpo\.reference: 'sft'; simpo has none, expected an empty text"),
+        ({"objective": "simpo"}, r"stages\.dpo\.reference: 'sft'; simpo has no reference, expected an empty text"),
         ({"reference": ""}, r"stages\.dpo\.reference: empty; expected the frozen policy that dpo compares with"),
-        ({"gamma": 1.0}, r"stages\.dpo\.gamma: dpo has none; expected 0\.5"),
-        ({"chosen_penalty": 5.0, "objective": "ipo"}, r"stages\.dpo\.chosen_penalty: ipo has none; expected 50"),
+        ({"gamma": 1.0}, r"stages\.dpo\.gamma: dpo does not read it; expected 0\.5"),
+        (
+            {"chosen_penalty": 5.0, "objective": "ipo"},
+            r"stages\.dpo\.chosen_penalty: ipo does not read it; expected 50",
+        ),
         ({"weight": "margin"}, r"stages\.dpo\.weight: 'margin'; expected one of none, gap, sigmoid"),
         ({"order": "easy"}, r"stages\.dpo\.order: 'easy'; expected one of random, easy_first, hard_first"),
-        ({"reference_mix": 0.5}, r"stages\.dpo\.reference_mix: 0\.5, of a reference that never moves; expected 1"),
+        (
+            {"reference_mix": 0.5},
+            r"stages\.dpo\.reference_mix: 0\.5, but the reference never moves \(reference_every is 0\); expected 1",
+        ),
         (
             {"objective": "orpo", "reference": "", "reference_every": 2},
             r"stages\.dpo\.reference_every: 2; orpo has no reference",

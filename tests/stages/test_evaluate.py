@@ -107,7 +107,7 @@ def test_of_a_truncated_distribution_it_gives_no_kl(tmp_path, stories, settings,
     for means in report["policies"].values():
         assert "log_ratio" in means and not {"kl", "kl_error"} & set(means)
     shown = table.text(report)
-    assert "log-ratio to sft" in shown and "KL to" not in shown and f"no KL: replies were drawn with {told}" in shown
+    assert "log-ratio to sft" in shown and "KL to" not in shown and f"no KL: replies were sampled with {told}" in shown
 
 
 def test_comparisons_follow_the_scores(ran):
@@ -267,7 +267,7 @@ def test_the_table_and_the_page_show_what_there_is(several):
     shown = table.text(report)
     lines = {line.split("  ")[0]: line for line in shown.splitlines()}
     assert "≤ 0.43" in lines["sft best of 3"] and "±" in lines["dpo@warm"] and "KL to sft" in lines["policy"]
-    assert "no KL of @greedy: replies were drawn with temperature 0" in shown
+    assert "no KL of @greedy: replies were sampled with temperature 0" in shown
     made = sections.evaluation(sections.Finished("evaluate", job.folder, {}))
     assert made["cells"]["sft best of 3"]["kl"] == "≤ 0.43" and made["cells"]["dpo"]["log_ratio"] == ""
     assert ("dpo@warm", "the reward model") in made["wins"] and "sft best of 3" in made["frontier"]
@@ -307,7 +307,7 @@ def test_a_labeller_chooses_where_there_is_no_reward_model(tmp_path, stories):
         ({"decodings": {"a": {"temperature": -1.0}}}, r"decodings\.a\.temperature: -1\.0; expected 0\.0 or more"),
         ({"decodings": {"a": {"heat": 1.0}}}, r"decodings\.a\.heat: no such setting"),
         ({"best_of": 1}, r"best_of: 1; expected 0, or 2 to 4096"),
-        ({"best_of": 4, "reward": "", "labeller": ""}, r"best_of: 4, but nobody scores"),
+        ({"best_of": 4, "reward": "", "labeller": ""}, r"best_of: 4, but nothing scores the replies"),
         ({"best_of_policies": ("dpo",)}, r"best_of_policies: given, but best_of is 0"),
         ({"best_of": 4, "best_of_policies": ("ppo",)}, r"best_of_policies: 'ppo' is none of dpo, sft"),
     ],

@@ -69,7 +69,7 @@ def test_implicit_rewards_and_losses_need_no_reward_model(job, policies, tmp_pat
     artifact = made(job, shared, tmp_path / "loss", only, gap="reference_loss")
     lens = encoded.piece_lens[:, 1:]
     np.testing.assert_allclose(table(artifact).score_rejected, reference[:, 1] / lens[:, 1], atol=1e-4)
-    assert artifacts.read_json(artifact.folder / artifacts.REPORT)["unit"] == "nats a token"
+    assert artifacts.read_json(artifact.folder / artifacts.REPORT)["unit"] == "nats per token"
 
 
 def test_the_data_s_own_margins(job, tmp_path, shared):

@@ -239,5 +239,5 @@ def test_two_judges_and_people_stand_in_the_report_with_their_agreement(tmp_path
         row = page[page.index(f'<th scope="row">{pair}</th>') :].partition("</tr>")[0]
         assert re.findall(r">([^<>]+)</td>", row) == ["evaluate", "30", "100 %", "1.00 [0.51, 1.00]"], pair
     assert 'id="human"' in page and "10 comparisons judged by two or more" in page
-    assert "Its verdict turned with the order on 0.0 % of the prompts" in page
+    assert "Its verdict changed with the order on 0.0 % of the prompts" in page
     assert "Question: helpful, version " in page

@@ -64,7 +64,10 @@ def test_it_begins_at_the_reference_and_learns(made):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"microbatch": 4}, r"stages\.kto\.microbatch: 4, but the reference point is of a whole batch; expected 0"),
+        (
+            {"microbatch": 4},
+            r"stages\.kto\.microbatch: 4, but the KL estimate is computed over a whole batch; expected 0",
+        ),
         ({"beta": 0.0}, r"stages\.kto\.beta: 0\.0; expected above 0"),
     ],
 )

@@ -214,7 +214,7 @@ def test_an_empty_bucket_is_an_error_that_suggests_a_threshold_that_works(gaps, 
     text = str(caught.value)
     suggested = re.search(r"--config\.stages\.halves\.threshold=(\S+) --config\.stages\.halves\.quantile=0", text)
     if suggested is None:
-        assert "no threshold parts them" in text and gaps == (3.0, -4.0)
+        assert "no threshold divides them" in text and gaps == (3.0, -4.0)
         return
     threshold = float(suggested[1])
     buckets.check_buckets(

@@ -206,7 +206,7 @@ def _ranked(found: Survey, rows: Sequence[Row], reading: Reading) -> Plan:
         said = []
         for (low, worse), (high, better) in _paired(graded, reading.ranked):
             if low == high:
-                plan.note("pairs of replies of one rank, left out")
+                plan.note("pairs of replies of equal rank, left out")
                 continue
             chosen, rejected = (
                 Turn("assistant", entries[at].text(_body(entries[at])).strip()) for at in (better, worse)

@@ -38,7 +38,9 @@ class Head:
         )
         for name in ("system", "history", "tools"):
             if getattr(self, name):
-                found[name] = {"system": "system turn", "history": "past turns", "tools": "tools of the template"}[name]
+                found[name] = {"system": "system turn", "history": "earlier turns", "tools": "tools of the template"}[
+                    name
+                ]
         return found
 
     def turns(self, row: Row) -> str | tuple[Turn, ...]:

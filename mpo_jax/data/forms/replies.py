@@ -39,7 +39,9 @@ def margin_of(found: Survey):
     """(how a row's margin is read, the columns used): `margin`, or the difference of the two ratings."""
     ratings = rating_columns(found)
     if found.has("margin"):
-        uses = {"margin": "margin"} | (dict.fromkeys(ratings, "unread beside margin") if ratings else {})
+        uses = {"margin": "margin"} | (
+            dict.fromkeys(ratings, "unread, since there is a column margin") if ratings else {}
+        )
         return lambda row: row.number("margin"), uses
     if ratings is None:
         return lambda row: None, {}
@@ -48,7 +50,7 @@ def margin_of(found: Survey):
         better, worse = (row.number(name) for name in ratings)
         return None if better is None or worse is None else better - worse
 
-    return difference, dict(zip(ratings, ("margin (minus the other)", "margin (taken off)"), strict=True))
+    return difference, dict(zip(ratings, ("margin (minus the other rating)", "margin (subtracted)"), strict=True))
 
 
 def _structured(found: Survey, *names: str) -> bool:
@@ -75,7 +77,7 @@ def reply_plan(found: Survey, rows: Sequence[Row], reading: Reading, names: tupl
         own = row.values.get(head.column) if repeated and head else None
         if isinstance(own, str) and all(isinstance(side, str) and side.startswith(own) for side in sides):
             sides = [side[len(own) :] for side in sides]
-            plan.note("prompts repeated in the replies, taken off")
+            plan.note("prompts that both replies repeated, removed from them")
         if isinstance(prompt, str):
             turns = prompts.dialogue(prompt)
             if asked or turns:

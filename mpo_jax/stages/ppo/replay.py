@@ -31,19 +31,23 @@ DEFAULT_BETA = 0.1
 class Replay(Section):
     """A loss on pairs beside that on samples."""
 
-    replay: str = role(PAIRS, "", "pairs that a second loss is taken on in every update, as split/easy; empty: none")
+    replay: str = role(PAIRS, "", "pairs for a second loss in every update, such as split/easy; empty: no second loss")
     replay_loss: Literal["sft", "dpo"] = setting(
-        "sft", "the second loss: of the chosen replies' tokens, or of the pairs against the stage's reference"
+        "sft", "the second loss: SFT on the chosen replies, or DPO on the pairs with the stage's own reference"
     )
-    replay_coefficient: Amount = setting(0.1, "of the second loss; ours")
-    replay_beta: Positive = setting(DEFAULT_BETA, "beta of replay_loss=dpo")
+    replay_coefficient: Amount = setting(0.1, "coefficient of the second loss; the default is our choice")
+    replay_beta: Positive = setting(DEFAULT_BETA, "beta of the second loss, if replay_loss=dpo")
 
     @pydantic.model_validator(mode="after")
     def _replayed(self):
         if self.replay_beta != DEFAULT_BETA and self.replay_loss != "dpo":
-            raise declared.wrong("replay_beta", f"{self.replay_beta:g}; {self.replay_loss} has none")
+            raise declared.wrong(
+                "replay_beta", f"{self.replay_beta:g}, but replay_loss={self.replay_loss} does not read it"
+            )
         if self.replay_loss != "sft" and not self.replay:
-            raise declared.wrong("replay", f"empty, but replay_loss is {self.replay_loss}; name pairs, as split/easy")
+            raise declared.wrong(
+                "replay", f"empty, but replay_loss is {self.replay_loss}; name pairs, such as split/easy"
+            )
         return self
 
 

@@ -24,21 +24,25 @@ class Rules(Section):
     """How rollouts become rewards and advantages."""
 
     temperature: Annotated[float, annotated_types.Interval(ge=1e-3, le=1e3)] = setting(
-        1.0, "of the full softmax that replies are drawn from, and of all log-probs"
+        1.0, "temperature of the whole softmax, from which replies are sampled, and of all log-probs"
     )
     algorithm: Annotated[str, OneOf(ESTIMATORS)] = setting(
-        "ppo", "how rewards become advantages: generalised advantage estimates with a critic, or RLOO without one"
+        "ppo",
+        "how rewards become advantages: by generalised advantage estimation with a critic, or by RLOO without one",
     )
-    gamma: Share = setting(1.0, "discount of later rewards")
-    lam: Share = setting(0.95, "of the generalised advantage estimate; Schulman et al. 2016, eq. 16")
+    gamma: Share = setting(1.0, "discount factor of later rewards")
+    lam: Share = setting(0.95, "lambda of generalised advantage estimation; Schulman et al. 2016, eq. 16")
     whiten: Switch = setting(
         "auto",
-        "bring advantages to mean 0, variance 1; auto: PPO's alone, since RLOO's authors don't",
+        "whether advantages are shifted and scaled to mean 0 and variance 1; auto: as the algorithm is defined (ppo: "
+        "true, rloo: false)",
     )
-    kl_term: Literal["k1", "k2"] = setting("k1", "where the KL penalty stands: k1 inside the reward, k2 in the loss")
-    missing_eos_penalty: Amount = setting(0.0, "taken off the score of a reply without a stop token")
-    score_clip: Amount = setting(0.0, "bound of a score's size, after normalising; 0: none")
-    critic: Literal["separate", "shared"] = setting("separate", "a model of its own, or a head on the policy's trunk")
+    kl_term: Literal["k1", "k2"] = setting("k1", "where the KL penalty is: k1 in the reward, k2 in the loss")
+    missing_eos_penalty: Amount = setting(0.0, "subtracted from the score of a reply without a stop token")
+    score_clip: Amount = setting(0.0, "largest size of a score, after normalising; 0: no limit")
+    critic: Literal["separate", "shared"] = setting(
+        "separate", "what the critic is: a model of its own, or a head on the policy's trunk"
+    )
 
     @property
     def whitens(self) -> bool:
@@ -49,38 +53,55 @@ class Settings(PolicyTraining, Rules, Replay):
     """Reinforcement learning of a policy on prompts, held by a KL term to a frozen reference."""
 
     init: str = role(POLICY, "dpo", "the policy that training starts from")
-    reference: str = role(POLICY, "dpo", "the frozen policy of the KL term; the paper's is the DPO policy")
-    reward: str = role(REWARD, "reward", "the reward model; empty where another scores", optional=True)
+    reference: str = role(POLICY, "dpo", "the frozen policy that the KL is measured from; in the paper, the DPO policy")
+    reward: str = role(REWARD, "reward", "the reward model; empty if `scorer` names another", optional=True)
     prompts: str = role(
-        PAIRS, "split/hard", "the pairs whose prompts it samples replies to; data: the data's own prompts", data=True
+        PAIRS, "split/hard", "pairs to whose prompts replies are sampled; data: the data's own prompts", data=True
     )
-    sft: str = role(POLICY, "", "a policy whose KL is logged too")
-    scorer: Annotated[Scorer, Scorers(more=(OWN,))] = setting(OWN, "who scores: the reward model, or another scorer")
+    sft: str = role(POLICY, "", "another policy, from which the KL is logged too; empty: none")
+    scorer: Annotated[Scorer, Scorers(more=(OWN,))] = setting(
+        OWN, "what scores the replies: the reward model, or another scorer"
+    )
     gold: Annotated[Scorer, Scorers(more=("",))] = setting(
-        "", "a scorer whose scores are logged at evaluations, and learned from by nobody"
+        "", "a scorer whose scores are logged at evaluations and never learned from; empty: none"
     )
-    samples: Count = setting(1, "replies to a prompt", unit="replies")
-    max_new_tokens: Count = setting(64, "longest reply, its stop token included", unit="tokens")
-    inner_epochs: Count = setting(4, "passes over each rollout")
-    minibatches: Count = setting(1, "updates in a pass")
-    clip: Amount = setting(0.2, "bound of the ratio's distance from 1; Schulman et al. 2017, eq. 7")
-    value_clip: Amount = setting(0.2, "bound of a value's change in an update; 0: none")
-    value_learning_rate: Rate = setting(0.0, "peak of the critic's schedule; 0: learning_rate")
-    critic_warmup: Whole = setting(0, "steps before the policy moves", unit="steps")
+    batch_size: Count = changed(Training, "batch_size", 16, "prompts of a step, over all devices together")
+    samples: Count = setting(1, "replies that are sampled to each prompt", unit="replies")
+    max_new_tokens: Count = setting(64, "longest reply, including its stop token", unit="tokens")
+    inner_epochs: Count = setting(4, "number of passes over each rollout")
+    minibatches: Count = setting(1, "number of updates in a pass")
+    clip: Amount = setting(0.2, "the probability ratio is clipped at this distance from 1; Schulman et al. 2017, eq. 7")
+    value_clip: Amount = setting(
+        0.2, "in the critic's loss, values are clipped at this distance from the old ones; 0: no clipping"
+    )
+    value_learning_rate: Rate = setting(0.0, "peak of the critic's learning rate; 0: as learning_rate")
+    critic_warmup: Whole = setting(0, "number of first steps in which only the critic learns", unit="steps")
     entropy: Amount = setting(0.0, "coefficient of the entropy bonus")
-    kl_coefficient: Amount = setting(0.05, "of the KL penalty; ours", unit="reward units a nat")
-    kl_target: Amount = setting(0.0, "for an adaptive coefficient; 0: fixed", unit="nats a response")
-    kl_gain: Amount = setting(0.1, "of the adaptive coefficient")
-    target_kl: Amount = setting(0.0, "stops the inner epochs above this k3; 0: never", unit="nats a token")
+    kl_coefficient: Amount = setting(
+        0.05, "coefficient of the KL penalty; the default is our choice", unit="reward units per nat"
+    )
+    kl_target: Amount = setting(
+        0.0, "the KL to which kl_coefficient is adapted after each step; 0: it is fixed", unit="nats per reply"
+    )
+    kl_gain: Amount = setting(0.1, "how fast kl_coefficient is adapted to kl_target")
+    target_kl: Amount = setting(
+        0.0,
+        "a step's remaining updates are skipped if the KL (k3) of the old policy to the new one exceeds this; 0: never",
+        unit="nats per token",
+    )
     normalise_scores: bool = setting(
-        False, "by the reward model's stored mean and standard deviation, or those of another scorer's first scores"
+        False,
+        "whether scores are normalised, by the reward model's stored mean and standard deviation; for another scorer, "
+        "by those of its scores of the first policy's replies",
     )
-    eval_prompts: Count = setting(64, "held-out prompts of the evaluations while training")
+    eval_prompts: Count = setting(64, "number of held-out prompts in an evaluation while training")
     best_kl: Amount = setting(
-        0.0, "the best checkpoint may not be further from the reference; 0: any distance", unit="nats"
+        0.0, "largest KL to the reference that the best checkpoint may have; 0: any", unit="nats per reply"
     )
-    table_rows: Whole = setting(4, "replies kept as text at each evaluation")
-    learning_rate: Rate = changed(Training, "learning_rate", 1e-6, "peak of the policy's schedule; ours")
+    table_rows: Whole = setting(4, "number of replies that an evaluation writes to samples.jsonl")
+    learning_rate: Rate = changed(
+        Training, "learning_rate", 1e-6, "peak of the policy's learning rate; the default is our choice"
+    )
 
     @property
     def update_rows(self) -> int:

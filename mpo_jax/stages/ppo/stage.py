@@ -279,8 +279,8 @@ def estimated_statistics(job: Job[Settings], replied, params: PyTree, frozen: Py
         values = np.concatenate(found)
         values = values[~np.isnan(values)].astype(np.float64)
         if not len(values) or not values.std() > 0:
-            told = "none of them has a score" if not len(values) else f"all of their scores are {values[0]:g}"
-            raise job.error("normalise_scores", f"of the first replies to held-out prompts, {told}")
+            told = "none has a score" if not len(values) else f"all have the score {values[0]:g}"
+            raise job.error("normalise_scores", f"of the first policy's replies to held-out prompts, {told}")
         processes.barrier(f"{job.name} statistics")
         if jobs.is_first():
             artifacts.write_json(file, {"mean": float(values.mean()), "std": float(values.std()), "of": len(values)})
@@ -302,13 +302,13 @@ STAGE = Stage(
         pictures=ppo_curves.pictures,
         curves=(
             ("response_len", "length of replies, tokens"),
-            ("finished", "share of replies that end"),
+            ("finished", "share of replies that end with a stop token"),
             ("repetition", "repeated 4-grams"),
-            ("entropy", "entropy, nats a token"),
+            ("entropy", "entropy, nats per token"),
             ("clip_fraction", "share of clipped ratios"),
-            ("approx_kl", "KL of an update, nats a token"),
-            ("value_loss", "loss of the value"),
-            ("explained_variance", "variance that the value explains"),
+            ("approx_kl", "KL of an update, nats per token"),
+            ("value_loss", "loss of the critic"),
+            ("explained_variance", "share of the returns' variance that the critic explains"),
             ("grad_norm", "norm of the gradient"),
         ),
         figures=("steps", "prompts", "evaluation.score", "evaluation.kl"),
