@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import tempfile
+import types
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -65,9 +66,17 @@ def stories(shared) -> Path:
 @pytest.fixture(scope="session")
 def gcs_server():
     """A fake of Google Cloud Storage, of which this process and those that it starts are told."""
+    from gcsfs import retry
+
+    from mpo_jax import locks
     from tests.tools import fake_gcs
 
+    async def moment(_):
+        """Instead of the seconds before the next try: what fails here works at the next call."""
+
     with fake_gcs.Server() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retry, "asyncio", types.SimpleNamespace(sleep=moment))
+        patch.setattr(locks, "_MOMENT", 0.05)  # this store shows at once what was written
         for name, value in server.environment.items():
             patch.setenv(name, value)
         yield server
