@@ -17,6 +17,7 @@ _quick = "--xla_backend_optimization_level=0"
 _quick += " --xla_cpu_max_isa=AVX512"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # 0.11 knows no such flag, and ends the process
     _quick += " --xla_cpu_use_fusion_emitters=false"
+    _quick += " --xla_cpu_parallel_codegen_split_count=1"  # of small programs, 32 parts cost more than the whole
     # On a machine that others use too, one of 8 virtual devices may wait for the rest for longer than the 40 s after
     # which XLA aborts the process.
     _quick += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
