@@ -64,6 +64,16 @@ def stories(shared) -> Path:
     return shared / "models" / "stories260K"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def processes_without_torch():
+    """Whatever tests start begins as where torch is not installed; not so pytest's own workers, which begin before."""
+    from tests.tools import processes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", processes.WITHOUT_TORCH, prepend=os.pathsep)
+        yield
+
+
 @pytest.fixture(scope="session")
 def gcs_server():
     """A fake of Google Cloud Storage, of which this process and those that it starts are told."""
