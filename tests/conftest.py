@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import tempfile
+import types
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,7 @@ _quick = "--xla_backend_optimization_level=0"
 _quick += " --xla_cpu_max_isa=AVX512"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # 0.11 knows no such flag, and ends the process
     _quick += " --xla_cpu_use_fusion_emitters=false"
+    _quick += " --xla_cpu_parallel_codegen_split_count=1"  # of small programs, 32 parts cost more than the whole
     # On a machine that others use too, one of 8 virtual devices may wait for the rest for longer than the 40 s after
     # which XLA aborts the process.
     _quick += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
@@ -62,12 +64,30 @@ def stories(shared) -> Path:
     return shared / "models" / "stories260K"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def processes_without_torch():
+    """Whatever tests start begins as where torch is not installed; not so pytest's own workers, which begin before."""
+    from tests.tools import processes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", processes.WITHOUT_TORCH, prepend=os.pathsep)
+        yield
+
+
 @pytest.fixture(scope="session")
 def gcs_server():
     """A fake of Google Cloud Storage, of which this process and those that it starts are told."""
+    from gcsfs import retry
+
+    from mpo_jax import locks
     from tests.tools import fake_gcs
 
+    async def moment(_):
+        """Instead of the seconds before the next try: what fails here works at the next call."""
+
     with fake_gcs.Server() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retry, "asyncio", types.SimpleNamespace(sleep=moment))
+        patch.setattr(locks, "_MOMENT", 0.05)  # this store shows at once what was written
         for name, value in server.environment.items():
             patch.setenv(name, value)
         yield server

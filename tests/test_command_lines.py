@@ -34,7 +34,7 @@ def test_every_line_is_obeyed_or_refused_in_one_line(place, shared, seed, count)
     lines = list(command_lines.lines(place, shared / "models/stories260K", seed, count))
     done = subprocess.run(
         [sys.executable, "-m", "tests.tools.commands"],
-        cwd=place, env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, input=json.dumps(lines).encode(),
+        cwd=place, env=os.environ | ENVIRONMENT | {"PYTHONPATH": processes.PATH}, input=json.dumps(lines).encode(),
         stdout=subprocess.PIPE, check=True,
     )  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])

@@ -21,7 +21,7 @@ from mpo_jax import mpo, recipes
 from mpo_jax.stages import kinds
 from tests import test_docs
 from tests.tools import guides
-from tests.tools.processes import ENVIRONMENT, ROOT
+from tests.tools.processes import ENVIRONMENT, PATH, ROOT
 
 PAGES = ("tutorial.md", "cookbook.md")
 PLACES = {"MODEL": recipes.MODELS["tiny"], "TINY": recipes.MODELS["tiny"]}
@@ -62,7 +62,7 @@ def run(folder: Path, lines: list[list[str]]) -> list[dict]:
     """What came of command lines of `mpo`, run in a folder as the console command runs them."""
     done = subprocess.run(
         [sys.executable, "-P", "-m", "tests.tools.commands"],  # -P: the folder is not on the path by itself
-        cwd=folder, env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        cwd=folder, env=os.environ | ENVIRONMENT | {"PYTHONPATH": PATH},
         input=json.dumps([{"arguments": line} for line in lines]).encode(), stdout=subprocess.PIPE, check=True,
     )  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])

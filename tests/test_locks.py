@@ -30,7 +30,8 @@ SHARED = """
 import sys
 from etils import epath
 from mpo_jax import errors, locks, processes
-coordinator, count, index, folders = (flag.split("=")[1] for flag in sys.argv[1:])
+coordinator, count, index, folders, seconds = (flag.split("=")[1] for flag in sys.argv[1:])
+locks.SHARED_SECONDS = float(seconds)
 processes.start(coordinator, int(count), int(index), False)
 try:
     locks.check_shared(epath.Path(folders.split(",")[int(index)]))
@@ -204,7 +205,7 @@ def test_a_workdir_that_processes_do_not_share_is_told_by_all_in_seconds(tmp_pat
     started = [
         subprocess.Popen(
             [sys.executable, "-c", SHARED, f"--coordinator=localhost:{port}", "--processes=2", f"--process={index}",
-             f"--folders={folders[0]},{folders[1]}"],
+             f"--folders={folders[0]},{folders[1]}", f"--seconds={60 if shared else 0.5}"],
             cwd=processes.ROOT, env=os.environ | processes.ENVIRONMENT, stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL, text=True,
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.processes import ENVIRONMENT, ROOT
+from tests.tools.processes import ENVIRONMENT, ROOT, WITHOUT_TORCH
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def site(tmp_path_factory) -> Path:
 
 
 def run(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(site)}
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": f"{WITHOUT_TORCH}{os.pathsep}{site}"}
     command = [sys.executable, "-m", "mpo_jax.mpo", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 

@@ -13,15 +13,13 @@ import subprocess
 import sys
 import termios
 import threading
-from pathlib import Path
 
 import pyte
 import pytest
 
 from mpo_jax import progress
 from mpo_jax.progress import Screen, Work, line, sentence, words
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.tools.processes import PATH, ROOT
 
 
 class Clock:
@@ -257,7 +255,7 @@ def on_terminal(script: str, columns: int) -> bytes:
     """All that a script writes to a terminal that wide."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "always"}
+    environment = os.environ | {"PYTHONPATH": PATH, "PYTHONWARNINGS": "always"}
     with subprocess.Popen(
         [sys.executable, "-c", script], stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, env=environment
     ) as process:

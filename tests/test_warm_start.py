@@ -52,7 +52,7 @@ def finished(tmp_path):
 
 def start(flags):
     script = START.replace("HEAVY", repr(HEAVY))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}  # with torch
     done = subprocess.run(
         [sys.executable, "-c", script, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )

@@ -19,6 +19,7 @@ from mpo_jax.data.plan import FILLER
 from mpo_jax.data.rows import FIELDS, prompt_slots, tight_rows
 from mpo_jax.data.tokenizer import Conventions
 from mpo_jax.errors import InputError
+from tests.tools.processes import PATH
 
 PAD = 2
 
@@ -286,7 +287,7 @@ def test_two_processes_hold_the_same_plan_and_make_one_global_batch(tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    env["PYTHONPATH"] = str(Path(__file__).parents[2])
+    env["PYTHONPATH"] = PATH
     children = [
         subprocess.Popen([sys.executable, __file__, str(index), str(port), str(tmp_path)], env=env) for index in (0, 1)
     ]

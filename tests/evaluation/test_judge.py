@@ -18,6 +18,7 @@ from mpo_jax.evaluation.judge_cache import Cache
 from mpo_jax.evaluation.judge_client import Endpoint
 from mpo_jax.evaluation.judge_prompts import FIRST, SECOND, TIE
 from tests.tools.judge_server import FAULTS, REPLIES, JudgeServer, some_faults
+from tests.tools.processes import PATH
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAIRS = [("mpo", "sft")]
@@ -130,7 +131,7 @@ def test_killed_in_the_middle_it_repeats_no_finished_call(tmp_path):
     path = tmp_path / "c.sqlite"
     with JudgeServer(by_quality, delay=0.1) as server:
         command = [sys.executable, "-c", KILLED, server.url, str(path)]
-        child = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        child = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": PATH})
         deadline = time.monotonic() + 120
         while sum(server.answered.values()) < 20 and child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -168,7 +169,7 @@ def test_an_interrupt_ends_the_asking_behind_the_calls_in_flight(tmp_path):
     with JudgeServer(by_quality, delay=0.1) as server:
         child = subprocess.Popen(
             [sys.executable, "-c", STOPPED, server.url, str(path)],
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": PATH}, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         deadline = time.monotonic() + 120
         while sum(server.answered.values()) < 20 and child.poll() is None and time.monotonic() < deadline:

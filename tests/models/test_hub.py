@@ -61,7 +61,7 @@ def test_all_hosts_take_the_revision_that_the_first_one_finds(server, tmp_path, 
         f"hub.pin({fake_hub.NAME!r})\n"
         f"print(hub.resolve({fake_hub.NAME!r}).rpartition('/')[2])\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{processes.ROOT}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{processes.PATH}")
     for name, value in environment(server, tmp_path).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setitem(processes.ENVIRONMENT, "HF_HUB_OFFLINE", "0")

@@ -1,14 +1,11 @@
 """The command line of `mpo_jax.main` enters; it runs as where torch is not installed, which starts seconds sooner.
 
-torch is there for the parity tests alone; where transformers finds it, a tokenizer imports it.
+See `without_torch/sitecustomize.py`, which pytest's own children have on PYTHONPATH.
 """
 
-import importlib.util
+from tests.tools.without_torch import sitecustomize  # noqa: F401, I001 - before the package
 
-_find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name == "torch" else _find(name, package)
-
-from mpo_jax import main  # noqa: E402 - after the change
+from mpo_jax import main
 
 if __name__ == "__main__":
     main.run()
