@@ -46,8 +46,9 @@ def watched(give_up: Callable[[], None] = lambda: None) -> Iterator[None]:
     with an error of its own: within seconds where this one was connected to it, or that one could tell, else after
     `SILENT` seconds. The exit code is that of a preemption, or 1 after an error, which would only come again.
 
-    give_up: what is let go of before the process ends, from whatever thread; it must not wait for others. What all
-    processes end with, InputError and Stopped, goes its way.
+    give_up: what is let go of before the process ends, from whatever thread; it must not wait for others. An
+    InputError, which all processes may meet at once or one of them alone, as a full disk, goes its way, and its words
+    are in the others' sentence. Stopped, with which all end together, goes its way too.
     """
     if jax.process_count() == 1:
         yield
@@ -56,13 +57,16 @@ def watched(give_up: Callable[[], None] = lambda: None) -> Iterator[None]:
     watch.start()
     try:
         yield
-    except (InputError, SystemExit, KeyboardInterrupt):
+    except (SystemExit, KeyboardInterrupt):
         watch.stop()
+        raise
+    except InputError as error:
+        watch.stop(failed=str(error))
         raise
     except BaseException as error:
         if is_of_the_dead(error):
             watch.end_connected()
-        watch.stop(failed=True)
+        watch.stop(failed="see its log")
         raise
     else:
         watch.stop()
@@ -97,13 +101,13 @@ class _Watch:
         self._tell("0")  # the host's name is known, however soon the process falls silent
         self._thread.start()
 
-    def stop(self, failed: bool = False) -> None:
-        """This process has got to its end: nobody waits for its counts. failed: by an error of its own, which the
-        others may wait for in vain."""
+    def stop(self, failed: str = "") -> None:
+        """This process has got to its end: nobody waits for its counts. failed: what the others, who may wait for it in
+        vain, are told of an error that it met."""
         self._over.set()
         self._thread.join()
         if failed:
-            self._tell_lost(_FAILED, f"process {self._index} on {self._host} has ended with an error: see its log")
+            self._tell_lost(_FAILED, f"process {self._index} on {self._host} has ended with an error: {failed}")
             atexit.register(self._leave_behind)
         self._tell(_DONE)
 
@@ -115,9 +119,23 @@ class _Watch:
         os._exit(_FAILED)
 
     def _wait_for_hearers(self) -> None:
-        """Process 0 stays until the others have heard what its service tells them."""
-        if self._index == 0:
-            time.sleep(4 * BEAT)
+        """Process 0 stays until the others have heard what its service tells them, and have ended: without it JAX
+        would abort them."""
+        if self._index:
+            return
+        until = time.monotonic() + 3 * BEAT
+        while time.monotonic() < until and not self._alone():
+            time.sleep(BEAT / 10)
+        time.sleep(BEAT)
+
+    def _alone(self) -> bool:
+        """Whether all other processes have got to their end."""
+        try:
+            counts = self._client.key_value_dir_get(_ALIVE)
+        except jax.errors.JaxRuntimeError:
+            return False
+        done = {int(name.rpartition("/")[2]) for name, value in counts if value.partition(" ")[0] == _DONE}
+        return done | {0} == set(self._heard)
 
     def end_connected(self) -> NoReturn:
         """Ends this process, which has met a broken connection: with what the other one said, if it could."""
@@ -129,6 +147,7 @@ class _Watch:
     def _end(self, code: int, told: str) -> NoReturn:
         """Ends this process, and tells the others."""
         self._tell_lost(code, told)
+        self._tell(_DONE)
         self._wait_for_hearers()
         self._leave(code, told)
 

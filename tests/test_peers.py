@@ -19,6 +19,7 @@ WORK = """
 import os, sys, time
 import numpy as np
 from mpo_jax import peers, processes
+from mpo_jax.errors import InputError
 coordinator, count, index, work = (flag.split("=")[1] for flag in sys.argv[1:])
 processes.start(coordinator, int(count), int(index), False)
 import jax
@@ -34,6 +35,8 @@ with peers.watched(lambda: print("let go", flush=True)):
             time.sleep(0.05)
     if work == f"fail{index}":
         raise KeyError("a fault")
+    if work in (f"full{index}", "full"):
+        raise InputError("the disk is full")
     if last and work == "abort":
         os.abort()
     time.sleep(0 if last and work == "end" else 6 if work == "end" else 120)
@@ -105,6 +108,25 @@ def test_an_error_of_one_alone_ends_all_and_is_its_own(who):
         assert error.strip().splitlines()[-1] == told_last
         code, _, error = told(started[who])
         assert code == 1 and "KeyError: 'a fault'" in error
+
+
+@pytest.mark.parametrize("who", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_what_one_alone_can_not_use_is_told_by_all(who):
+    """As a disk that is full while process 0 writes there."""
+    with begun(f"full{who}") as started:
+        code, out, error = told(started[1 - who])
+        assert code == 1 and "Traceback" not in error and "let go" in out
+        told_last = f"process {who} on {socket.gethostname()} has ended with an error: the disk is full"
+        assert error.strip().splitlines()[-1] == told_last
+        code, _, error = told(started[who])
+        assert code == 1 and "InputError: the disk is full" in error
+
+
+def test_what_none_can_use_is_told_by_each_as_its_own():
+    with begun("full") as started:
+        for each in started:
+            code, _, error = told(each)
+            assert code == 1 and error.strip().splitlines()[-1].endswith("InputError: the disk is full")
 
 
 @pytest.mark.slow
