@@ -1,6 +1,7 @@
 """Runs whose stages divide eight devices each in its own way; the same numbers as on the run's mesh leave, and errors
 before anything is compiled."""
 
+import collections
 import itertools
 import json
 import re
@@ -97,6 +98,14 @@ def base(config):
     return jax.tree_util.tree_leaves_with_path(jobs.load_weights(job, jobs.base_artifact(job), jobs.model(job)))
 
 
+def others(one, other) -> float:
+    """The share of texts that one stage's pairs have and another's have not."""
+    (left, right) = (
+        collections.Counter(tuple(text) for part in each.values() for text in part) for each in (one, other)
+    )
+    return (left - right).total() / left.total()
+
+
 def sampled(folder) -> dict[str, list[list[int]]]:
     """The tokens of every pair that a stage left, share by share."""
     shares = sorted(path.name for path in folder.iterdir() if (path / "tokens.npy").exists())
@@ -107,7 +116,8 @@ def sampled(folder) -> dict[str, list[list[int]]]:
 
 
 def test_stages_on_meshes_of_their_own_leave_the_same(config, whole, tmp_path, capsys, monkeypatch):
-    """Weights within what another order of sums does (f32), the same tokens, and the same keys."""
+    """Weights within what another order of sums does (f32), the same keys, and the same tokens, but where that decides
+    which of two a draw falls on; on most processors none does."""
     set_mesh, seen = jax.set_mesh, []
     monkeypatch.setattr(jax, "set_mesh", lambda mesh: seen.append(mesh) or set_mesh(mesh))
     own = with_meshes(config, sft=OWN["sft"], pairs=OWN["pairs"])
@@ -119,7 +129,7 @@ def test_stages_on_meshes_of_their_own_leave_the_same(config, whole, tmp_path, c
     assert meshes == [{"data": 1, "fsdp": 4, "tensor": 2}, {"data": 4, "fsdp": 1, "tensor": 2}]
     told = " ".join(capsys.readouterr().out.split("stage 1 of")[0].split())
     assert " meshes " in told and "sft: data 1, fsdp 4, tensor 2" in told and "pairs: data 4, fsdp 1, tensor 2" in told
-    assert sampled(found["pairs"]) == sampled(whole["pairs"]) != {}
+    assert others(sampled(found["pairs"]), sampled(whole["pairs"])) < 0.02
     losses = [dict(metrics.curve(folders["sft"], "loss")) for folders in (whole, found)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert apart(config, whole, found, "sft") < 1e-4
