@@ -227,7 +227,7 @@ def test_its_line_stands_beside_those_of_the_runs_other_dpo_stages(made, ran):
         ({"objective": "kto"}, r"stages\.dpo\.objective: 'kto'; expected one of dpo, ipo, robust, "),
         ({"beta": 0.0}, r"stages\.dpo\.beta: 0.0; expected above 0"),
         ({"label_smoothing": 0.5}, "label_smoothing: 0.5; expected below 0.5"),
-        ({"label_smoothing": 0.1, "objective": "ipo"}, "label_smoothing: ipo has none"),
+        ({"label_smoothing": 0.1, "objective": "ipo"}, "label_smoothing: ipo does not read it"),
         ({"sft": -1.0}, "sft: -1.0; expected 0"),
         ({"microbatch": 3}, "microbatch: 3 rows do not divide batch_size 8"),
     ],

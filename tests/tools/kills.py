@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from mpo_jax import metrics
 from tests.tools import processes
 
@@ -56,8 +59,15 @@ def last_step(workdir: Path, stage: str) -> int:
 
 def weights(workdir: Path, stage: str) -> Any:
     """The final weights of a stage, as NumPy arrays."""
-    import orbax.checkpoint as ocp
-
     found = folder(workdir, stage)
     assert found is not None
-    return ocp.PyTreeCheckpointer().restore(found / "weights")
+    return numbers(found / "weights")
+
+
+def numbers(path: Path) -> Any:
+    """Saved weights as NumPy arrays: another number of processes may have saved them."""
+    import orbax.checkpoint as ocp
+
+    shapes = ocp.PyTreeCheckpointHandler().metadata(path).tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    return ocp.PyTreeCheckpointer().restore(path, restore_args=as_numpy)
