@@ -62,7 +62,10 @@ def test_an_sft_term_on_chosen_replies_raises_their_log_probs(tmp_path, stories)
     ("settings", "message"),
     [
         ({"replay": "", "replay_loss": "dpo"}, r"stages\.mpo\.replay: empty, but replay_loss is dpo; name pairs"),
-        ({"replay_loss": "sft", "replay_beta": 0.5}, r"stages\.mpo\.replay_beta: 0\.5; sft has none"),
+        (
+            {"replay_loss": "sft", "replay_beta": 0.5},
+            r"stages\.mpo\.replay_beta: 0\.5, but replay_loss=sft does not read it",
+        ),
     ],
 )
 def test_settings_that_cannot_be_meant(ran, settings, message):
