@@ -5,9 +5,11 @@ file system has no room for them. What could be deleted is found here too, for `
 import contextlib
 import dataclasses
 import errno
+import logging
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -61,13 +63,37 @@ def is_full(error: BaseException) -> bool:
 def full_disk_told(folder: epath.PathLike) -> Iterator[None]:
     """An error that a full disk is the cause of leaves as an InputError that names what may be deleted."""
     try:
-        yield
+        with _told_once():
+            yield
     except InputError:
         raise
     except Exception as error:
         if not is_full(error):
             raise
         raise InputError(f"{folder}: the disk is full; {advice(folder)}") from error
+
+
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """Keeps the tracebacks of a save that a full disk ends off the terminal: Orbax logs the error that it raises too,
+    and Python prints one for each write that ends after Orbax has closed the event loop."""
+    log, printed = logging.getLogger("absl"), sys.unraisablehook
+
+    def news(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return error is None or not is_full(error)
+
+    def unraisable(found) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            printed(found)
+
+    log.addFilter(news)
+    sys.unraisablehook = unraisable
+    try:
+        yield
+    finally:
+        log.removeFilter(news)
+        sys.unraisablehook = printed
 
 
 def advice(folder: epath.PathLike) -> str:

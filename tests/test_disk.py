@@ -3,9 +3,13 @@
 The file system is a real one, of a few MiB; mounting it takes an administrator's rights.
 """
 
+import asyncio
+import errno
 import os
 import shutil
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore
+from absl import logging
 from etils import epath
 
 from mpo_jax import artifacts, checkpoint, disk, integrity, locks, runs
@@ -135,6 +141,51 @@ def test_metrics_on_a_full_disk_end_at_once(small):
 
     with pytest.raises(InputError, match="the disk is full"), disk.full_disk_told(small):
         train()
+
+
+def test_a_full_disk_is_told_once(tmp_path, caplog, monkeypatch):
+    """Orbax logs the error that it raises, and of each of TensorStore's writes that ends after Orbax has closed its
+    event loop Python prints a traceback."""
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: printed.append(str(found.exc_value)))
+
+    def write_ends_late():
+        loop = asyncio.new_event_loop()
+        promise, write = tensorstore.Promise.new()
+
+        async def begin():
+            task = asyncio.ensure_future(wait())
+            await asyncio.sleep(0.01)
+            return task
+
+        async def wait():
+            await write
+
+        task = loop.run_until_complete(begin())
+        loop.close()
+        late = threading.Thread(target=promise.set_result, args=(5,))
+        late.start()
+        late.join()
+        return task
+
+    def save():
+        tasks.append(write_ends_late())
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            logging.exception("a thread raised an exception")
+            raise
+
+    tasks = []  # one that is collected before it is done is told of
+    with pytest.raises(InputError, match="the disk is full"), disk.full_disk_told(tmp_path):
+        save()
+    assert not printed
+    assert not caplog.records
+    tasks.append(write_ends_late())
+    assert printed == ["Event loop is closed"]
+    with disk.full_disk_told(tmp_path):
+        logging.error("something else")
+    assert caplog.messages == ["something else"]
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
