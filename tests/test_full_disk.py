@@ -34,6 +34,13 @@ def done(workdir: Path, stage: str) -> bool:
     return folder is not None and (folder / artifacts.MANIFEST).exists()
 
 
+def length(workdir: Path, stage: str) -> float:
+    """Seconds that a finished stage took, loading and compiling included."""
+    folder = kills.folder(workdir, stage)
+    assert folder is not None
+    return (folder / artifacts.MANIFEST).stat().st_mtime - (folder / artifacts.INPUTS).stat().st_mtime
+
+
 def run_full(
     count: int, arguments: list[str], small: Path, workdir: Path, stage: str, wait: float
 ) -> tuple[list[int], list[str]]:
@@ -80,7 +87,7 @@ def test_each_stage_of_a_graph_survives_a_full_disk(small, tmp_path, stories, co
         for _ in range(MOMENTS):
             if done(workdir, stage):
                 break
-            codes, told = run_full(count, arguments, small, workdir, stage, draw.random() * 6)
+            codes, told = run_full(count, arguments, small, workdir, stage, draw.random() * length(whole, stage))
             assert set(codes) in ({0}, {1}), (codes, told)
             assert not any("Traceback" in each or "\n" in each for each in told), told
             full = [each for each in told if "the disk is full" in each or " are free; " in each]
