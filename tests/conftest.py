@@ -65,12 +65,16 @@ def stories(shared) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def processes_without_torch():
-    """Whatever tests start begins as where torch is not installed; not so pytest's own workers, which begin before."""
+def quick_processes():
+    """Whatever tests start begins as where torch is not installed, and compiles nothing that was compiled before; not
+    so pytest's own workers, which begin before."""
     from tests.tools import processes
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", processes.WITHOUT_TORCH, prepend=os.pathsep)
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ["MPO_JAX_TEST_CACHE"])
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
         yield
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mpo_jax import metrics, scoring, sharding
+from mpo_jax import lm_head, metrics, sharding
 from run_scripts.benchmarks import measure, programs
 from run_scripts.benchmarks.programs import SHAPES, VOCABULARY, Case
 
@@ -53,19 +53,28 @@ def test_a_dpo_step_computes_what_its_law_says(dpo):
     assert 1 < step / (3 * (trunk + output)) < 1.15
 
 
-def test_a_frozen_output_matrix_costs_no_gradient():
-    """Under adapters: logits forward, logits again, and the hidden states' gradient; in a loop that is counted once."""
-    model, chunks = CASE.model(one_device()), 4
-    hidden, targets = jnp.ones((2, 64 * chunks // 2, WIDTH)), jnp.ones((2, 64 * chunks // 2), jnp.int32)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_frozen_output_matrix_costs_no_gradient(fused):
+    """Under adapters: logits forward and the hidden states' gradient, in a loop that is counted once. Where log-probs
+    leave the loop, their gradient computes the logits again."""
+    model, rows, window = CASE.model(one_device()), 4, 64
+    hidden, targets = jnp.ones((rows, window, WIDTH)), jnp.ones((rows, window), jnp.int32)
     matrix = jnp.ones((VOCABULARY, WIDTH))
 
-    def loss(matrix, hidden):
-        return jnp.sum(scoring.token_logps(model, matrix, hidden, targets, chunk=64)[0])
+    def of_rows(logps, entropies, rows):
+        return jnp.sum(logps), jnp.float32(1), {}
 
-    pass_of_a_chunk = 2.0 * 64 * WIDTH * VOCABULARY
-    for trained, passes in (((0, 1), 4), ((1,), 3)):
+    def loss(matrix, hidden):
+        if fused:
+            return lm_head.row_losses(model, matrix, hidden, targets, None, of_rows, chunk=window)[0]
+        return jnp.sum(lm_head.token_logps(model, matrix, hidden, targets, chunk=window)[0])
+
+    pass_of_a_chunk = 2.0 * window * WIDTH * VOCABULARY
+    for trained, passes in (((0, 1), 3), ((1,), 2)):
         program = jax.jit(jax.grad(loss, argnums=trained)).lower(matrix, hidden).compile()
-        assert passes * 0.98 < flops(program) / pass_of_a_chunk < passes * 1.1
+        assert (passes + 1 - fused) * 0.98 < flops(program) / pass_of_a_chunk < (passes + 1 - fused) * 1.1
+    evaluated = jax.jit(loss).lower(matrix, hidden).compile()
+    assert 0.98 < flops(evaluated) / pass_of_a_chunk < 1.1
 
 
 def test_a_dpo_step_holds_a_chunk_of_logits_and_no_more(dpo):

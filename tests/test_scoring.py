@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpo_jax import scoring, sharding
+from mpo_jax import lm_head, scoring, sharding
 from mpo_jax.models import decoder
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import masks
@@ -64,6 +64,19 @@ def chunked_total(config, weights, batch, temperature, chunk=16):
     return total(out.logps, out.entropy)
 
 
+def fused_total(config, weights, batch, temperature, chunk=16):
+    """The same, as the loss of a chunk's rows at a time."""
+
+    def of_rows(out, rows):
+        return total(out.logps, out.entropy), jnp.sum(rows.weight), {"rows": (jnp.sum(rows.weight), jnp.float32(1))}
+
+    hidden = decoder.forward(config, weights, batch.tokens, batch.positions, batch.segments)
+    found, weight, metrics = scoring.loss_of_hidden(
+        config, weights, hidden, batch, of_rows, batch, temperature, entropy=True, chunk=chunk
+    )
+    return found + jax.lax.stop_gradient(0 * (weight + metrics["rows"][0] / metrics["rows"][1]))
+
+
 @functools.cache
 def made(config):
     return jax.jit(lambda: decoder.init(config, jax.random.key(0), head=True))()
@@ -103,6 +116,40 @@ def test_response_logps_equal_naive(name, temperature):
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) > 0.01
 
 
+@pytest.mark.parametrize("longest", [lm_head.LONGEST, 5])
+@pytest.mark.parametrize("chunk", [1, 48, 4096])
+def test_a_loss_of_rows_and_its_gradient_are_those_of_the_log_probs(chunk, longest, monkeypatch):
+    """Chunks of one row, of two (nine rows are not divided by two), and of all."""
+    monkeypatch.setattr(lm_head, "LONGEST", longest)
+    config, batch = VARIANTS["tied_softcap"], ragged(rows=9)
+    weights, wanted = made(config), jnp.arange(9 * 22, dtype=jnp.float32).reshape(9, 22) / 99
+
+    def of_rows(out, rows):
+        batch, wanted = rows
+        sums = out.seq_logps(2)
+        margins = jax.nn.sigmoid(sums[:, 0] - sums[:, 1] + jnp.sum(jnp.where(out.mask, wanted * out.entropy, 0), 1))
+        loss = jnp.sum(batch.weight * margins)
+        return loss, jnp.sum(batch.weight), {"margin": (loss, jnp.sum(batch.weight))}
+
+    def once(weights):
+        hidden = decoder.forward(config, weights, batch.tokens, batch.positions, batch.segments)
+        rows = batch, wanted
+        return scoring.loss_of_hidden(config, weights, hidden, batch, of_rows, rows, 0.7, entropy=True, chunk=chunk)
+
+    def twice(weights):
+        return of_rows(scoring.response_logps(config, weights, batch, 0.7, entropy=True), (batch, wanted))
+
+    found, expected = (
+        jitted(jax.value_and_grad(lambda w, of=of: (3 * of(w)[0], of(w)[1:]), has_aux=True), weights)
+        for of in (once, twice)
+    )
+    np.testing.assert_allclose(found[0][0], expected[0][0], rtol=1e-5)
+    np.testing.assert_allclose(jax.tree.leaves(found[0][1]), jax.tree.leaves(expected[0][1]), rtol=1e-5)
+    assert distance(found[1], expected[1]) < 1e-5
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(found[1])) > 0.01
+    np.testing.assert_allclose(jitted(once, weights)[0], 3**-1 * found[0][0], rtol=1e-5)
+
+
 def test_chunk_size_changes_nothing():
     batch, weights = ragged(), made(CONFIG)
     one, other = (
@@ -130,11 +177,12 @@ def test_equal_on_every_mesh(shape):
     weights = jax.device_put(weights, sharding.tree_shardings(weights, mesh))
     on_mesh = jax.device_put(batch, sharding.batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        value, grads = jax.jit(jax.value_and_grad(lambda w, b: chunked_total(padded, w, b, 0.7)))(weights, on_mesh)
+        for of in (chunked_total, fused_total):
+            value, grads = jax.jit(jax.value_and_grad(lambda w, b, of=of: of(padded, w, b, 0.7)))(weights, on_mesh)
+            np.testing.assert_allclose(value, expected, rtol=1e-5)
+            assert distance(grads, sharding.map_weights(pad, expected_grads)) < 2e-5
         scores = jax.jit(lambda w, b: scoring.response_scores(padded, w, b, 2))(weights, on_mesh)
         values = jax.jit(lambda w, b: scoring.response_values(padded, w, b))(weights, on_mesh)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    assert distance(grads, sharding.map_weights(pad, expected_grads)) < 2e-5
     np.testing.assert_allclose(scores, jitted(lambda w: scoring.response_scores(config, w, batch, 2), plain), atol=1e-5)
     np.testing.assert_allclose(values, jitted(lambda w: scoring.response_values(config, w, batch), plain), atol=1e-5)
 
@@ -173,15 +221,21 @@ def test_values_stand_before_their_token():
     assert (np.asarray(values)[-1] == 0).all()
 
 
-def compiled_step(config, batch, weights, chunk=scoring.CHUNK):
+def compiled_step(config, batch, weights, chunk=lm_head.CHUNK, fused=False):
     def loss(weights, batch):
+        if fused:
+            return scoring.response_loss(config, weights, batch, sum_of_rows, chunk=chunk)[0]
         return jnp.sum(scoring.response_logps(config, weights, batch, chunk=chunk).logps)
+
+    def sum_of_rows(out, rows):
+        return jnp.sum(out.logps), jnp.sum(rows.weight), {}
 
     return jax.jit(jax.grad(loss)).lower(weights, batch).compile()
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("vocab", [32_000, 128_256])
-def test_no_buffer_of_all_logits(vocab):
+def test_no_buffer_of_all_logits(vocab, fused):
     """trl PR 2799: [B,T,V] logits dominate memory. The compiled gradient's temporaries stay far below them."""
     config = ModelConfig("llama", vocab, 1, 64, 4, 4, 16, 128, 512, tied_embeddings=True)
     weights = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
@@ -189,10 +243,10 @@ def test_no_buffer_of_all_logits(vocab):
     whole = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     ids = jax.ShapeDtypeStruct((rows,), jnp.int32)
     batch = Batch(whole, whole, whole, ids, ids, jax.ShapeDtypeStruct((rows,), jnp.float32), window=length)
-    compiled = compiled_step(config, batch, weights)
+    compiled = compiled_step(config, batch, weights, fused=fused)
     temporary = compiled.memory_analysis().temp_size_in_bytes
     all_logits = rows * length * config.padded_vocab * 4
-    logits_of_a_chunk, matrix = scoring.CHUNK * config.padded_vocab * 4, config.padded_vocab * config.width * 4
+    logits_of_a_chunk, matrix = lm_head.CHUNK * config.padded_vocab * 4, config.padded_vocab * config.width * 4
     print(f"V = {vocab}: temporaries {temporary / 2**20:.0f} MiB, [B,T,V] would be {all_logits / 2**20:.0f} MiB")
     assert temporary < 3 * logits_of_a_chunk + 4 * matrix + 2**27  # 2**27: activations and attention
     assert temporary < all_logits / 3
@@ -226,8 +280,9 @@ def loop_collectives(text: str) -> list[int]:
     return sizes
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("shape", [(2, 4, 1), (1, 4, 2)])
-def test_chunk_loop_holds_no_collective_of_the_output_matrix(shape):
+def test_chunk_loop_holds_no_collective_of_the_output_matrix(shape, fused):
     """With FSDP the output matrix is gathered once before the loop, its gradient reduced once after it."""
     mesh = sharding.make_mesh(*shape)
     config = ModelConfig("llama", 4096, 1, 64, 4, 4, 16, 128, 512).for_mesh(mesh)
@@ -241,7 +296,7 @@ def test_chunk_loop_holds_no_collective_of_the_output_matrix(shape):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)), ragged(16, 64)
     )
     with jax.set_mesh(mesh):
-        text = compiled_step(config, batch, weights, chunk=16).as_text()
+        text = compiled_step(config, batch, weights, 16, fused).as_text()
     sizes = loop_collectives(text)
     assert sizes or shape[2] == 1, "the loop was not found"
     assert "while(" in text

@@ -83,8 +83,9 @@ def test_what_a_stage_that_will_run_needs_is_checked_before_the_first(tmp_path, 
     assert not list(workdir.glob("sft-*"))
 
 
-def test_programs_are_found_again_in_a_workdir_of_another_name(tmp_path):
+def test_programs_are_found_again_in_a_workdir_of_another_name(tmp_path, monkeypatch):
     """What a run compiled serves a copy of it, or where JAX_COMPILATION_CACHE_DIR says, a run beside it."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     flags = ["--config=sft", "--config.stages.sft.steps=1", "--config.stages.sft.eval_batches=1"]
 
     def compiled(name: str, **environment) -> set[str]:

@@ -9,9 +9,9 @@ import itertools
 
 import numpy as np
 
+from mpo_jax.lm_head import CHUNK, GPU_CHUNK, tokens_at_once
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.sampling import cache_widths
-from mpo_jax.scoring import CHUNK, GPU_CHUNK
 from mpo_jax.sharding import BATCH_AXES, axis_size
 from mpo_jax.stages.programs import Extent
 
@@ -34,7 +34,7 @@ def temporaries(extent: Extent, mesh) -> int:
         return _decode(extent, rows, tensor, shards == 1)
     layer = _layer(model, rows, extent.length, tensor)
     chunk = GPU_CHUNK if model.dtype == "bfloat16" else CHUNK  # no CPU computes in it, and this reckons for no TPU
-    head = 3 * min(chunk, rows * extent.window) * model.padded_vocab // tensor * 4
+    head = 3 * tokens_at_once(rows, extent.window, chunk) * model.padded_vocab // tensor * 4
     if extent.kind == "forward":
         return int(max(layer * _FORWARD, head) + gathered)
     kept = (_RECOMPUTED if model.lora is None else _RECOMPUTED_FROZEN) if model.recomputes else 1.0

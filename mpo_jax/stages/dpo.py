@@ -35,7 +35,7 @@ from mpo_jax.stages.base import PolicyTraining, Stage, Training
 from mpo_jax.stages.curriculum import ORDERS, WEIGHTS
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Programs
-from mpo_jax.types import BUCKETS, PyTree
+from mpo_jax.types import BUCKETS, Batch, PyTree
 
 
 class Settings(PolicyTraining):
@@ -117,7 +117,14 @@ def make_loss(model: ModelConfig, settings: Settings, moving: bool = False) -> g
     with frozen["reference"]; an objective without a reference reads neither."""
 
     def loss(params, frozen, batch, key):
-        return _loss(settings, _compared(model, settings, params, frozen, batch, moving), batch)
+        if moving:
+            logps = scoring.response_logps(model, frozen["base"] | frozen["reference"], batch).seq_logps(2)
+            batch = dataclasses.replace(batch, ref_logps=logps)
+
+        def of_rows(out, rows):
+            return _loss(settings, _compared(settings, out, rows), rows)
+
+        return scoring.response_loss(model, frozen["base"] | params, batch, of_rows)
 
     return loss
 
@@ -126,10 +133,13 @@ def make_judge(model: ModelConfig, settings: Settings) -> gradients.Loss:
     """The loss, whose metrics tell accuracy and margin of easy, hard and flipped pairs apart too, with the share of
     each, where the batch has the pairs' buckets."""
 
+    def of_rows(out, rows):
+        given = _compared(settings, out, rows)
+        total, weight, metrics = _loss(settings, given, rows)
+        return total, weight, metrics | _by_bucket(settings, given, rows)
+
     def judge(params, frozen, batch, key):
-        given = _compared(model, settings, params, frozen, batch)
-        total, weight, metrics = _loss(settings, given, batch)
-        return total, weight, metrics | _by_bucket(settings, given, batch)
+        return scoring.response_loss(model, frozen["base"] | params, batch, of_rows)
 
     return judge
 
@@ -140,18 +150,14 @@ def told_apart(evaluation: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in evaluation.items() if not name.startswith(empty)}
 
 
-def _compared(model: ModelConfig, settings: Settings, params, frozen, batch, moving: bool = False) -> dict[str, Any]:
-    """What the objective is given of a batch, beside its own settings."""
+def _compared(settings: Settings, out: scoring.ResponseLogps, batch: Batch) -> dict[str, Any]:
+    """What the objective is given of some rows, beside its own settings."""
     objective = OBJECTIVES[settings.objective]
-    out = scoring.response_logps(model, frozen["base"] | params, batch)
     chosen, rejected = (out.seq_logps(2)[:, side] for side in (0, 1))
     given = {"policy_chosen": chosen, "policy_rejected": rejected, "weight": batch.weight, "beta": settings.beta}
     if objective.reference:
-        ref_logps = batch.ref_logps
-        if moving:
-            weights = frozen["base"] | frozen["reference"]
-            ref_logps = scoring.response_logps(model, weights, batch).seq_logps(2)
-        given |= {"reference_chosen": ref_logps[:, 0], "reference_rejected": ref_logps[:, 1]}
+        known: Any = batch.ref_logps
+        given |= {"reference_chosen": known[:, 0], "reference_rejected": known[:, 1]}
     if objective.lengths:
         given |= {"chosen_len": _tokens(batch, 0), "rejected_len": _tokens(batch, 1)}
     return given | {name: getattr(settings, name) for name in objective.settings}

@@ -20,6 +20,7 @@ from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import PolicyTraining, Stage, Training, rows_of_share
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Programs
+from mpo_jax.types import Batch
 
 
 class Settings(PolicyTraining):
@@ -39,10 +40,14 @@ def make_loss(model: ModelConfig) -> gradients.Loss:
     """Per-token negative log-likelihood, over the tokens of all rows of positive weight."""
 
     def loss(params, frozen, batch, key):
-        out = scoring.response_logps(model, frozen["base"] | params, batch)
-        return losses.sft(out.logps, out.mask & (batch.weight > 0)[:, None])
+        return scoring.response_loss(model, frozen["base"] | params, batch, nll)
 
     return loss
+
+
+def nll(out: scoring.ResponseLogps, batch: Batch) -> losses.Loss:
+    """`losses.sft` of the rows' log-probs."""
+    return losses.sft(out.logps, out.mask & (batch.weight > 0)[:, None])
 
 
 def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:

@@ -141,9 +141,11 @@ def finish(process: subprocess.Popen, log: Path) -> None:
 
 
 def environment(flags: str = "") -> dict[str, str]:
-    """flags: of XLA, beside what the environment has and no search for the fastest kernels."""
+    """flags: of XLA, beside what the environment has and no search for the fastest kernels. Programs stay in the
+    workdir, from where they are copied."""
     gpu = [] if os.environ.get("JAX_PLATFORMS") == "cpu" else [UNTUNED]
-    return os.environ | {"XLA_FLAGS": " ".join(filter(None, [os.environ.get("XLA_FLAGS", ""), *gpu, flags]))}
+    own = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    return own | {"XLA_FLAGS": " ".join(filter(None, [os.environ.get("XLA_FLAGS", ""), *gpu, flags]))}
 
 
 def stages_of(workdir: Path) -> str:

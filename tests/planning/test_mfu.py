@@ -42,8 +42,7 @@ def test_a_dpo_step_needs_six_times_tokens_times_weights_under_any_remat(remat):
     jaxpr = traced("dpo", "train", remat=remat)
     needed = 6 * (TOKENS * TRUNK + LOGITS + ATTENTION)
     assert work.needed(jaxpr) == needed
-    # Of our own backward passes: logits, and queries with keys, once more.
-    again = 2 * (LOGITS + ATTENTION // 2)
+    again = 2 * (ATTENTION // 2)  # of attention's own backward pass: queries with keys; of the loss's, no logits
     # Under full all of a layer but its last product, whose result the backward pass does not read.
     again += {
         "none": 0,

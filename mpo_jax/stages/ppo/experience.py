@@ -56,23 +56,32 @@ def policy_view(
     model: ModelConfig, params: PyTree, base: PyTree, rollout: Rollout, rules: Rules, entropy: bool = False
 ) -> PolicyView:
     """Log-probs of a rollout's tokens under params["policy"] and, where there is a critic, its values."""
-    slots = slots_of(rollout)
-    batch, shape = rollout.batch, rollout.logps.shape
-    weights = base | params["policy"]
-    hidden = decoder.forward(model, weights, batch.tokens, batch.positions, batch.segments, slots)
-    out = scoring.logps_of_hidden(model, weights, hidden, batch, rules.temperature, entropy)
-    values = None
-    if "value" in params:
-        if rules.critic == "shared":
-            values = scoring.values_of_hidden(params["value"], hidden, batch)
-        else:
-            values = scoring.response_values(model, base | params["value"], batch, slots)
+    weights, shape = base | params["policy"], rollout.logps.shape
+    hidden = _hidden(model, weights, rollout)
+    out = scoring.logps_of_hidden(model, weights, hidden, rollout.batch, rules.temperature, entropy)
     return PolicyView(
         out.logps.reshape(shape),
         None if out.entropy is None else out.entropy.reshape(shape),
-        None if values is None else values.reshape(shape),
+        _values(model, params, base, rollout, rules, hidden) if "value" in params else None,
         response_mask(rollout),
     )
+
+
+def _hidden(model: ModelConfig, weights: PyTree, rollout: Rollout) -> jax.Array:
+    """[B,T,D]"""
+    batch = rollout.batch
+    return decoder.forward(model, weights, batch.tokens, batch.positions, batch.segments, slots_of(rollout))
+
+
+def _values(
+    model: ModelConfig, params: PyTree, base: PyTree, rollout: Rollout, rules: Rules, hidden: jax.Array
+) -> jax.Array:
+    """The critic's values f32 [B,N,R]. hidden: the policy's, which a shared critic reads."""
+    if rules.critic == "shared":
+        values = scoring.values_of_hidden(params["value"], hidden, rollout.batch)
+    else:
+        values = scoring.response_values(model, base | params["value"], rollout.batch, slots_of(rollout))
+    return values.reshape(rollout.logps.shape)
 
 
 def reference_logps(model: ModelConfig, weights: PyTree, rollout: Rollout, temperature: float) -> jax.Array:
@@ -263,17 +272,26 @@ def make_loss(model: ModelConfig, rules: Rules, clip: float, value_clip: float |
     """
 
     def loss(params: PyTree, frozen: PyTree, experience: Experience, key: jax.Array) -> losses.Loss:
-        rollout = experience.rollout
-        view = policy_view(model, params, frozen["base"], rollout, rules, entropy=entropy != 0)
-        mask = view.mask
-        policy_loss = policy.ppo(view.logps, experience.old_logps, experience.advantages, mask, clip)
-        terms: list = []
-        if view.entropy is not None:
-            terms.append((entropy, policy.entropy_bonus(view.entropy, mask)))
-        if rules.kl_term == "k2":
-            terms.append((frozen["kl_coefficient"], policy.kl_k2(view.logps, experience.ref_logps, mask)))
-        if view.values is not None:
-            terms.append((1.0, policy.value(view.values, experience.values, experience.returns, mask, value_clip)))
-        return losses.add(policy_loss, *terms)
+        def of_rows(out: scoring.ResponseLogps, rows: Experience) -> losses.Loss:
+            mask = response_mask(rows.rollout)
+            logps = out.logps.reshape(mask.shape)
+            terms: list = []
+            if out.entropy is not None:
+                terms.append((entropy, policy.entropy_bonus(out.entropy.reshape(mask.shape), mask)))
+            if rules.kl_term == "k2":
+                terms.append((frozen["kl_coefficient"], policy.kl_k2(logps, rows.ref_logps, mask)))
+            return losses.add(policy.ppo(logps, rows.old_logps, rows.advantages, mask, clip), *terms)
+
+        rollout, base = experience.rollout, frozen["base"]
+        weights = base | params["policy"]
+        hidden = _hidden(model, weights, rollout)
+        total = scoring.loss_of_hidden(
+            model, weights, hidden, rollout.batch, of_rows, experience, rules.temperature, entropy != 0
+        )
+        if "value" not in params:
+            return total
+        values, mask = _values(model, params, base, rollout, rules, hidden), response_mask(rollout)
+        critic = policy.value(values, experience.values, experience.returns, mask, value_clip)
+        return losses.add(total, (1.0, critic))
 
     return loss

@@ -23,6 +23,7 @@ from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.programs import Programs
+from mpo_jax.stages.sft import nll
 from mpo_jax.types import Batch, PyTree
 
 DEFAULT_BETA = 0.1
@@ -71,16 +72,17 @@ def second_loss(model: ModelConfig, settings: Replay) -> Second | None:
     if not settings.replay:
         return None
 
-    def sft(params: PyTree, frozen: PyTree, batch: Batch, key):
-        out = scoring.response_logps(model, frozen["base"] | params["policy"], batch)
-        return losses.sft(out.logps, out.mask & (batch.weight > 0)[:, None])
-
-    def dpo(params: PyTree, frozen: PyTree, batch: Batch, key):
-        logps = scoring.response_logps(model, frozen["base"] | params["policy"], batch).seq_logps(2)
+    def dpo(out: scoring.ResponseLogps, batch: Batch) -> losses.Loss:
         known: Any = batch.ref_logps
+        logps = out.seq_logps(2)
         return preferences.dpo(logps[:, 0], logps[:, 1], known[:, 0], known[:, 1], batch.weight, settings.replay_beta)
 
-    return Second(dpo if settings.replay_loss == "dpo" else sft, settings.replay_coefficient)
+    of_rows = dpo if settings.replay_loss == "dpo" else nll
+
+    def loss(params: PyTree, frozen: PyTree, batch: Batch, key) -> losses.Loss:
+        return scoring.response_loss(model, frozen["base"] | params["policy"], batch, of_rows)
+
+    return Second(loss, settings.replay_coefficient)
 
 
 def batch_shapes(job: Job[Any]) -> tuple[Batch, ...]:
