@@ -1,7 +1,8 @@
 """Takes the log-probs of a batch's replies under a policy and its reference; gives the losses of preference training.
 
 Each objective is one function with its source, and a line in `OBJECTIVES`. A loss is as in `losses`: (sum, weight,
-metrics), and rows of weight 0 contribute nothing. Letter: B rows.
+metrics), and rows of weight 0 contribute nothing. It is asked for some of a batch's rows at a time and the sums are
+added, so no row's loss may depend on another row. Letter: B rows.
 """
 
 import dataclasses
