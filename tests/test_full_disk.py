@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mpo_jax import artifacts
-from tests.tools import kills, matrix, processes
+from tests.tools import kills, processes
 from tests.tools.small_graph import write_rows
 
 SCRIPT, MOMENTS = "tests.tools.main", 3
@@ -87,7 +87,7 @@ def test_each_stage_of_a_graph_survives_a_full_disk(small, tmp_path, stories, co
         for _ in range(MOMENTS):
             if done(workdir, stage):
                 break
-            codes, told = run_full(count, arguments, small, workdir, stage, draw.random() * length(whole, stage))
+            codes, told = run_full(count, arguments, small, workdir, stage, draw.random() * length(whole, stage) / 2)
             assert set(codes) in ({0}, {1}), (codes, told)
             assert not any("Traceback" in each or "\n" in each for each in told), told
             full = [each for each in told if "the disk is full" in each or " are free; " in each]
@@ -98,6 +98,6 @@ def test_each_stage_of_a_graph_survives_a_full_disk(small, tmp_path, stories, co
     print("\n".join(f"{stage:8} {told}" for stage, told in rows))
     assert met >= len(stages), "hardly any stage met a full disk"
     for stage in stages:
-        found = matrix.differences(kills.folder(whole, stage), kills.folder(workdir, stage))
+        found = kills.differences(kills.folder(whole, stage), kills.folder(workdir, stage))
         assert set(found) <= {artifacts.INPUTS}, (stage, found)  # it names folders of the workdir
         assert not (kills.folder(workdir, stage) / artifacts.CHECKPOINTS).exists()

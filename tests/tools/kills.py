@@ -1,6 +1,7 @@
 """A command that runs stages enters; it is killed at random instants and run again, and what its stages left is read.
 
-`run_killed` takes any run of `mpo_jax.main`; `weights`, `folder` and `last_step` read a stage's artifact.
+`run_killed` takes any run of `mpo_jax.main`; `weights`, `folder` and `last_step` read a stage's artifact, `differences`
+compares two.
 """
 
 import random
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from mpo_jax import metrics
+from mpo_jax.artifacts import read_manifest
 from tests.tools import processes
 
 LIMIT = 1200
@@ -71,3 +73,40 @@ def numbers(path: Path) -> Any:
     shapes = ocp.PyTreeCheckpointHandler().metadata(path).tree
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     return ocp.PyTreeCheckpointer().restore(path, restore_args=as_numpy)
+
+
+def differences(one: Path | None, two: Path | None) -> list[str]:
+    """The files of a finished stage that are not those of another: by their checksums; of logged steps all but times,
+    of weights the numbers."""
+    if one is None or two is None or read_manifest(two) is None:
+        return ["unfinished"]
+    sums = [dict((read_manifest(each) or {})["files"]) for each in (one, two)]
+    names = [
+        name for name in sorted(sums[0].keys() | sums[1].keys())
+        if sums[0].get(name) != sums[1].get(name)
+        and not name.startswith(("weights/", "value/", "snapshots/"))
+        and name not in ("metrics.jsonl", "config.json", "wandb_id")
+    ]  # fmt: skip
+    if (one / "metrics.jsonl").exists() and logged(one) != logged(two):
+        names.append("metrics.jsonl")
+    snapshots = {f"snapshots/{path.name}" for each in (one, two) for path in (each / "snapshots").glob("*")}
+    for name in ("weights", "value", *sorted(snapshots)):
+        if (one / name).exists() != (two / name).exists() or (
+            (one / name).exists() and not same(one / name, two / name)
+        ):
+            names.append(name)
+    return names
+
+
+def logged(folder: Path) -> dict[tuple[int, str], float]:
+    return {
+        (line["step"], name): value
+        for line in metrics.read(folder)
+        for name, value in line.items()
+        if name not in ("step", "seconds", "tokens_per_second") and "seconds" not in name
+    }
+
+
+def same(one: Path, two: Path) -> bool:
+    read = [jax.tree.leaves(numbers(path)) for path in (one, two)]
+    return len(read[0]) == len(read[1]) and all(np.array_equal(a, b) for a, b in zip(*read, strict=True))

@@ -25,7 +25,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 
 import jax
-import numpy as np
 
 from mpo_jax import allocator, main, metrics, mpo, pipeline  # noqa: F401 - loaded before the forks
 from mpo_jax.artifacts import CHECKPOINTS, INPUTS, MANIFEST, SHARDS, read_manifest
@@ -193,46 +192,9 @@ def one(
         "stage": stage, "signal": kind, "at": wanted, "codes": codes, "early": early, "ended in": took,
         "lost": lost, "kept": len(kept(folder)), "again": again, "traceback": "Traceback" in said,
         "told": done or words in said or set(codes) == {-signal.SIGKILL},
-        "differs": apart(lambda: differences(kills.folder(base, stage), kills.folder(work, stage))),
+        "differs": apart(lambda: kills.differences(kills.folder(base, stage), kills.folder(work, stage))),
         "right": early or done or codes == right,
     }  # fmt: skip
-
-
-def differences(one: Path | None, two: Path | None) -> list[str]:
-    """The files of a finished stage that are not those of another: by their checksums; of logged steps all but times,
-    of weights the numbers."""
-    if one is None or two is None or read_manifest(two) is None:
-        return ["unfinished"]
-    sums = [dict((read_manifest(each) or {})["files"]) for each in (one, two)]
-    names = [
-        name for name in sorted(sums[0].keys() | sums[1].keys())
-        if sums[0].get(name) != sums[1].get(name)
-        and not name.startswith(("weights/", "value/", "snapshots/"))
-        and name not in ("metrics.jsonl", "config.json", "wandb_id")
-    ]  # fmt: skip
-    if (one / "metrics.jsonl").exists() and logged(one) != logged(two):
-        names.append("metrics.jsonl")
-    snapshots = {f"snapshots/{path.name}" for each in (one, two) for path in (each / "snapshots").glob("*")}
-    for name in ("weights", "value", *sorted(snapshots)):
-        if (one / name).exists() != (two / name).exists() or (
-            (one / name).exists() and not same(one / name, two / name)
-        ):
-            names.append(name)
-    return names
-
-
-def logged(folder: Path) -> dict[tuple[int, str], float]:
-    return {
-        (line["step"], name): value
-        for line in metrics.read(folder)
-        for name, value in line.items()
-        if name not in ("step", "seconds", "tokens_per_second") and "seconds" not in name
-    }
-
-
-def same(one: Path, two: Path) -> bool:
-    read = [jax.tree.leaves(kills.numbers(path)) for path in (one, two)]
-    return len(read[0]) == len(read[1]) and all(np.array_equal(a, b) for a, b in zip(*read, strict=True))
 
 
 def failed(row: dict) -> bool:
