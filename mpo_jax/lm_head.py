@@ -58,18 +58,9 @@ def token_logps(
     Under a mesh (`jax.set_mesh`) the matrix is gathered over data and fsdp once before the loop over chunks, its
     gradient is accumulated in each shard and reduced once after it; over tensor only [C] vectors travel.
     """
-    chunk = chunk or default_chunk()
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return _local_logps(_Head(config, temperature, entropy, ()), chunk, None, matrix, hidden, targets)
-    rows = _row_axes(mesh, len(hidden))
-    by_row = PartitionSpec(rows or None)
-    head = _Head(config, temperature, entropy, (*rows, "tensor"))
-    return jax.shard_map(
-        functools.partial(_local_logps, head, chunk, rows),
-        in_specs=(_BY_TOKEN_ID, by_row, by_row),
-        out_specs=(by_row, by_row if entropy else PartitionSpec()),
-    )(matrix, hidden, targets)
+    head = _Head(config, temperature, entropy, _axes(len(hidden)))
+    local = functools.partial(_local_logps, head, chunk or default_chunk())
+    return _in_shards(head, local, (head.by_row, head.by_row if entropy else PartitionSpec()), matrix, hidden, targets)
 
 
 def row_losses(
@@ -90,23 +81,12 @@ def row_losses(
     computed twice, as in the fused losses of Hsu et al. 2024 (Liger Kernel, arXiv 2410.10989), section 3.2. Only the
     sum has a gradient, not weight and metrics, and only to matrix and hidden.
     """
-    chunk = chunk or default_chunk()
+    head = _Head(config, temperature, entropy, _axes(len(hidden)))
 
     def run(learns: bool, matrix, hidden):
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
-            head = _Head(config, temperature, entropy, ())
-            found = _local_losses(head, chunk, loss, learns, None, matrix, hidden, targets, rows)
-        else:
-            axes = _row_axes(mesh, len(hidden))
-            by_row = PartitionSpec(axes or None)
-            head = _Head(config, temperature, entropy, (*axes, "tensor"))
-            found = jax.shard_map(
-                functools.partial(_local_losses, head, chunk, loss, learns, axes),
-                in_specs=(_BY_TOKEN_ID, by_row, by_row, by_row),
-                out_specs=(by_row, (_BY_TOKEN_ID, by_row) if learns else None),
-            )(matrix, hidden, targets, rows)
-        parts, gradients = found
+        local = functools.partial(_local_losses, head, chunk or default_chunk(), loss, learns)
+        where = (head.by_row, (_BY_TOKEN_ID, head.by_row) if learns else None)
+        parts, gradients = _in_shards(head, local, where, matrix, hidden, targets, rows)
         return jax.tree.map(lambda part: jnp.sum(part, axis=0), parts), gradients
 
     @jax.custom_vjp
@@ -123,9 +103,12 @@ def row_losses(
 _BY_TOKEN_ID = PartitionSpec("tensor", None)
 
 
-def _row_axes(mesh, rows: int) -> tuple[str, ...]:
-    """The mesh axes that rows are spread over."""
-    return BATCH_AXES if rows % axis_size(mesh, BATCH_AXES) == 0 else ()
+def _axes(rows: int) -> tuple[str, ...]:
+    """Of the mesh, if there is one (`jax.set_mesh`): those that rows are spread over, and "tensor"."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    return (*BATCH_AXES, "tensor") if rows % axis_size(mesh, BATCH_AXES) == 0 else ("tensor",)
 
 
 class _Head(NamedTuple):
@@ -136,6 +119,14 @@ class _Head(NamedTuple):
     temperature: float
     entropy: bool
     axes: tuple[str, ...]
+
+    @property
+    def row_axes(self) -> tuple[str, ...]:
+        return self.axes[:-1]
+
+    @property
+    def by_row(self) -> PartitionSpec:
+        return PartitionSpec(self.row_axes or None)
 
     def first_id(self, columns: int) -> jax.Array:
         """i32 []: the token id of this shard's first column."""
@@ -190,11 +181,19 @@ class _Head(NamedTuple):
         return over_rows(hidden, of_products, operand), product(of_products, narrow, operand, jnp.float32)
 
 
-def _local_logps(head, chunk, rows, matrix, hidden, targets):
-    """One shard's part. rows: the mesh axes that rows are spread over; None: no mesh at all."""
-    if rows is not None:
+def _in_shards(head: _Head, local, where, matrix: jax.Array, *rows: PyTree):
+    """`local(matrix, *rows)`, of each shard's part where there is a mesh. where: the specs of what it gives."""
+    if not head.axes:
+        return local(matrix, *rows)
+    specs = (_BY_TOKEN_ID, *(head.by_row for _ in rows))
+    return jax.shard_map(local, in_specs=specs, out_specs=where)(matrix, *rows)
+
+
+def _local_logps(head, chunk, matrix, hidden, targets):
+    """One shard's part."""
+    if head.axes:
         # Made to vary here, the matrix gets its gradient summed over these axes once, outside the loop.
-        matrix = jax.lax.pcast(matrix, rows, to="varying") if rows else matrix
+        matrix = jax.lax.pcast(matrix, head.row_axes, to="varying") if head.row_axes else matrix
         hidden, targets = (jax.lax.pcast(x, ("tensor",), to="varying") for x in (hidden, targets))
     (batch, window), width, tokens = targets.shape, hidden.shape[-1], targets.size
     chunk = tokens_at_once(batch, window, chunk)
@@ -263,14 +262,14 @@ def _chunked_backward(head, kept, gradients):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _local_losses(head, chunk, loss, learns, axes, matrix, hidden, targets, rows):
+def _local_losses(head, chunk, loss, learns, matrix, hidden, targets, rows):
     """One shard's part of `row_losses`: the loss in parts f32 [chunks] and, where it `learns`, both gradients."""
     (batch, window), width = targets.shape, hidden.shape[-1]
     together = tokens_at_once(batch, window, chunk) // window
     narrow = rounded(matrix, head.config.operand_dtype)
     first_id = head.first_id(matrix.shape[0])
-    if axes is not None:
-        narrow = jax.lax.pcast(narrow, axes, to="varying") if axes else narrow
+    if head.axes:
+        narrow = jax.lax.pcast(narrow, head.row_axes, to="varying") if head.row_axes else narrow
         hidden, targets = (jax.lax.pcast(x, ("tensor",), to="varying") for x in (hidden, targets))
 
     def one(of_matrix, part):
@@ -300,6 +299,6 @@ def _local_losses(head, chunk, loss, learns, axes, matrix, hidden, targets, rows
         return found, None
     of_matrix = of_matrix.T.astype(matrix.dtype)
     of_hidden = of_hidden.reshape(-1, window, width)[:batch].astype(hidden.dtype)
-    if axes is not None:
-        of_matrix, of_hidden = jax.lax.psum(of_matrix, axes), jax.lax.psum(of_hidden, ("tensor",))
+    if head.axes:
+        of_matrix, of_hidden = jax.lax.psum(of_matrix, head.row_axes), jax.lax.psum(of_hidden, ("tensor",))
     return found, (of_matrix, of_hidden)
