@@ -44,7 +44,7 @@ _RANK = flags.DEFINE_integer("rank", 0, "Of LoRA adapters; 0: all weights are tr
 _REMAT = flags.DEFINE_enum("remat", "none", REMAT_POLICIES, "What a layer keeps for its backward pass.")
 _ATTENTION = flags.DEFINE_enum("attention", "auto", ATTENTION_SETTINGS, "Backend.")
 _EOS = flags.DEFINE_bool(
-    "eos", False, "sample: replies that end, 37 tokens in the mean, and what waiting for them costs."
+    "eos", False, "sample, ppo: replies end after 37 tokens in the mean; sample also tells what waiting for them costs."
 )
 _DTYPE = flags.DEFINE_enum("dtype", "f32", [*DTYPES], "Of computation.")
 _KERNELS = flags.DEFINE_bool("kernels", False, "On a GPU: also trace one unit, and tell its longest kernels.")
@@ -72,11 +72,12 @@ def main(argv) -> None:
         attention=_ATTENTION.value,
         remat=_REMAT.value,
         rank=_RANK.value,
+        ending=_EOS.value,
     )
-    if _EOS.value and what != "sample":
-        raise app.UsageError(f"--eos is of --what=sample, not of {what}")
+    if _EOS.value and what not in ("sample", "ppo"):
+        raise app.UsageError(f"--eos is of --what=sample and ppo, not of {what}")
     try:
-        result = run(what, case, _RUNS.value, _DEVICES.value, _KERNELS.value, _EOS.value)
+        result = run(what, case, _RUNS.value, _DEVICES.value, _KERNELS.value)
     except InputError as error:
         sys.exit(f"error: {error}")
     line = f"{what} {case.shape} {case.dtype} prompt {case.prompt} response {case.response}: "
@@ -95,13 +96,13 @@ def _pipeline(given: list[str]) -> None:
         Path(_JSON.value).write_text(json.dumps(result | {"jax": jax.__version__}, indent=1))
 
 
-def run(what: str, case: Case, runs: int, devices: int = 1, traced: bool = False, eos: bool = False) -> dict[str, Any]:
+def run(what: str, case: Case, runs: int, devices: int = 1, traced: bool = False) -> dict[str, Any]:
     if devices > 1:
         jax.config.update("jax_num_cpu_devices", devices)
         processes.spare_threads(devices)
     mesh = sharding.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):
-        if eos:
+        if what == "sample" and case.ending:
             return replies.run(case, mesh, runs)
         if what in PATHS:
             return PATHS[what](case, mesh, runs)

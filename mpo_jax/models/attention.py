@@ -158,10 +158,13 @@ def attend_rows(
 def _attend(scale: float, softcap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array):
     """Attention whose mask is causal or less: q [B,K,G,T,D], k and v [B,K,T,D], mask bool [B,T,T] -> [B,K,G,T,D].
 
-    A block of queries meets the keys up to its end alone, and the backward pass computes the weights again, as
-    [keys, queries], so that its products need no transpose of them; what is kept is linear in T. Nothing is kept that
-    the forward pass alone would not write, such as the normalisers: XLA would order its sums in another way, and a
-    policy's log-probs under a gradient would no longer be those of its frozen copy.
+    A block of queries meets the keys up to its end alone, and the backward pass computes the weights again: what is
+    kept is linear in T. Nothing is kept that the forward pass alone would not write, such as the normalisers: XLA would
+    order its sums in another way, and a policy's log-probs under a gradient would no longer be those of its frozen
+    copy.
+
+    On a CPU, XLA computes products of many small matrices on one core, unless it can fuse them with a sum or a maximum
+    over their last axis, and it fuses no selection: so masks are added, and all arrays have four axes.
     """
     return _attend_forward(scale, softcap, q, k, v, mask)[0]
 
@@ -169,48 +172,54 @@ def _attend(scale: float, softcap: float | None, q: jax.Array, k: jax.Array, v: 
 def _attend_forward(scale, softcap, q, k, v, mask):
     outs = []
     for begin, end in _blocks(q.shape[3]):
-        seen = mask[:, None, None, begin:end, :end]
-        logits = jnp.einsum("bkgtd,bksd->bkgts", q[:, :, :, begin:end], k[:, :, :end], preferred_element_type=_F32)
-        logits = jnp.where(seen, _capped(logits * scale, softcap), _MASKED)
-        top = jnp.max(logits, axis=-1, keepdims=True)
-        weights = jnp.exp(logits - top)
+        queries, bias = _queries(q, begin, end), _bias(mask, q.shape[2], begin, end)
+        logits = _capped(_einsum("bkqd,bksd->bkqs", queries, k[:, :, :end]) * scale, softcap) + bias
+        weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = jnp.einsum("bkgts,bksd->bkgtd", rounded(weights, v.dtype), v[:, :, :end], preferred_element_type=_F32)
+        out = _einsum("bkqs,bksd->bkqd", rounded(weights, v.dtype), v[:, :, :end])
         outs.append(rounded(out / total, q.dtype))
-    out = jnp.concatenate(outs, axis=3)
-    return out, (q, k, v, mask, out)
+    return _joined(outs, q.shape), (q, k, v, mask)
 
 
 def _attend_backward(scale, softcap, kept, of_out):
-    """Letters of products: b rows, k key-value heads, g queries to one of them, t queries, s keys, d dimensions."""
-    q, k, v, mask, out = kept
-    mean = jnp.sum((of_out * out).astype(_F32), axis=-1)  # of a query's weight gradients, under its weights
-    across, seen = k.swapaxes(2, 3), mask.swapaxes(1, 2)
-    of_q_blocks, of_k, of_v = [], jnp.zeros(k.shape, _F32), jnp.zeros(v.shape, _F32)
+    q, k, v, mask = kept
+    of_q, of_k, of_v = [], jnp.zeros(k.shape, _F32), jnp.zeros(v.shape, _F32)
     for begin, end in _blocks(q.shape[3]):
-        queries, cotangent = q[:, :, :, begin:end], of_out[:, :, :, begin:end]
-
-        def of_queries(x, begin=begin, end=end):
-            return x[:, :, None, :, begin:end]
-
+        queries, cotangent = _queries(q, begin, end), _queries(of_out, begin, end)
         with jax.named_scope(RECOMPUTED):
-            products = jnp.einsum("bksd,bkgtd->bksgt", k[:, :, :end], queries, preferred_element_type=_F32)
-        logits = products * scale
-        capped = _capped(logits, softcap)
-        weights = jax.nn.softmax(jnp.where(seen[:, None, :end, None, begin:end], capped, _MASKED), axis=2)
-        of_weights = jnp.einsum("bksd,bkgtd->bksgt", v[:, :, :end], cotangent, preferred_element_type=_F32)
-        of_logits = weights * (of_weights - of_queries(mean)) * scale
+            products = _einsum("bkqd,bksd->bkqs", queries, k[:, :, :end])
+        capped = _capped(products * scale, softcap)
+        weights = jax.nn.softmax(capped + _bias(mask, q.shape[2], begin, end), axis=-1)
+        of_weights = _einsum("bkqd,bksd->bkqs", cotangent, v[:, :, :end])
+        of_logits = weights * (of_weights - jnp.sum(weights * of_weights, axis=-1, keepdims=True)) * scale
         if softcap is not None:
             of_logits *= 1 - (capped / softcap) ** 2
         of_logits, weights = of_logits.astype(k.dtype), weights.astype(v.dtype)
-        of_q_blocks.append(einsum_in_float32("bkds,bksgt->bkdgt", across[..., :end], of_logits))
-        of_k = of_k.at[:, :, :end].add(jnp.einsum("bksgt,bkgtd->bksd", of_logits, queries, preferred_element_type=_F32))
-        of_v = of_v.at[:, :, :end].add(jnp.einsum("bksgt,bkgtd->bksd", weights, cotangent, preferred_element_type=_F32))
-    of_q = jnp.concatenate(of_q_blocks, axis=4).transpose(0, 1, 3, 4, 2)
-    return of_q.astype(q.dtype), of_k.astype(k.dtype), of_v.astype(v.dtype), None
+        of_q.append(_einsum("bkqs,bksd->bkqd", of_logits, k[:, :, :end]))
+        of_k = of_k.at[:, :, :end].add(einsum_in_float32("bkqs,bkqd->bksd", of_logits, queries))
+        of_v = of_v.at[:, :, :end].add(einsum_in_float32("bkqs,bkqd->bksd", weights, cotangent))
+    return _joined(of_q, q.shape).astype(q.dtype), of_k.astype(k.dtype), of_v.astype(v.dtype), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+_einsum = functools.partial(jnp.einsum, preferred_element_type=_F32)
+
+
+def _queries(x: jax.Array, begin: int, end: int) -> jax.Array:
+    """A block of [B,K,G,T,D], as [B,K,G*t,D]."""
+    return x[:, :, :, begin:end].reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _joined(blocks: list[jax.Array], shape: tuple[int, ...]) -> jax.Array:
+    """The reverse: the blocks of an array of this shape."""
+    return jnp.concatenate([block.reshape(*shape[:3], -1, shape[4]) for block in blocks], axis=3)
+
+
+def _bias(mask: jax.Array, groups: int, begin: int, end: int) -> jax.Array:
+    """What a block's logits get: f32 [B,1,G*t,end], 0 where a query sees a key; elsewhere so far below 0 that nothing
+    of the logit is left."""
+    return jnp.where(jnp.tile(mask[:, None, begin:end, :end], (1, 1, groups, 1)), jnp.float32(0), _MASKED)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:

@@ -38,6 +38,7 @@ SHAPES = {  # hidden, layers, heads, feed-forward; llama2.c's stories15M and sto
 }
 KV_HEADS, VOCABULARIES = {"1B": 8}, {"1B": 128_256}  # where they aren't the heads and VOCABULARY
 VOCABULARY = 32_000
+MEAN_REPLY = 37  # tokens, HH's; lengths are nearly geometric
 PAIRS, SAMPLER_ROWS, PPO_ROWS, PPO_EPOCHS = 16, 32, 16, 4
 DTYPES = {"f32": "float32", "mixed": "mixed", "auto": "auto"}
 
@@ -45,7 +46,7 @@ DTYPES = {"f32": "float32", "mixed": "mixed", "auto": "auto"}
 @dataclasses.dataclass(frozen=True)
 class Case:
     """What is measured. rows: pairs or prompts of a step; samples: replies to a prompt (the sampler alone); rank: of
-    LoRA adapters, 0 trains all weights."""
+    LoRA adapters, 0 trains all weights; ending: replies end after MEAN_REPLY tokens in the mean."""
 
     shape: str = "S"
     dtype: str = "f32"
@@ -57,6 +58,16 @@ class Case:
     attention: str = "auto"
     remat: str = "none"
     rank: int = 0
+    ending: bool = False
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """A random model says all tokens with nearly equal chances: with one of MEAN_REPLY a stop token, replies have
+        HH's lengths."""
+        if not self.ending:
+            return ()
+        vocabulary = VOCABULARIES.get(self.shape, VOCABULARY)
+        stops = np.random.default_rng(1).choice(np.arange(3, vocabulary), vocabulary // MEAN_REPLY, replace=False)
+        return tuple(stops.tolist())
 
     def model(self, mesh) -> ModelConfig:
         width, layers, heads, mlp = SHAPES[self.shape]
@@ -223,7 +234,7 @@ def _job(case: Case, mesh, kind: str, rows: int, inputs: tuple[str, ...] = (), *
     model = Model(path="random", dtype=DTYPES[case.dtype], remat=case.remat, attention=case.attention, lora=adapters)
     data = Data(path="random", max_response=case.response, max_length=case.prompt + 2 * case.response)
     nowhere = epath.Path(".")
-    preset = Preset(case.model(mesh), stop_ids=())
+    preset = Preset(case.model(mesh), case.stop_ids())
     run = Run(model=model, data=data, stages={kind: settings})
     return Job(kind, settings, run, nowhere, nowhere, dict.fromkeys(inputs), mesh, preset)  # the caller makes weights
 

@@ -2,8 +2,7 @@
 
 waiting: a batch decodes to the end of its longest reply, as samplers do that know no better. fewer: what is left of a
 batch goes on in ever fewer rows, as a rollout's does. in_turn: waiting prompts take the places of rows that are done,
-as stages sample. A random model says all tokens with nearly equal chances: with one token of 37 a stop token, replies
-have HH's mean length.
+as stages sample.
 """
 
 import dataclasses
@@ -23,18 +22,16 @@ from mpo_jax.models import decoder
 from mpo_jax.sampling import SamplingConfig
 from mpo_jax.stages import candidates
 from mpo_jax.types import Batch
-from run_scripts.benchmarks.programs import SAMPLER_ROWS, VOCABULARIES, VOCABULARY, Case, frozen, random_rows
+from run_scripts.benchmarks.programs import SAMPLER_ROWS, Case, frozen, random_rows
 
-PROMPTS, MEAN = 256, 37
+PROMPTS = 256
 
 
 def run(case: Case, mesh, runs: int, warm: int = 1) -> dict[str, Any]:
     """Medians over `runs` of each way. best: seconds in turn. ratio, ratio_cpu: waiting over the other ways, wall and
     processor time. decoded: rows times steps, beside those that the replies need."""
     model, rows = case.model(mesh), case.rows or SAMPLER_ROWS
-    vocabulary = VOCABULARIES.get(case.shape, VOCABULARY)
-    stops = np.random.default_rng(1).choice(np.arange(3, vocabulary), vocabulary // MEAN, replace=False)
-    settings = SamplingConfig(max_new_tokens=case.response, n=case.samples, stop_ids=tuple(stops.tolist()))
+    settings = SamplingConfig(max_new_tokens=case.response, n=case.samples, stop_ids=case.stop_ids())
     count = max(PROMPTS // rows, 1) * rows
     encoded = random_rows(dataclasses.replace(case, rows=count), count, 0)
     several, one = (Loader(encoded, size, form="slots", mesh=mesh, shuffle=False) for size in (count, rows))

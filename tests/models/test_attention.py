@@ -1,6 +1,8 @@
 """Row attention with its own derivative, against `jax.nn.dot_product_attention` and plain autodiff of the formula."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +100,27 @@ def test_the_backward_pass_keeps_nothing_that_grows_with_the_square_of_the_lengt
         kept = [x for x in jax.tree.leaves(pull) if x.dtype != bool]
         sizes.append(sum(x.size for x in kept))
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.01)
+
+
+def test_on_a_cpu_the_forward_pass_writes_no_logits():
+    """XLA fuses a block's two products with the softmax between them, which it then spreads over the cores, as long as
+    nothing between them is a selection or has other axes. docs/benchmarks.md says what that gains."""
+    rows, heads, groups, length, width = 16, 3, 2, 192, 32
+    queries = jax.ShapeDtypeStruct((rows, length, heads * groups, width), jnp.float32)
+    keys = jax.ShapeDtypeStruct((rows, length, heads, width), jnp.float32)
+    positions = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    config = dataclasses.replace(CONFIG, heads=heads * groups, kv_heads=heads, head_dim=width)
+
+    def attend(q, k, v, positions, segments):
+        masked = attention.row_masks(config, positions, segments)
+        context = attention.RowContext(None, None, positions, segments, masked)
+        return attention.attend_rows(config, q, k, v, jnp.int32(0), context)
+
+    text = jax.jit(attend).lower(queries, keys, keys, positions, positions).compile().as_text()
+    _, written = text.split("\nENTRY ")
+    sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"= f32\[([\d,]+)\]", written)]
+    assert queries.size in sizes
+    assert max(sizes) < rows * heads * groups * 64 * length  # a block's logits
 
 
 # Which backend -------------------------------------------------------------------------------------------------------
