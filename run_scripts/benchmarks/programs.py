@@ -60,13 +60,17 @@ class Case:
     rank: int = 0
     ending: bool = False
 
+    @property
+    def vocabulary(self) -> int:
+        return VOCABULARIES.get(self.shape, VOCABULARY)
+
     def stop_ids(self) -> tuple[int, ...]:
         """A random model says all tokens with nearly equal chances: with one of MEAN_REPLY a stop token, replies have
         HH's lengths."""
         if not self.ending:
             return ()
-        vocabulary = VOCABULARIES.get(self.shape, VOCABULARY)
-        stops = np.random.default_rng(1).choice(np.arange(3, vocabulary), vocabulary // MEAN_REPLY, replace=False)
+        among = np.arange(3, self.vocabulary)
+        stops = np.random.default_rng(1).choice(among, self.vocabulary // MEAN_REPLY, replace=False)
         return tuple(stops.tolist())
 
     def model(self, mesh) -> ModelConfig:
@@ -74,7 +78,7 @@ class Case:
         device = mesh.devices.flat[0]
         model = ModelConfig(
             family="llama",
-            vocab_size=VOCABULARIES.get(self.shape, VOCABULARY),
+            vocab_size=self.vocabulary,
             layers=self.layers or layers,
             width=width,
             heads=heads,
