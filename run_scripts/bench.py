@@ -40,6 +40,9 @@ _SAMPLES = flags.DEFINE_integer("samples", 1, "Replies to a prompt.", lower_boun
 _LAYERS = flags.DEFINE_integer("layers", 0, "Layers; 0: the shape's own.", lower_bound=0)
 _DEVICES = flags.DEFINE_integer("devices", 1, "Virtual CPU devices, over which rows are spread.", lower_bound=1)
 _ROWS = flags.DEFINE_integer("rows", 0, "Pairs or prompts of a step; 0: the work's own.", lower_bound=0)
+_MICROBATCH = flags.DEFINE_integer(
+    "microbatch", 0, "dpo, reward, ppo: rows that are computed at a time; 0: all of them.", lower_bound=0
+)
 _RANK = flags.DEFINE_integer("rank", 0, "Of LoRA adapters; 0: all weights are trained.", lower_bound=0)
 _REMAT = flags.DEFINE_enum("remat", "none", REMAT_POLICIES, "What a layer keeps for its backward pass.")
 _ATTENTION = flags.DEFINE_enum("attention", "auto", ATTENTION_SETTINGS, "Backend.")
@@ -73,9 +76,12 @@ def main(argv) -> None:
         remat=_REMAT.value,
         rank=_RANK.value,
         ending=_EOS.value,
+        microbatch=_MICROBATCH.value,
     )
     if _EOS.value and what not in ("sample", "ppo"):
         raise app.UsageError(f"--eos is of --what=sample and ppo, not of {what}")
+    if _MICROBATCH.value and what not in ("dpo", "reward", "ppo"):
+        raise app.UsageError(f"--microbatch is of --what=dpo, reward and ppo, not of {what}")
     try:
         result = run(what, case, _RUNS.value, _DEVICES.value, _KERNELS.value)
     except InputError as error:

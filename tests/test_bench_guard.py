@@ -89,11 +89,20 @@ def test_a_dpo_step_holds_a_chunk_of_logits_and_no_more(dpo):
     assert grown < 6 * chunk
 
 
-@pytest.mark.parametrize("what", ["dpo", "reward", "sample"])
-def test_no_compile_after_warm_up(what):
+@pytest.mark.parametrize(
+    ("what", "given"),
+    [
+        ("dpo", {}),
+        ("reward", {}),
+        ("sample", {}),
+        ("ppo", {"rows": 4, "response": 64, "ending": True, "microbatch": 2}),
+    ],
+    ids=["dpo", "reward", "sample", "ppo of unlike lengths"],
+)
+def test_no_compile_after_warm_up(what, given):
     mesh = one_device()
     with jax.set_mesh(mesh):
-        work = programs.STEPS[what](Case("XS", rows=2, prompt=8, response=8), mesh)
+        work = programs.STEPS[what](Case("XS", **({"rows": 2, "prompt": 8, "response": 8} | given)), mesh)
         metrics.compiles()
         for _ in range(2):
             work.once()
@@ -101,3 +110,6 @@ def test_no_compile_after_warm_up(what):
         for _ in range(3):
             work.once()
         assert metrics.compiles() == before
+        if given:
+            reply, ended = (float(work.carry[1][name]) for name in ("response_len", "finished"))
+            assert 5 < reply < 64 and ended > 0, "replies that end where a stop token is drawn, which one in 37 is"

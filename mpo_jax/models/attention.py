@@ -150,13 +150,17 @@ def attend_rows(
         return flash.cudnn(config, q, k, v, mask)
     rows, length, heads, dim = q.shape
     by_head = q.reshape(rows, length, config.kv_heads, heads // config.kv_heads, dim).transpose(0, 2, 3, 1, 4)
-    out = _attend(config.scale, config.attention_softcap, by_head, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+    whole = context.slots is not None
+    out = _attend(config.scale, config.attention_softcap, whole, by_head, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(scale: float, softcap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(scale: float, softcap: float | None, whole: bool, q, k, v, mask: jax.Array) -> jax.Array:
     """Attention whose mask is causal or less: q [B,K,G,T,D], k and v [B,K,T,D], mask bool [B,T,T] -> [B,K,G,T,D].
+
+    whole: the last block, too, has a multiple of `_LANES` columns in the forward pass. XLA orders the sums of a smaller
+    one in another way; so a row that is cut behind its last token keeps its bits.
 
     A block of queries meets the keys up to its end alone, and the backward pass computes the weights again: what is
     kept is linear in T. Nothing is kept that the forward pass alone would not write, such as the normalisers: XLA would
@@ -166,11 +170,15 @@ def _attend(scale: float, softcap: float | None, q: jax.Array, k: jax.Array, v: 
     On a CPU, XLA computes products of many small matrices on one core, unless it can fuse them with a sum or a maximum
     over their last axis, and it fuses no selection: so masks are added, and all arrays have four axes.
     """
-    return _attend_forward(scale, softcap, q, k, v, mask)[0]
+    return _attend_forward(scale, softcap, whole, q, k, v, mask)[0]
 
 
-def _attend_forward(scale, softcap, q, k, v, mask):
-    outs = []
+def _attend_forward(scale, softcap, whole, q, k, v, mask):
+    kept, length, outs = (q, k, v, mask), q.shape[3], []
+    if whole:
+        more = (0, -length % _LANES)
+        q, k, v = (jnp.pad(x, (*((0, 0),) * (x.ndim - 2), more, (0, 0))) for x in (q, k, v))
+        mask = jnp.pad(mask, ((0, 0), more, more))
     for begin, end in _blocks(q.shape[3]):
         queries, bias = _queries(q, begin, end), _bias(mask, q.shape[2], begin, end)
         logits = _capped(_einsum("bkqd,bksd->bkqs", queries, k[:, :, :end]) * scale, softcap) + bias
@@ -178,10 +186,10 @@ def _attend_forward(scale, softcap, q, k, v, mask):
         total = jnp.sum(weights, axis=-1, keepdims=True)
         out = _einsum("bkqs,bksd->bkqd", rounded(weights, v.dtype), v[:, :, :end])
         outs.append(rounded(out / total, q.dtype))
-    return _joined(outs, q.shape), (q, k, v, mask)
+    return _joined(outs, q.shape)[:, :, :, :length], kept
 
 
-def _attend_backward(scale, softcap, kept, of_out):
+def _attend_backward(scale, softcap, whole, kept, of_out):
     q, k, v, mask = kept
     of_q, of_k, of_v = [], jnp.zeros(k.shape, _F32), jnp.zeros(v.shape, _F32)
     for begin, end in _blocks(q.shape[3]):

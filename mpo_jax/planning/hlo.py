@@ -108,11 +108,18 @@ class Module:
                 if branches
                 else " ".join(re.findall(r"(?:true|false)_computation=%[\w.\-]+", instruction.rest))
             )
-            for name in _NAME.findall(text):
-                yield name, 1
+            yield max(_NAME.findall(text), key=self._size), 1
         elif instruction.opcode in ("call", "async-start"):
             for name in _CALLED.findall(instruction.rest):
                 yield name, 1
+
+    def _size(self, name: str) -> int:
+        """Bytes of all that a computation and those that it calls write: which branch of a conditional counts."""
+        total = 0
+        for instruction in self.computations[name].values():
+            total += instruction.bytes
+            total += sum(times * self._size(called) for called, times in self._called(name, instruction))
+        return total
 
     def trips(self, caller: str, loop: Instruction) -> int:
         """Iterations of a while loop in the computation `caller`: what its text tells, or what `parse` was told."""

@@ -84,7 +84,9 @@ def train_step(
 
     def step(state: TrainState, frozen: PyTree, batch: Batch):
         key = jax.random.fold_in(state.key, state.step)
-        grads, total, weight, sums = accumulate(loss, state.params, frozen | state.extra, batch, key, microbatches)
+        grads, total, weight, sums = accumulate(
+            gradient(loss), state.params, frozen | state.extra, batch, key, microbatches
+        )
         grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-8), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -98,16 +100,27 @@ def train_step(
     return step
 
 
-def accumulate(loss: Callable, params, frozen, batch: PyTree, key, microbatches: int):
-    """Gradient, loss, weight and metrics, each a sum over the batch's microbatches."""
+Gradient = Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[PyTree, jax.Array, jax.Array, Metrics]]
+"""(params, frozen, batch, key) -> (gradient, loss, weight, metrics), each a sum over the batch's rows."""
 
-    def one(part, index):
+
+def gradient(loss: Loss) -> Gradient:
+    def of_batch(params: PyTree, frozen: PyTree, batch: PyTree, key: jax.Array):
         def scalar(params):
-            total, weight, sums = loss(params, frozen, part, jax.random.fold_in(key, index))
+            total, weight, sums = loss(params, frozen, batch, key)
             return total, (weight, sums)
 
         (total, (weight, sums)), grads = jax.value_and_grad(scalar, has_aux=True)(params)
         return grads, total, weight, sums
+
+    return of_batch
+
+
+def accumulate(gradient: Gradient, params, frozen, batch: PyTree, key, microbatches: int):
+    """`gradient` of a whole batch, summed over its microbatches."""
+
+    def one(part, index):
+        return gradient(params, frozen, part, jax.random.fold_in(key, index))
 
     if microbatches == 1:
         return one(batch, 0)

@@ -23,6 +23,7 @@ from mpo_jax.models.presets import Preset
 from mpo_jax.planning import arithmetic
 from mpo_jax.run import Data, Lora, Model, Run
 from mpo_jax.sampling import SamplingConfig
+from mpo_jax.settings import parse
 from mpo_jax.stages import candidates, dpo, gradients, kinds, reward
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Job
@@ -45,8 +46,9 @@ DTYPES = {"f32": "float32", "mixed": "mixed", "auto": "auto"}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is measured. rows: pairs or prompts of a step; samples: replies to a prompt (the sampler alone); rank: of
-    LoRA adapters, 0 trains all weights; ending: replies end after MEAN_REPLY tokens in the mean."""
+    """What is measured. rows: pairs or prompts of a step, of which a train step computes `microbatch` at a time (0: all
+    of them); samples: replies to a prompt (the sampler alone); rank: of LoRA adapters, 0 trains all weights; ending:
+    replies end after MEAN_REPLY tokens in the mean."""
 
     shape: str = "S"
     dtype: str = "f32"
@@ -59,6 +61,7 @@ class Case:
     remat: str = "none"
     rank: int = 0
     ending: bool = False
+    microbatch: int = 0
 
     @property
     def vocabulary(self) -> int:
@@ -134,7 +137,7 @@ def dpo_step(case: Case, mesh, reference_seed: int = 1) -> Work:
         return step(state, base, with_reference)
 
     programs = {"reference": (score, (reference, batch)), "step": (step, (state, base, batch))}
-    planned = _planned(model, state, batch, [state, base, batch, reference], mesh)
+    planned = _planned(model, state, batch, [state, base, batch, reference], mesh, case.microbatch)
     return Work((state, None), run, 2 * rows * (case.prompt + case.response), _abstract(programs), planned)
 
 
@@ -151,7 +154,7 @@ def reward_step(case: Case, mesh) -> Work:
         return step(carry[0], base, batch)
 
     programs = {"step": (step, (state, base, batch))}
-    planned = _planned(model, state, batch, [state, base, batch], mesh)
+    planned = _planned(model, state, batch, [state, base, batch], mesh, case.microbatch)
     return Work((state, None), run, 2 * rows * (case.prompt + case.response), _abstract(programs), planned)
 
 
@@ -233,7 +236,8 @@ def random_weights(model: ModelConfig, mesh, seed: int, head: bool = False, dtyp
 
 def _job(case: Case, mesh, kind: str, rows: int, inputs: tuple[str, ...] = (), **given) -> Job:
     """A stage of `rows` rows on a base model that is known by its numbers alone. inputs: roles that are filled."""
-    settings = kinds.KINDS[kind].settings(kind=kind, batch_size=rows, steps=1000, **given)
+    given |= {"kind": kind, "batch_size": rows, "microbatch": case.microbatch, "steps": 1000}
+    settings = parse(kinds.KINDS[kind].settings, given)
     adapters = Lora(rank=case.rank, alpha=2.0 * case.rank) if case.rank else Lora()
     model = Model(path="random", dtype=DTYPES[case.dtype], remat=case.remat, attention=case.attention, lora=adapters)
     data = Data(path="random", max_response=case.response, max_length=case.prompt + 2 * case.response)
@@ -249,10 +253,12 @@ def _state(job: Job, params: PyTree):
     return gradients.init_state(optimizer, params, jax.random.key(0), job.mesh)
 
 
-def _planned(model: ModelConfig, state, batch, held, mesh) -> int:
+def _planned(model: ModelConfig, state, batch, held, mesh, microbatch: int) -> int:
     """Bytes of a train step by the plan's arithmetic: what lies in memory, each array once, and the temporaries."""
     rows, length = batch.tokens.shape
-    extent = Extent(model, "train", rows, length, batch.window, trained=device_bytes(state.params))
+    part = microbatch or rows
+    trained = device_bytes(state.params)
+    extent = Extent(model, "train", part, length, batch.window, trained=trained, repeats=rows // part)
     arrays = {id(leaf): leaf for leaf in jax.tree.leaves(held)}
     return device_bytes(list(arrays.values())) + arithmetic.temporaries(extent, mesh)
 

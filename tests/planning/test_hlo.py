@@ -71,6 +71,33 @@ def test_a_fusion_that_slices_reads_its_slice():
     assert hlo.parse(TEXT).bytes_moved() == 4 * once
 
 
+CONDITIONAL = """HloModule f
+
+%short (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4] parameter(0)
+  ROOT %small = f32[8,4] all-reduce(%x), channel_id=1, to_apply=%add
+}
+
+%long (y: f32[8,4]) -> f32[8,4] {
+  %y = f32[8,4] parameter(0)
+  %wide = f32[8,16] all-gather(%y), channel_id=2, dimensions={1}
+  ROOT %cut = f32[8,4] slice(%wide), slice={[0:8], [0:4]}
+}
+
+ENTRY %main (which: s32[], z: f32[8,4]) -> f32[8,4] {
+  %which = s32[] parameter(0)
+  %z = f32[8,4] parameter(1)
+  ROOT %out = f32[8,4] conditional(%which, %z, %z, %z), branch_computations={%short, %long, %short}
+}
+"""
+
+
+def test_of_a_conditional_the_largest_branch_counts():
+    module = hlo.parse(CONDITIONAL)
+    assert module.runs == {"main": 1, "long": 1}
+    assert [(each.kind, each.times) for each in module.collectives()] == [("all-gather", 1)]
+
+
 ASYNCHRONOUS = """HloModule f
 
 ENTRY %main (w: bf16[8,512]) -> bf16[2,512] {

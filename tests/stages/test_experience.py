@@ -12,7 +12,8 @@ from mpo_jax.models import decoder, lora
 from mpo_jax.models.config import LoraConfig, ModelConfig
 from mpo_jax.stages.ppo import experience
 from mpo_jax.stages.ppo.settings import Rules
-from mpo_jax.types import Batch, Rollout
+from mpo_jax.types import Rollout
+from tests.stages import made_rollout
 
 FULL = ModelConfig("llama", 100, 1, 16, 4, 2, 4, 32, 64)
 ADAPTED = dataclasses.replace(FULL, lora=LoraConfig(2, 4.0, ("q", "o", "down")))
@@ -22,26 +23,7 @@ LENS = np.array([[5, 3], [1, 5], [4, 2], [0, 0]])
 
 def made_up() -> Rollout:
     """Prompts of 3 to 6 tokens and responses of LENS; the last row is a filler."""
-    random = np.random.default_rng(0)
-    prompt = np.arange(P)[None] >= np.array([0, 3, 1, P])[:, None]
-    real = np.arange(R)[None, None] < LENS[:, :, None]
-    segments = np.concatenate([prompt, (real * np.array([2, 3])[None, :, None]).reshape(B, N * R)], axis=1)
-    lens = prompt.sum(axis=1)
-    places = np.concatenate(
-        [np.cumsum(prompt, axis=1) - 1, np.broadcast_to(lens[:, None, None] + np.arange(R), (B, N, R)).reshape(B, -1)],
-        axis=1,
-    )
-    ids = np.arange(B, dtype=np.int32)
-    batch = Batch(
-        tokens=np.where(segments > 0, random.integers(1, 100, segments.shape), 0).astype(np.int32),
-        positions=np.where(segments > 0, places, 0).astype(np.int32),
-        segments=segments.astype(np.int32),
-        id=ids,
-        prompt_id=ids,
-        weight=np.array([1, 1, 1, 0], np.float32),
-        window=N * R,
-    )
-    return jax.tree.map(jnp.asarray, Rollout(batch, np.zeros((B, N, R), np.float32), LENS < R))
+    return made_rollout.rollout(np.array([0, 3, 1, P]), LENS, P, R)
 
 
 def noise(tree, seed, size=0.3):

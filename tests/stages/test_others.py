@@ -59,7 +59,7 @@ def test_a_rollout_is_scored_where_transformers_scores_its_text(tmp_path, storie
         assert list(scores.of_tokens(job, "scorer")) == [f"hf:{folder}"]
         with others.opened(job, "scorer", tokenizer, stage.programs(job)) as ask:
             found = others.on_host(ask(how)({}, rollout))[real]
-    np.testing.assert_allclose(found.ravel(), reward_models.judged(folder, ids), atol=1e-5)
+    np.testing.assert_allclose(found.ravel(), reward_models.judged(folder, ids), atol=3e-5)
     whole = reward_models.judged(reward_models.export(job, tmp_path / "whole"), ids)
     assert abs(found[0, 0] - whole[0]) > 1e-3, "its last token is not what is scored"
 

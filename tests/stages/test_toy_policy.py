@@ -75,7 +75,7 @@ def training(algorithm: str, updates: int, target_kl: float = 0.0, bad: int = -1
     names = ("policy", "value") if algorithm == "ppo" else ("policy",)
     rate = optim.schedule("linear", 1e-2, 0, updates * settings.inner_epochs, 0.1)
     optimizer = optim.by_label({name: optim.make_optimizer(rate, clip_norm=1.0) for name in names})
-    update = make_update(settings, MODEL, optimizer)
+    update = make_update(settings, MODEL, optimizer, narrows=False)
     table = jnp.asarray(SCORES)
 
     @jax.jit

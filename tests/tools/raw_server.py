@@ -30,6 +30,7 @@ class RawServer:
 
     def __exit__(self, *_):
         self.ended.set()
+        self._listener.shutdown(socket.SHUT_RDWR)  # closing alone leaves the other thread in accept
         self._listener.close()
         for connection in self._open:
             connection.close()

@@ -45,11 +45,14 @@ def slots_of(rollout: Rollout) -> Slots:
     return Slots(rollout.batch.tokens.shape[1] - responses * length, responses, length)
 
 
+def response_segments(rollout: Rollout) -> jax.Array:
+    """i32 [B,N,R]: 0 behind a response's end."""
+    return _response_columns(rollout.batch.segments, rollout)
+
+
 def response_mask(rollout: Rollout) -> jax.Array:
     """bool [B,N,R]: real response tokens of rows of positive weight."""
-    rows, responses, length = rollout.logps.shape
-    segments = rollout.batch.segments[:, -responses * length :].reshape(rows, responses, length)
-    return (segments > 0) & (rollout.batch.weight > 0)[:, None, None]
+    return (response_segments(rollout) > 0) & (rollout.batch.weight > 0)[:, None, None]
 
 
 def policy_view(
@@ -100,9 +103,8 @@ def score(model: ModelConfig, frozen: PyTree, rollout: Rollout) -> jax.Array:
 
 def without_end(rollout: Rollout, token: int) -> Rollout:
     """Replies without the tokens of this id that they end with, so that `score` reads each at the token before them."""
-    rows, responses, length = rollout.logps.shape
-    window = responses * length
-    segments = rollout.batch.segments[:, -window:].reshape(rows, responses, length)
+    segments = response_segments(rollout)
+    rows, window = len(segments), segments[0].size
     said = (segments > 0) & (_response_tokens(rollout) != token)
     kept = jax.lax.cummax(said.astype(jnp.int32), axis=2, reverse=True) > 0
     trimmed = jnp.where(kept, segments, 0).reshape(rows, window)
@@ -257,8 +259,12 @@ def _metrics(rollout: Rollout, view: PolicyView, reference, raw, advantages, tar
 
 
 def _response_tokens(rollout: Rollout) -> jax.Array:
-    rows, responses, length = rollout.logps.shape
-    return rollout.batch.tokens[:, -responses * length :].reshape(rows, responses, length)
+    return _response_columns(rollout.batch.tokens, rollout)
+
+
+def _response_columns(x: jax.Array, rollout: Rollout) -> jax.Array:
+    """[B,P+N*R] -> [B,N,R]"""
+    return x[:, slots_of(rollout).prompt :].reshape(rollout.logps.shape)
 
 
 def _mean(pair: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -62,7 +62,9 @@ class Second:
     def gradient(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, microbatches: int):
         """coefficient * the policy's gradient of the mean loss, and that mean."""
         own = {"policy": params["policy"]}
-        grads, total, weight, _ = gradients.accumulate(self.loss, own, frozen, batch, key, microbatches)
+        grads, total, weight, _ = gradients.accumulate(
+            gradients.gradient(self.loss), own, frozen, batch, key, microbatches
+        )
         weight = jnp.maximum(weight, 1e-8)
         return jax.tree.map(lambda g: self.coefficient * g / weight, grads["policy"]), total / weight
 

@@ -66,6 +66,13 @@ class Settings(PolicyTraining, Rules, Replay):
         "", "a scorer whose scores are logged at evaluations and never learned from; empty: none"
     )
     batch_size: Count = changed(Training, "batch_size", 16, "prompts of a step, over all devices together")
+    microbatch: Whole = changed(
+        Training,
+        "microbatch",
+        0,
+        "prompts whose gradients are computed at a time, and then accumulated; 0: all of them at once. On one device "
+        "they are prompts with replies of like length, and are computed only as wide as the longest of these",
+    )
     samples: Count = setting(1, "replies that are sampled to each prompt", unit="replies")
     max_new_tokens: Count = setting(64, "longest reply, including its stop token", unit="tokens")
     inner_epochs: Count = setting(4, "number of passes over each rollout")

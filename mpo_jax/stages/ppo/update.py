@@ -18,6 +18,7 @@ from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.ppo import experience as experiences
+from mpo_jax.stages.ppo import narrow
 from mpo_jax.stages.ppo.others import Ask
 from mpo_jax.stages.ppo.replay import second_loss
 from mpo_jax.stages.ppo.settings import Rules, Settings
@@ -79,7 +80,7 @@ def weighing_step(rules: Rules, mesh):
 
 def update_step(settings: Settings, model: ModelConfig, optimizer, state: TrainState, mesh):
     """Jitted `make_update`. state: the training's `gradients.abstract_state`."""
-    return gradients.jit_step(make_update(settings, model, optimizer), state, mesh)
+    return gradients.jit_step(make_update(settings, model, optimizer, narrows=mesh.size == 1), state, mesh)
 
 
 Prepare = Callable[[TrainState, PyTree, Rollout], tuple[Experience, dict[str, jax.Array]]]
@@ -160,36 +161,43 @@ def make_watch(name: str):
     return watch
 
 
-def make_update(settings: Settings, model: ModelConfig, optimizer):
+def make_update(settings: Settings, model: ModelConfig, optimizer, narrows: bool):
     """`(state, frozen, experience, kl, pairs) -> (state, metrics)`: inner epochs of minibatches in one program.
 
     pairs: a batch that is replayed, where the settings name some; its rows are dealt to the minibatches as the
-    rollout's are."""
+    rollout's are. narrows: whether microbatches hold replies of like length, each as narrow as its longest; not on
+    several devices, where every width would be one more program with all its collectives."""
     rows = settings.update_rows
     part = settings.microbatch or rows
     loss = experiences.make_loss(model, settings, settings.clip, settings.value_clip or None, settings.entropy)
+    gradient = gradients.gradient(loss)
+    parts = rows // part
+    narrows = narrows and parts > 1
+    if narrows:
+        gradient = narrow.in_widths(model, gradient)
     second = second_loss(model, settings)
 
     def update(state: TrainState, frozen: PyTree, experience: Experience, kl: jax.Array, pairs: Batch | None = None):
         warm = (state.step >= settings.critic_warmup).astype(jnp.float32)
         frozen = {"base": frozen["base"], "kl_coefficient": state.extra["kl_coefficient"]}
         order = _minibatch_rows(jax.random.fold_in(state.key, state.step), settings)
+        lengths = narrow.longest(experience.rollout)
 
         def one(carry, index_and_rows):
             index, chosen = index_and_rows
             params, opt_state, stopped = carry
-            minibatch = take_rows(experience, chosen)
+            minibatch = take_rows(experience, narrow.alike(chosen, lengths, parts) if narrows else chosen)
 
             def go(params, opt_state):
                 before = params, opt_state
                 key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), index)
-                grads, total, weight, sums = gradients.accumulate(loss, params, frozen, minibatch, key, rows // part)
+                grads, total, weight, sums = gradients.accumulate(gradient, params, frozen, minibatch, key, parts)
                 found = weight > 0
                 weight = jnp.maximum(weight, 1e-8)
                 grads = jax.tree.map(lambda g: g / weight, grads)
                 value = total / weight
                 if second is not None:
-                    more, replayed = second.gradient(params, frozen, take_rows(pairs, chosen), key, rows // part)
+                    more, replayed = second.gradient(params, frozen, take_rows(pairs, chosen), key, parts)
                     grads = grads | {"policy": jax.tree.map(jnp.add, grads["policy"], more)}
                     value += second.coefficient * replayed
                 updates, opt_state = optimizer.update(grads, opt_state, params)
