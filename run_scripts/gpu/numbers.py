@@ -214,7 +214,9 @@ def first_dpo_step(part: Part, dtype: str, mesh) -> None:
 
 
 def first_ppo_step(part: Part, dtype: str, mesh) -> None:
-    work = programs.ppo_update(Case("XS", dtype, rows=4, prompt=24, response=16), mesh)
+    """Log-probs are computed in whole rows, and in the update in rows as narrow as their replies: the ratio is 1."""
+    case = Case("XS", dtype, rows=4, prompt=24, response=64, ending=True, microbatch=2)
+    work = programs.ppo_update(case, mesh)
     work.once()
     found = work.carry[1]
     for name, asked in (("kl", 1e-5), ("kl_k3", 1e-5), ("ratio_deviation_first", 1e-3)):
