@@ -109,8 +109,10 @@ def test_an_update_is_the_same_in_narrow_microbatches(microbatch, given):
     whole, before = updated(0, False, **given)
     parts, after = updated(microbatch, True, **given)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), whole, parts)
+    one_token = 1 / LENS.sum()
     for name, value in before.items():
-        np.testing.assert_allclose(value, after[name], rtol=2e-4, atol=2e-5, err_msg=name)
+        near = 2 * one_token if name.endswith("fraction") else 2e-5
+        np.testing.assert_allclose(value, after[name], rtol=2e-4, atol=near, err_msg=name)
 
 
 def bits(dtype: str) -> float:
