@@ -150,7 +150,7 @@ def attend_rows(
         return flash.cudnn(config, q, k, v, mask)
     rows, length, heads, dim = q.shape
     by_head = q.reshape(rows, length, config.kv_heads, heads // config.kv_heads, dim).transpose(0, 2, 3, 1, 4)
-    whole = context.slots is not None
+    whole = context.slots is not None and context.slots.responses > 0  # prompts alone are never cut
     out = _attend(config.scale, config.attention_softcap, whole, by_head, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 

@@ -78,7 +78,7 @@ def forward(
     """Hidden states after the final norm: i32 [B,T] three times -> [B,T,D] in the compute dtype.
 
     slots: the columns of a slot-form row, where they are known beforehand: flash then has a constant mask, and with xla
-    a row that is cut behind its last token keeps its bits.
+    a row of responses that is cut behind its last token keeps its bits.
     """
     context = _row_context(config, positions, segments, slots)
     outputs: Any = _Decoder(config).apply(_narrow_kernels(config, _trunk(weights)), tokens, context)
