@@ -12,6 +12,7 @@ import pytest
 from mpo_jax.errors import InputError
 from mpo_jax.models import attention
 from mpo_jax.models.config import ModelConfig
+from mpo_jax.models.flash import Slots
 from mpo_jax.ops import masks
 
 CONFIG = ModelConfig("llama", 96, 1, 64, 4, 2, 16, 96, 1024)
@@ -102,10 +103,8 @@ def test_the_backward_pass_keeps_nothing_that_grows_with_the_square_of_the_lengt
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.01)
 
 
-def test_on_a_cpu_the_forward_pass_writes_no_logits():
-    """XLA fuses a block's two products with the softmax between them, which it then spreads over the cores, as long as
-    nothing between them is a selection or has other axes. docs/benchmarks.md says what that gains."""
-    rows, heads, groups, length, width = 16, 3, 2, 192, 32
+def lowered(rows: int, heads: int, groups: int, length: int, width: int, slots: Slots | None = None):
+    """Attention of rows of `length` columns, `groups` query heads of `width` to each of `heads` key heads."""
     queries = jax.ShapeDtypeStruct((rows, length, heads * groups, width), jnp.float32)
     keys = jax.ShapeDtypeStruct((rows, length, heads, width), jnp.float32)
     positions = jax.ShapeDtypeStruct((rows, length), jnp.int32)
@@ -113,14 +112,34 @@ def test_on_a_cpu_the_forward_pass_writes_no_logits():
 
     def attend(q, k, v, positions, segments):
         masked = attention.row_masks(config, positions, segments)
-        context = attention.RowContext(None, None, positions, segments, masked)
+        context = attention.RowContext(None, None, positions, segments, masked, slots)
         return attention.attend_rows(config, q, k, v, jnp.int32(0), context)
 
-    text = jax.jit(attend).lower(queries, keys, keys, positions, positions).compile().as_text()
+    return jax.jit(attend).lower(queries, keys, keys, positions, positions)
+
+
+def test_on_a_cpu_the_forward_pass_writes_no_logits():
+    """XLA fuses a block's two products with the softmax between them, which it then spreads over the cores, as long as
+    nothing between them is a selection or has other axes. docs/benchmarks.md says what that gains."""
+    rows, heads, groups, length, width = 16, 3, 2, 192, 32
+    text = lowered(rows, heads, groups, length, width).compile().as_text()
     _, written = text.split("\nENTRY ")
     sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"= f32\[([\d,]+)\]", written)]
-    assert queries.size in sizes
+    assert rows * length * heads * groups * width in sizes
     assert max(sizes) < rows * heads * groups * 64 * length  # a block's logits
+
+
+def test_rows_of_responses_alone_are_filled_up_to_whole_blocks():
+    """Of 80 columns: a block of 64, and one of 16 or, so that the columns that follow change no bits, of 64."""
+    tight, prompts, responses = (lowered(2, 3, 2, 80, 16, slots) for slots in (None, Slots(80, 0, 0), Slots(48, 2, 16)))
+
+    def logits(found) -> list[int]:
+        """Columns of the blocks' logits, queries times keys."""
+        shapes = re.findall(r"dot_general.*-> tensor<2x3x(\d+)x(\d+)xf32>", found.as_text())
+        return [int(queries) // 2 * int(keys) for queries, keys in shapes if int(keys) != 16]
+
+    assert logits(tight) == logits(prompts) == [64 * 64, 16 * 80]
+    assert logits(responses) == [64 * 64, 64 * 128]
 
 
 # Which backend -------------------------------------------------------------------------------------------------------
