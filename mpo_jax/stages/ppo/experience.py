@@ -45,9 +45,14 @@ def slots_of(rollout: Rollout) -> Slots:
     return Slots(rollout.batch.tokens.shape[1] - responses * length, responses, length)
 
 
+def response_slots(x: jax.Array, rollout: Rollout) -> jax.Array:
+    """The responses' columns of a rollout's rows: [B,P+N*R] -> [B,N,R]."""
+    return x[:, slots_of(rollout).prompt :].reshape(rollout.logps.shape)
+
+
 def response_segments(rollout: Rollout) -> jax.Array:
     """i32 [B,N,R]: 0 behind a response's end."""
-    return _response_columns(rollout.batch.segments, rollout)
+    return response_slots(rollout.batch.segments, rollout)
 
 
 def response_mask(rollout: Rollout) -> jax.Array:
@@ -259,12 +264,7 @@ def _metrics(rollout: Rollout, view: PolicyView, reference, raw, advantages, tar
 
 
 def _response_tokens(rollout: Rollout) -> jax.Array:
-    return _response_columns(rollout.batch.tokens, rollout)
-
-
-def _response_columns(x: jax.Array, rollout: Rollout) -> jax.Array:
-    """[B,P+N*R] -> [B,N,R]"""
-    return x[:, slots_of(rollout).prompt :].reshape(rollout.logps.shape)
+    return response_slots(rollout.batch.tokens, rollout)
 
 
 def _mean(pair: tuple[jax.Array, jax.Array]) -> jax.Array:

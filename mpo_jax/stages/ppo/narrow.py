@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mpo_jax.models.config import FLASH_MULTIPLE, ModelConfig
 from mpo_jax.stages.gradients import Gradient
-from mpo_jax.stages.ppo.experience import response_segments, slots_of
+from mpo_jax.stages.ppo.experience import response_segments, response_slots, slots_of
 from mpo_jax.types import Experience, PyTree, Rollout
 
 _WIDTHS, _COLUMNS = 4, 32
@@ -42,14 +42,13 @@ def alike(rows: jax.Array, lengths: jax.Array, parts: int) -> jax.Array:
 
 def narrowed(experience: Experience, width: int) -> Experience:
     """The first `width` slots of every response."""
-    batch, shape = experience.rollout.batch, experience.old_logps.shape
-    rows, responses, length = shape
-    slots = responses * length
+    rollout, batch = experience.rollout, experience.rollout.batch
+    prompt, responses, _ = slots_of(rollout)
 
     def columns(x: jax.Array) -> jax.Array:
         """[B,P+N*R] -> [B,P+N*width]"""
-        kept = x[:, -slots:].reshape(shape)[:, :, :width].reshape(rows, -1)
-        return jnp.concatenate([x[:, :-slots], kept], axis=1)
+        kept = response_slots(x, rollout)[:, :, :width].reshape(len(x), -1)
+        return jnp.concatenate([x[:, :prompt], kept], axis=1)
 
     batch = dataclasses.replace(
         batch,
@@ -58,7 +57,7 @@ def narrowed(experience: Experience, width: int) -> Experience:
         segments=columns(batch.segments),
         window=responses * width,
     )
-    rollout = dataclasses.replace(experience.rollout, batch=batch, logps=experience.rollout.logps[:, :, :width])
+    rollout = dataclasses.replace(rollout, batch=batch, logps=rollout.logps[:, :, :width])
     read = ("old_logps", "ref_logps", "values", "advantages", "returns")
     return dataclasses.replace(
         experience, rollout=rollout, **{name: getattr(experience, name)[:, :, :width] for name in read}

@@ -181,12 +181,14 @@ def make_update(settings: Settings, model: ModelConfig, optimizer, narrows: bool
         warm = (state.step >= settings.critic_warmup).astype(jnp.float32)
         frozen = {"base": frozen["base"], "kl_coefficient": state.extra["kl_coefficient"]}
         order = _minibatch_rows(jax.random.fold_in(state.key, state.step), settings)
-        lengths = narrow.longest(experience.rollout)
+        if narrows:
+            lengths = narrow.longest(experience.rollout)
+            order = jax.vmap(lambda rows: narrow.alike(rows, lengths, parts))(order)
 
         def one(carry, index_and_rows):
             index, chosen = index_and_rows
             params, opt_state, stopped = carry
-            minibatch = take_rows(experience, narrow.alike(chosen, lengths, parts) if narrows else chosen)
+            minibatch = take_rows(experience, chosen)
 
             def go(params, opt_state):
                 before = params, opt_state
