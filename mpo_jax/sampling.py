@@ -288,6 +288,12 @@ def _advance(config, settings, layout, state, until):
     return advance(config, settings, layout, state, lambda s: (s.step < until) & jnp.any(decoding.live(s)))
 
 
+def shapes_of(settings: SamplingConfig, prompts: Batch) -> Rollout:
+    """Shapes of what `sample` gives of prompts, or of their shapes. No model is traced for them."""
+    drawn = jax.eval_shape(lambda: _nothing(settings, len(prompts.tokens)))
+    return jax.eval_shape(functools.partial(rollout, settings), prompts, drawn)
+
+
 def rollout(settings: SamplingConfig, prompts: Batch, drawn: Drawn) -> Rollout:
     """Responses as slots behind their prompts."""
     rows = len(prompts.tokens)

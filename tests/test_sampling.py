@@ -267,6 +267,13 @@ def test_rollout_is_in_slot_form(config, weights, tokenizer):
             assert (np.asarray(rollout.logps)[row, n, :length] < 0).all()
 
 
+def test_shapes_are_known_without_tracing(config, weights, tokenizer):
+    settings = SamplingConfig(max_new_tokens=7, n=2, stop_ids=(2,))
+    prompts = prompt_batch(PROMPTS[:4], tokenizer)
+    drawn = jax.eval_shape(functools.partial(sampling.sample, config, settings), weights, prompts, 0, 0)
+    assert sampling.shapes_of(settings, prompts) == drawn
+
+
 def test_pad_equal_to_a_stop_id_changes_nothing(config, weights, tokenizer):
     prompts = prompt_batch(PROMPTS[:8], tokenizer)
     padded_with_eos = dataclasses.replace(prompts, tokens=jnp.where(prompts.segments == 0, EOS, prompts.tokens))

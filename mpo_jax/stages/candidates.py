@@ -140,6 +140,11 @@ def sampler(model: ModelConfig, settings: SamplingConfig, mesh, everywhere: bool
     return jax.jit(sample, out_shardings=where)
 
 
+def drawn_shapes(job: Job, how: SamplingConfig, prompts: Batch) -> Rollout:
+    """Shapes of what `sampler` gives of prompts, or of their shapes, as they lie when it is not everywhere."""
+    return shapes.on_rows(job, sampling.shapes_of(how, prompts))
+
+
 def seed_and_round(job: Job) -> tuple[jax.Array, jax.Array]:
     """The run's seed and round 0, as the sampler takes them: i32 on every device."""
     return shapes.number(job, job.seed), shapes.number(job, 0)

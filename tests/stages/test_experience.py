@@ -95,6 +95,24 @@ def test_before_the_first_update_kl_is_0_and_ratio_1(model, temperature):
     assert (np.asarray(made.advantages)[np.arange(R)[None, None] >= LENS[:, :, None]] == 0).all()
 
 
+@pytest.mark.parametrize("left_out", [(), ("value",), ("sft",)], ids=str)
+def test_shapes_are_known_without_tracing(left_out):
+    """What a plan and the first compile are told is what JAX says of the functions themselves."""
+    params, frozen = arguments(FULL)
+    params = {name: tree for name, tree in params.items() if name not in left_out}
+    frozen |= {} if "sft" in left_out else {"sft": frozen["reference"]}
+    rollout, rules = made_up(), Rules()
+    views = jax.eval_shape(functools.partial(experience.look, FULL, rules), params, frozen, rollout)
+    assert experience.view_shapes(params, frozen, shapes(rollout)) == views
+    raw, coefficient = jnp.zeros((B, N)), jnp.float32(0)
+    made, _ = jax.eval_shape(functools.partial(experience.weigh, rules, None), rollout, views, raw, coefficient)
+    assert experience.shapes_of(shapes(rollout)) == made
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
 def test_fractional_scores_arrive_unrounded():
     """tunix held rewards in an integer buffer: 0.7 became 0. Without KL, critic and discount a token's advantage is its
     response's score."""

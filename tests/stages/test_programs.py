@@ -10,6 +10,7 @@ import pytest
 
 from mpo_jax import metrics
 from mpo_jax.artifacts import POLICY
+from mpo_jax.models import decoder
 from mpo_jax.stages import candidates, kinds, rows, shards
 from mpo_jax.stages.job import Artifact, Job
 from tests.evaluation import made
@@ -168,9 +169,6 @@ class Recorded:
         self.ahead.add(tuple(signature(args, shapes=True)))
         return self._function.lower(*args)
 
-    def eval_shape(self, *args):
-        return self._function.eval_shape(*args)
-
 
 class Called:
     """What a stage's run called, and what it jitted: filled while it runs."""
@@ -225,6 +223,22 @@ def _kind(leaf, shape: bool) -> tuple:
 
 def test_every_kind_is_run_here():
     assert {name.split(",")[0] for name in CASES} == set(kinds.KINDS)
+
+
+@pytest.mark.parametrize("case", ["ppo", "ppo, two samples by another scorer"])
+def test_what_a_step_is_called_with_is_known_without_tracing_a_model(case, tmp_path, shared, monkeypatch):
+    """The run's ETA asks for it before the first stage, and compiling begins with it."""
+    job = CASES[case](tmp_path, shared)
+    monkeypatch.setattr(decoder, "forward", untraced)
+    monkeypatch.setattr(decoder, "prefill", untraced)
+    with jax.set_mesh(job.mesh):
+        assert "update" in kinds.of(job.settings).programs(job)
+        with pytest.raises(AssertionError, match="a model is traced"):
+            decoder.forward()
+
+
+def untraced(*args, **options):
+    raise AssertionError("a model is traced")
 
 
 @pytest.mark.parametrize("case", CASES)

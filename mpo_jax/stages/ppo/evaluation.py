@@ -16,7 +16,6 @@ from mpo_jax.models.config import ModelConfig
 from mpo_jax.sampling import SamplingConfig
 from mpo_jax.stages import candidates, gradients, loop
 from mpo_jax.stages import job as jobs
-from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.ppo import experience as experiences
 from mpo_jax.stages.ppo.others import Ask, on_host
@@ -62,14 +61,15 @@ def reply(
 
 
 def reply_calls(
-    job: Job[Settings], compiled: Programs, params: PyTree, frozen: PyTree, prompts: Batch
+    job: Job[Settings], compiled: Programs, one: SamplingConfig, params: PyTree, frozen: PyTree, prompts: Batch
 ) -> Iterator[Call]:
-    """What `reply` calls on prompts of a shape; where others score, without what is computed of what they say."""
+    """What `reply` calls on prompts of a shape; where others score, without what is computed of what they say. one: how
+    a single reply is sampled."""
     draw, measure = _functions(compiled)
     drawing = (frozen["base"] | params["policy"], prompts, *candidates.seed_and_round(job))
     yield draw, drawing
     if not job.settings.asks:
-        yield measure, (params, frozen, shapes.on_rows(job, draw.eval_shape(*drawing)), None)
+        yield measure, (params, frozen, candidates.drawn_shapes(job, one, prompts), None)
 
 
 def _functions(compiled: Programs) -> tuple[Any, Any]:

@@ -5,6 +5,8 @@ the ratio is 1 and the KL to a reference equal to the policy 0. Letters as in `t
 """
 
 import dataclasses
+from collections.abc import Container
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,22 @@ class Views:
     policy: PolicyView
     reference: jax.Array
     sft: jax.Array | None
+
+
+def view_shapes(params: Container[str], frozen: Container[str], rollout: Rollout) -> Views:
+    """Shapes of what `look` gives of a rollout, or of its shapes; no model is traced for them."""
+    each: Any = jax.ShapeDtypeStruct(rollout.logps.shape, jnp.float32)
+    mask: Any = jax.ShapeDtypeStruct(rollout.logps.shape, bool)
+    view = PolicyView(each, each, each if "value" in params else None, mask)
+    return Views(view, each, each if "sft" in frozen else None)
+
+
+def shapes_of(rollout: Rollout) -> Experience:
+    """Shapes of the experience that `make` or `weigh` gives of a rollout, or of its shapes; no model is traced for
+    them."""
+    each: Any = jax.ShapeDtypeStruct(rollout.logps.shape, jnp.float32)
+    score: Any = jax.ShapeDtypeStruct(rollout.finished.shape, jnp.float32)
+    return Experience(rollout, each, each, each, each, each, score)
 
 
 def slots_of(rollout: Rollout) -> Slots:

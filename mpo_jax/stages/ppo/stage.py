@@ -26,6 +26,7 @@ from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage
 from mpo_jax.stages.job import Job
+from mpo_jax.stages.ppo import experience as experiences
 from mpo_jax.stages.ppo import others, replay
 from mpo_jax.stages.ppo.evaluation import make_evaluation, measuring_step, reply, reply_calls
 from mpo_jax.stages.ppo.others import Ask
@@ -100,7 +101,7 @@ def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
         """The sampler, and the shapes of what it draws."""
         draw = candidates.sampler(model, how, job.mesh)
         arguments = (weights, prompts, shapes.scalar(job), state.step)
-        drawn = shapes.on_rows(job, draw.eval_shape(*arguments))
+        drawn = candidates.drawn_shapes(job, how, prompts)
         return Program(draw, arguments, shapes.decode(model, how, prompts), held, per), drawn
 
     sample, drawn = rollout(sampling, "step")
@@ -109,14 +110,14 @@ def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
     if settings.asks:
         look = looking_step(model, settings, job.mesh)
         compiled["look"] = Program(look, (params, frozen, drawn), shapes.forward(model, drawn.batch, trunks), held)
-        views = shapes.on_rows(job, look.eval_shape(params, frozen, drawn))
+        views = shapes.on_rows(job, experiences.view_shapes(params, frozen, drawn))
         statistics = _everywhere(job, (2,)) if settings.normalise_scores else None
         prepare = weighing_step(settings, job.mesh)
         whole: tuple = (drawn, views, asked, statistics, state.extra["kl_coefficient"])
     else:
         prepare = scoring_step(model, settings, load_statistics(job), job.mesh)
         whole = (params, frozen, drawn, state.extra["kl_coefficient"])
-    made, _ = prepare.eval_shape(*whole)
+    made = shapes.on_rows(job, experiences.shapes_of(drawn))
     update = update_step(settings, model, optimizer, state, job.mesh)
     extent = shapes.train(
         job, model, state, drawn.batch, settings.update_rows, settings.inner_epochs * settings.minibatches, adds=True
@@ -125,7 +126,7 @@ def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
         "experience": Program(prepare, whole, shapes.forward(model, drawn.batch, trunks), held),
         "update": Program(
             update,
-            (state, frozen, shapes.on_rows(job, made), shapes.scalar(job, jnp.float32), *replay.batch_shapes(job)),
+            (state, frozen, made, shapes.scalar(job, jnp.float32), *replay.batch_shapes(job)),
             extent,
         ),
     }
@@ -151,15 +152,14 @@ def calls(
     seed, functions = shapes.number(job, job.seed), {name: program.function for name, program in compiled.items()}
     drawing = (frozen["base"] | state.params["policy"], prompts, seed, state.step)
     yield functions["rollout"], drawing
-    drawn = shapes.on_rows(job, functions["rollout"].eval_shape(*drawing))
+    drawn = candidates.drawn_shapes(job, sampling_config(job), prompts)
     if job.settings.asks:
         yield functions["look"], (state.params, frozen, drawn)
         return
     scoring = (state.params, frozen, drawn, state.extra["kl_coefficient"])
     yield functions["experience"], scoring
-    made, _ = functions["experience"].eval_shape(*scoring)
-    kl = shapes.scalar(job, jnp.float32)
-    yield functions["update"], (state, frozen, shapes.on_rows(job, made), kl, *pairs)
+    made = shapes.on_rows(job, experiences.shapes_of(drawn))
+    yield functions["update"], (state, frozen, made, shapes.scalar(job, jnp.float32), *pairs)
 
 
 def run(job: Job[Settings]) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def _run(job: Job[Settings], stack: contextlib.ExitStack) -> dict[str, Any]:
         for rows in loader.shapes(range(first, last)):
             yield from calls(job, compiled, state, frozen, rows, pairs)
         for rows in heldout_loader.sampled_shapes(settings.eval_batches):
-            yield from reply_calls(job, compiled, state.params, frozen, rows)
+            yield from reply_calls(job, compiled, one, state.params, frozen, rows)
 
     training = loop.Trainer(
         step=make_step(job, compiled, prepare, replayed),
