@@ -157,11 +157,17 @@ def decode_step(
     x: Any = decoder.apply(params, tokens, positions, method=_Decoder.embed)
     layers = []
     for kind, layer, layer_cache in zip(attention.layer_kinds(config), layout["layers"], cache.layers, strict=True):
-        outputs: Any = _Block(config).apply(layer, x, kind, context, layer_cache)
-        x, written = outputs
+        x, written = _decode_block(config, kind, layer, x, context, layer_cache)
         layers.append(written)
     hidden: Any = decoder.apply(params, x, method=_Decoder.finish)
     return hidden, dataclasses.replace(cache, layers=tuple(layers), cursor=cache.cursor + 1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode_block(config: ModelConfig, kind: int, layer: PyTree, x: jax.Array, context: StepContext, cache: LayerCache):
+    """A layer of a step. Jitted so that layers of one kind are traced and lowered once, and not 32 times."""
+    outputs: Any = _Block(config).apply(layer, x, kind, context, cache)
+    return outputs
 
 
 def unembedding(config: ModelConfig, weights: PyTree) -> jax.Array:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mpo_jax import sharding
-from mpo_jax.models import decoder
+from mpo_jax.models import attention, decoder
+from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import masks
 
 FAMILIES = ("llama", "llama3", "mistral", "qwen2_window", "qwen3", "gemma2", "gpt_neox", "gpt2")
@@ -95,6 +96,23 @@ def test_cached_decode_equals_full_forward(random_model, name):
         expected = full[:, P:].reshape(len(pairs), responses, R, -1)[:, :, slot]
         np.testing.assert_allclose(np.asarray(hidden), expected, atol=2e-5)
     assert int(cache.cursor) == R
+
+
+def test_layers_of_one_kind_are_traced_once_in_a_step(monkeypatch):
+    """Two kinds of layer, six layers. Of 32, each traced by itself in every loop of the sampler, a start takes long."""
+    config = ModelConfig("llama", 104, 6, 24, 4, 2, 6, 40, 64, windows=(8, attention.NO_WINDOW) * 3)
+    traced, real = [], attention.attend_step
+    monkeypatch.setattr(attention, "attend_step", lambda *args: traced.append(args[4]) or real(*args))
+
+    def step():
+        weights = decoder.init(config, jax.random.key(0))
+        columns = jnp.ones((2, 5), jnp.int32)
+        _, cache = decoder.prefill(config, weights, columns, columns, columns, 1, 4)
+        one = jnp.ones((2, 1), jnp.int32)
+        return decoder.decode_step(config, decoder.decode_layout(config, weights), one, one, cache)
+
+    jax.eval_shape(step)
+    assert sorted(traced) == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_window", "gemma2", "gpt_neox", "gpt2"])

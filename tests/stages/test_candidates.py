@@ -31,9 +31,7 @@ def made(tmp_path_factory, stories, request):
         yield job, prompts, jobs.load_weights(job, job.inputs["init"], model)
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=pytest.mark.slow) if way == "greedy" else way for way in WAYS]
-)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) if way == "greedy" else way for way in WAYS])
 def test_replies_in_turn_are_those_of_each_batch(made, way):
     job, prompts, weights = made
     model, size = jobs.model(job), 8
