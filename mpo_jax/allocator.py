@@ -16,8 +16,8 @@ from mpo_jax.errors import InputError
 GPU_SHARE = 0.92
 """Of a card's memory that XLA takes when a command begins, unless the environment says another. The rest is for CUDA's
 own context, cuDNN and cuBLAS."""
-_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-_FRACTIONS = (_FRACTION, "XLA_CLIENT_MEM_FRACTION")  # the old name and the new; XLA refuses both at once
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+FRACTIONS = (FRACTION, "XLA_CLIENT_MEM_FRACTION")  # the old name and the new; XLA refuses both at once
 
 SETTINGS = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -33,8 +33,8 @@ def restart() -> None:
     Only under glibc on Linux with JAX_PLATFORMS=cpu, and not where the environment sets malloc already; elsewhere a
     GPU's share is set, where the environment says none.
     """
-    if not any(name in os.environ for name in _FRACTIONS):
-        os.environ[_FRACTION] = str(GPU_SHARE)
+    if not any(os.environ.get(name) for name in FRACTIONS):
+        os.environ[FRACTION] = str(GPU_SHARE)
     told = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     if told or os.environ.get("JAX_PLATFORMS") != "cpu" or not _is_glibc():
         return
@@ -54,19 +54,22 @@ def check_card() -> None:
     """InputError where other processes hold so much of a visible GPU that this process's share of it isn't free.
 
     To be called before JAX begins, which would fail with CUDA's words, some of them long after. Says nothing where
-    there is no nvidia-smi, or JAX is told of another platform or not to take its share beforehand.
+    there is no nvidia-smi, or JAX is told of another platform or not to take its share beforehand. InputError too for
+    a share that XLA would refuse.
     """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
         return
-    if os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() in ("false", "0"):
+    share = read_share()
+    if os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") in ("false", "False", "0"):  # XLA takes no other word for it
         return
-    share = _share()
+    if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "").lower() == "platform":
+        return
     for name, total, free in _cards():
         if share * total <= free:
             continue
         fits = int(100 * free / max(total, 1)) - 2
-        remedy = f" or set {_FRACTION}=0.{fits:02d}" if fits >= 5 else ""
+        remedy = f" or set {FRACTION}=0.{fits:02d}" if fits >= 5 else ""
         raise InputError(
             f"{name}: {free / 1024:.1f} of {total / 1024:.1f} GiB are free, and this process would take "
             f"{share * total / 1024:.1f}; another process holds the rest (nvidia-smi names it). End that one, choose "
@@ -74,9 +77,11 @@ def check_card() -> None:
         )
 
 
-def _share() -> float:
-    """Of a card, as the environment says. InputError for what is no share."""
-    name = next((name for name in _FRACTIONS if os.environ.get(name)), "")
+def read_share() -> float:
+    """Of a card, as the environment says. InputError for what is no share, and for two names of one."""
+    if all(os.environ.get(name) for name in FRACTIONS):
+        raise InputError(f"{' and '.join(FRACTIONS)} are both set; they are two names of one setting, unset one")
+    name = next((name for name in FRACTIONS if os.environ.get(name)), "")
     try:
         share = float(os.environ[name]) if name else GPU_SHARE
     except ValueError:
@@ -100,8 +105,13 @@ def _cards() -> list[tuple[str, float, float]]:
     found = []
     for line in told.split("\n"):
         cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) != 5 or (wanted is not None and not {cells[0], cells[1]} & set(wanted)):
+        if len(cells) != 5 or (wanted is not None and not any(_names(each, cells[0], cells[1]) for each in wanted)):
             continue
         if cells[3].isdigit() and cells[4].isdigit():  # "[N/A]" on cards that share the system's memory
             found.append((f"GPU {cells[0]} ({cells[2]})", float(cells[3]), float(cells[4])))
     return found
+
+
+def _names(word: str, index: str, uuid: str) -> bool:
+    """Whether a word of CUDA_VISIBLE_DEVICES means a card: its index, its UUID or how that begins."""
+    return word == index or (word.startswith("GPU-") and uuid.startswith(word))

@@ -17,7 +17,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from mpo_jax import command, main, store
+from mpo_jax import command, graph, main, store
 from mpo_jax.errors import InputError
 from mpo_jax.planning import chips, lengths, proposal, report, stages, tune
 from mpo_jax.planning.estimate import Assumptions
@@ -36,6 +36,7 @@ def define() -> None:
         "The hardware: a TPU slice (v5e:4x8, v4:2x2x4, ...), several (2xv5e:4x8), cpu, gpu:80GB or gpu:8x80GB.",
     )
     flags.DEFINE_list("stages", [], "Plan these stages; empty: all.")
+    flags.DEFINE_bool("needed", False, "Plan also the stages that those of --stages need, as a run would make them.")
     flags.DEFINE_string("json", None, "File to which the figures are written too.")
     flags.DEFINE_integer(
         "pairs", Assumptions.pairs, "Number of pairs in the data, for the estimate of chip-hours.", lower_bound=1
@@ -75,8 +76,9 @@ def work() -> int:
     assumptions = Assumptions(given.pairs, given.easy, given.utilisation)
     compiles = given.compiles if given.tune else 0
     config = main.read(given.config)
+    only = graph.needed(graph.connections(config), given.stages) if given.needed else given.stages
     known = Known(Path(given.compiled).expanduser() if given.compiled and topology != "cpu" else None)
-    fits = plan(config, topology, assumptions, given.stages, given.propose, given.json, compiles, known, given.lengths)
+    fits = plan(config, topology, assumptions, only, given.propose, given.json, compiles, known, given.lengths)
     return 0 if fits else 2
 
 
@@ -99,7 +101,7 @@ def plan(
     """
     known = Known() if known is None else known
     chips.prepare()
-    if name.startswith("gpu"):  # arrays are laid out on as many CPU devices
+    if name.lower().startswith("gpu"):  # arrays are laid out on as many CPU devices
         jax.config.update("jax_num_cpu_devices", chips.gpu(name)[0])
     topology = chips.topology(name)
     jobs = stages.jobs(config, topology, only)

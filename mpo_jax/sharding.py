@@ -6,6 +6,7 @@ error, never a replicated default.
 
 import collections
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,13 +75,23 @@ def _weight_axes() -> dict[str, tuple[str, ...]]:
 WEIGHT_AXES = _weight_axes()
 
 
+def _devices() -> list[jax.Device]:
+    """All of this run. InputError where JAX has none of the platform that it is told of."""
+    try:
+        return jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        told = os.environ.get("JAX_PLATFORMS", "")
+        why = (str(error).strip().split("\n") or [""])[0] or "it says no more"
+        raise InputError(f"JAX finds no device (JAX_PLATFORMS={told!r}): {why}") from error
+
+
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh with Auto axes (data, fsdp, tensor). One size may be -1: whatever the devices leave.
 
     Over several TPU slices `data` goes over the network between them, and fsdp and tensor stay within a slice. Raises
     InputError where the sizes don't multiply to the number of devices, or the slices don't divide `data`.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = _devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise InputError(f"mesh: sizes {dict(zip(MESH_AXES, sizes, strict=True))}; expected positive, at most one -1")

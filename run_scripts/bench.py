@@ -57,6 +57,8 @@ _JSON = flags.DEFINE_string("json", None, "Where the result goes too.")
 
 def main(argv) -> None:
     what = _WHAT.value
+    if _JSON.value and not Path(_JSON.value).absolute().parent.is_dir():  # not first told when all is measured
+        raise app.UsageError(f"--json={_JSON.value}: no folder {Path(_JSON.value).absolute().parent}")
     if what == "pipeline":
         return _pipeline(argv[1:])
     if len(argv) > 1:
@@ -82,6 +84,8 @@ def main(argv) -> None:
         raise app.UsageError(f"--eos is of --what=sample and ppo, not of {what}")
     if _MICROBATCH.value and what not in ("dpo", "reward", "ppo"):
         raise app.UsageError(f"--microbatch is of --what=dpo, reward and ppo, not of {what}")
+    if _RANK.value and what not in ("dpo", "reward", "ppo"):
+        raise app.UsageError(f"--rank is of --what=dpo, reward and ppo, not of {what}")
     try:
         result = run(what, case, _RUNS.value, _DEVICES.value, _KERNELS.value)
     except InputError as error:

@@ -13,14 +13,24 @@ can run, to prove the check itself. PYTHON names the interpreter.
 TEXT
 }
 
+fail() {
+  echo "error: $1" >&2
+  exit 1
+}
+
 out=""
 wheels=""
 arguments=()
 while (($#)); do
   case "$1" in
     --help | -h) usage; exit 0 ;;
-    --wheels) wheels="${2:?--wheels needs a folder}"; shift ;;
+    --wheels) wheels="${2:-}"; [[ -n $wheels ]] || fail "--wheels needs a folder"; shift ;;
     --wheels=*) wheels="${1#*=}" ;;
+    --only | --platform | --cases | --seconds)
+      (($# > 1)) || fail "$1 needs a value"
+      arguments+=("$1=$2")
+      shift
+      ;;
     --*) arguments+=("$1") ;;
     *)
       [[ -z $out ]] || { usage >&2; exit 1; }
@@ -30,10 +40,16 @@ while (($#)); do
   shift
 done
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out="${out:-runs/gpu_check}"
+clone="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+out="${out:-$clone/runs/gpu_check}"
+[[ ! -e $out || -d $out ]] || fail "OUT: $out is no folder"
 mkdir -p "$out"
 out="$(cd "$out" && pwd)"
+if [[ -n $wheels ]]; then
+  compgen -G "$wheels/*.whl" > /dev/null || fail "--wheels: no wheels in $wheels"
+  wheels="$(cd "$wheels" && pwd)"
+fi
+cd "$clone"
 python="${PYTHON:-python3}"
 [[ -z ${PYTHON:-} && -x .venv/bin/python ]] && python=.venv/bin/python
 if [[ -n $wheels ]]; then

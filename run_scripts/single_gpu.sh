@@ -26,6 +26,19 @@ if ((${#arguments[@]} == 0)); then
   usage >&2
   exit 1
 fi
+if [[ "${arguments[0]}" == -* ]]; then
+  echo "error: expected WORKDIR before other flags; found ${arguments[0]}" >&2
+  exit 1
+fi
+if [[ ! "${RANK:-0}" =~ ^[0-9]+$ ]]; then
+  echo "error: RANK: '$RANK'; expected a whole number, 0 to train all weights" >&2
+  exit 1
+fi
+# The plan is for one card: the first that is visible, and the run sees no other.
+export CUDA_DEVICE_ORDER=PCI_BUS_ID
+card="${CUDA_VISIBLE_DEVICES:-0}"
+export CUDA_VISIBLE_DEVICES="${card%%,*}"
+[[ "${arguments[0]}" == /* || "${arguments[0]}" == *://* ]] || arguments[0]="$PWD/${arguments[0]}"
 
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
@@ -34,7 +47,13 @@ model=()
 [[ -n "${MODEL:-}" ]] && model=(--config.model.path="$MODEL")
 overrides=()
 for argument in "${arguments[@]:1}"; do
-  [[ "$argument" == --config.* ]] && overrides+=("$argument")
+  case "$argument" in
+    --config.*=* | --stages=*) overrides+=("$argument") ;;
+    --config.* | --stages)
+      echo "error: write $argument=VALUE, so that the plan reads it too" >&2
+      exit 1
+      ;;
+  esac
 done
 
 # The largest size that the plan knows and the card is not below, in GB as cards are sold.
@@ -44,7 +63,7 @@ memory() {
     return
   fi
   local mib size found=""
-  mib="$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1)" || true
+  mib="$(nvidia-smi -i "$CUDA_VISIBLE_DEVICES" --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null)" || true
   if [[ ! "$mib" =~ ^[0-9]+$ ]]; then
     echo "error: nvidia-smi tells no GPU's memory; set MEMORY, in GB" >&2
     return 1
@@ -72,7 +91,7 @@ for candidate in "${candidates[@]}"; do
   # Adapters need larger learning rates than whole weights; a config of one's own says its own.
   config="${CONFIG:-configs/tldr.py:debug,pythia-1b$( ((rank == 0)) || echo ,lora)}"
   settings=(--config="$config" "${model[@]}" --config.model.lora.rank="$rank" --config.model.remat="$remat")
-  plan=("$python" -m mpo_jax.plan "${settings[@]}" "${overrides[@]}" --topology="gpu:${size}GB" --nopropose)
+  plan=("$python" -m mpo_jax.plan "${settings[@]}" "${overrides[@]}" --needed --topology="gpu:${size}GB" --nopropose)
   run=("$python" -m mpo_jax.main "${settings[@]}" --workdir="${arguments[0]}" "${arguments[@]:1}")
   if ((dry_run)); then
     printf '%q ' "${plan[@]}"

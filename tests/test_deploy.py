@@ -61,7 +61,8 @@ def test_one_gpu_is_planned_before_it_is_used():
         "single_gpu.sh", "--dry_run", "runs/one", "--stages=sft", MEMORY="24", RANK="8"
     ).stdout.splitlines()
     assert "mpo_jax.plan" in plan and "--topology=gpu:24GB" in plan
-    assert "mpo_jax.main" in run and "--workdir=runs/one --stages=sft" in run and "lora.rank=8" in run
+    assert "--stages=sft --needed" in plan, "what the run makes, with the stages beneath it"
+    assert "mpo_jax.main" in run and f"--workdir={Path.cwd()}/runs/one --stages=sft" in run and "lora.rank=8" in run
     assert "--config=configs/tldr.py:debug\\,pythia-1b\\,lora" in run  # with the rates of adapters
     given = {"MEMORY": "24", "RANK": "8", "CONFIG": "mine.py"}
     assert "--config=mine.py " in call("single_gpu.sh", "--dry_run", "runs/one", **given).stdout
@@ -82,6 +83,33 @@ def test_one_gpu_gets_the_widest_training_that_fits(tmp_path):
     done = call("single_gpu.sh", "runs/one", "--config.data.limit=9", **given)
     first, figures, run = done.stdout.splitlines()
     assert first == "fits a GPU of 80 GB: training LoRA adapters of rank 16, remat full" and figures == "figures"
-    assert run.startswith("run -m mpo_jax.main") and run.endswith("--workdir=runs/one --config.data.limit=9")
+    assert run.startswith("run -m mpo_jax.main") and run.endswith(
+        f"--workdir={Path.cwd()}/runs/one --config.data.limit=9"
+    )
     assert done.stderr.count("does not fit a GPU of 80 GB") == 3
     assert call("single_gpu.sh", "runs/one", RANK="0", **given).returncode == 2
+
+
+def test_one_gpu_of_several_is_the_one_that_is_visible(tmp_path):
+    """It is asked for by nvidia-smi's own option, and the run sees no other."""
+    for name, text in (("python", 'case "$*" in *plan*) ;; *) echo "$CUDA_VISIBLE_DEVICES";; esac'),
+                       ("nvidia-smi", 'test "$1 $2" = "-i 1" && echo 23034 || echo 81559')):  # fmt: skip
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    given = {"PYTHON": str(tmp_path / "python"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for visible, size, seen in (("1,0", 24, "1"), ("", 80, "0")):
+        done = call("single_gpu.sh", "runs/one", CUDA_VISIBLE_DEVICES=visible, **given)
+        assert f"fits a GPU of {size} GB" in done.stdout and done.stdout.splitlines()[-1] == seen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "words"),
+    [
+        (["--config.data.limit=5", "runs/one"], {}, "expected WORKDIR before other flags"),
+        (["runs/one"], {"RANK": "abc"}, "RANK: 'abc'; expected a whole number"),
+        (["runs/one", "--config.data.limit", "5"], {}, "write --config.data.limit=VALUE"),
+    ],
+)
+def test_one_gpu_refuses_in_one_line(arguments, given, words):
+    done = call("single_gpu.sh", *arguments, MEMORY="24", **given)
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1

@@ -70,12 +70,17 @@ def test_parts_of_earlier_calls_stay_and_no_part_at_all_is_no_success(tmp_path):
 
 @pytest.mark.parametrize("left", [False, True])
 def test_a_part_that_dies_is_a_failure_and_keeps_what_it_knew(tmp_path, monkeypatch, left):
-    def dies(command, **_):
-        if left:
-            Part("whole", tmp_path / "whole.json").told("stages", "sft")
-        return subprocess.CompletedProcess(command, -9)
+    class Dead:
+        pid = 1 << 30
 
-    monkeypatch.setattr(check.subprocess, "run", dies)
+        def __init__(self, command, **_):
+            if left:
+                Part("whole", tmp_path / "whole.json").told("stages", "sft")
+
+        def wait(self, timeout=None):
+            return -9
+
+    monkeypatch.setattr(check.subprocess, "Popen", Dead)
     check.run_part("whole", tmp_path, "cpu")
     assert [row["name"] for row in rows(tmp_path / "whole.json")] == ["stages"] * left + ["the part itself"]
     assert check.finish(tmp_path, MACHINE) == 1
@@ -84,12 +89,93 @@ def test_a_part_that_dies_is_a_failure_and_keeps_what_it_knew(tmp_path, monkeypa
     )
 
 
-def test_the_script_refuses_a_part_that_is_not(tmp_path):
-    command = [ROOT / "run_scripts" / "gpu_check.sh", tmp_path / "out", "--only=all", "--platform=cpu"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable}
-    )
-    assert done.returncode == 2 and "expected some of numbers, whole, speed" in done.stderr
+def test_a_part_that_is_stopped_leaves_no_process(tmp_path, monkeypatch):
+    """The stage that it had started would go on, and hold the card that the next part wants."""
+    (tmp_path / "scripts").mkdir()
+    child = "import subprocess, sys, time\n"
+    child += "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], stdout=open(sys.argv[1], 'w'))\n"
+    child += "time.sleep(60)\n"
+    real = subprocess.Popen
+    started = []
+
+    def begin(command, **options):
+        started.append(real([sys.executable, "-c", child, str(tmp_path / "held")], start_new_session=True))
+        return started[-1]
+
+    monkeypatch.setattr(check.subprocess, "Popen", begin)
+    monkeypatch.setitem(check._SECONDS, "whole", 2)
+    check.run_part("whole", tmp_path, "cpu")
+    assert rows(tmp_path / "whole.json")[0]["value"] == "stopped after 2 seconds"
+    group = started[0].pid
+    left = [path for path in Path("/proc").glob("[0-9]*/stat") if _group(path) == group]
+    assert (tmp_path / "held").exists() and not left
+
+
+def _group(stat: Path) -> int:
+    """Of a process, 0 of one that has ended meanwhile or waits for its parent to hear of it."""
+    try:
+        state, _, group = stat.read_text().rsplit(")", 1)[1].split()[:3]
+    except OSError:
+        return 0
+    return 0 if state == "Z" else int(group)
+
+
+def call_script(*arguments, **environment):
+    given = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable} | environment
+    command = [ROOT / "run_scripts" / "gpu_check.sh", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (["--only=all", "--platform=cpu"], {}, "expected some of numbers, whole, speed"),
+        (["--only", "all", "--platform", "cpu"], {}, "expected some of numbers, whole, speed"),
+        (["--only"], {}, "--only needs a value"),
+        (["--wheels=nowhere"], {}, "--wheels: no wheels in nowhere"),
+        (["--platform=cpu"], {"XLA_PYTHON_CLIENT_MEM_FRACTION": "much"}, "expected a number above 0 and up to 1"),
+    ],
+)
+def test_the_script_refuses_in_one_line(tmp_path, arguments, environment, words):
+    done = call_script(tmp_path / "out", *arguments, **environment)
+    assert done.returncode in (1, 2) and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_a_card_nothing_is_measured_on_the_cpu_instead(tmp_path):
+    done = call_script(tmp_path / "out", "--only=speed")
+    assert done.returncode == 1 and "JAX finds no NVIDIA GPU here" in done.stderr
+    assert not (tmp_path / "out" / "gpu.json").exists()
+
+
+def test_cases_that_are_not_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["speed", f"--out={tmp_path / 'speed.json'}", "--platform=cpu", "--cases=dpo 9B"])
+    with pytest.raises(SystemExit):
+        speed.main()
+    assert "--cases: no dpo 9B; expected some of dpo XS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("told", "card"),
+    [
+        ("echo 'NVIDIA H100, 81559 MiB, 580.1'", "NVIDIA H100, 81559 MiB, driver 580.1"),
+        ("echo NVIDIA-SMI has failed; exit 9", "unknown (nvidia-smi fails)"),
+        ("echo No devices were found", "unknown (nvidia-smi tells of no card)"),
+    ],
+)
+def test_a_card_is_told_or_said_to_be_unknown(tmp_path, monkeypatch, told, card):
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f"#!/bin/sh\n{told}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert check.describe("gpu")["card"] == card
+
+
+def test_a_share_of_the_card_is_given_under_one_name_and_shared_by_parts_side_by_side(monkeypatch):
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.85")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    for name, share in (("speed", "0.85"), ("whole", "0.3")):
+        given = check.environment("gpu", name)
+        assert given["XLA_PYTHON_CLIENT_MEM_FRACTION"] == share and "XLA_CLIENT_MEM_FRACTION" not in given
 
 
 def test_work_of_a_pair_by_hand():

@@ -124,10 +124,17 @@ class ModelConfig:
         unroll = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" and self.layers <= MOST_UNROLLED
         return dataclasses.replace(self, padded_vocab=_round_up(self.vocab_size, multiple), unroll=unroll)
 
-    def check_attention(self, platform: str, tensor: int = 1, row_len: int | None = None) -> None:
+    def check_attention(
+        self,
+        platform: str,
+        tensor: int = 1,
+        row_len: int | None = None,
+        capability: tuple[int, int] | None = None,
+    ) -> None:
         """InputError where the attention backend can't compute this model there.
 
-        platform: cpu, gpu or tpu; tensor: size of that mesh axis; row_len: columns of a row, where they are known.
+        platform: cpu, gpu or tpu; tensor: size of that mesh axis; row_len: columns of a row, where they are known;
+        capability: of the card, see `cudnn_obstacle`.
         """
         if self.attention == "xla":
             return
@@ -145,7 +152,7 @@ class ModelConfig:
             return
         if platform in ("cpu", "tpu"):
             raise InputError(f"model.attention: cudnn runs on NVIDIA GPUs alone; found {platform}; set attention=auto")
-        obstacle = self.cudnn_obstacle()
+        obstacle = self.cudnn_obstacle(capability)
         if obstacle is not None:
             raise InputError(f"model.attention: {name} on {platform} is cuDNN, which {obstacle}; set attention=xla")
 

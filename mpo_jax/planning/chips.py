@@ -32,7 +32,7 @@ ENVIRONMENT = {
 class Chip:
     """One device. memory: bytes that a program may use. flops: peak, bfloat16, a second. bandwidth: of its memory,
     bytes a second. links: bytes a second to all other chips together, in one direction. network: bytes a second of one
-    chip to other slices; 0 where there are none."""
+    chip to other slices; 0 where there are none. capability: a GPU's compute capability."""
 
     name: str
     memory: int
@@ -40,6 +40,7 @@ class Chip:
     bandwidth: float
     links: float
     network: float = 0.0
+    capability: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,9 @@ _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 SLICES = {"v3": ("2x2", "4x4", "4x8", "8x8", "8x16", "16x16"), "v4": _CUBES, "v5e": ("1x1", *_FLAT),
           "v5p": _CUBES, "v6e": ("1x1", *_FLAT)}  # fmt: skip
 
+MOST_GPUS = 1024
+"""Of one topology: each is laid out as a device of this machine's CPU."""
+
 
 def _share(mib: int) -> int:
     """What a command takes of a card of so many MiB, as nvidia-smi tells them."""
@@ -81,12 +85,12 @@ def _share(mib: int) -> int:
 
 
 GPUS = {
-    16: Chip("GPU 16 GB (A2)", _share(15_356), 18e12, 200e9, 16e9),
-    24: Chip("GPU 24 GB (L4)", _share(23_034), 121e12, 300e9, 16e9),
-    40: Chip("GPU 40 GB (A100)", _share(40_960), 312e12, 1555e9, 300e9),
-    48: Chip("GPU 48 GB (L40S)", _share(46_068), 362e12, 864e9, 32e9),
-    80: Chip("GPU 80 GB (H100)", _share(81_559), 989e12, 3350e9, 450e9),
-    141: Chip("GPU 141 GB (H200)", _share(143_771), 989e12, 4800e9, 450e9),
+    16: Chip("GPU 16 GB (A2)", _share(15_356), 18e12, 200e9, 16e9, capability=(8, 6)),
+    24: Chip("GPU 24 GB (L4)", _share(23_034), 121e12, 300e9, 16e9, capability=(8, 9)),
+    40: Chip("GPU 40 GB (A100)", _share(40_960), 312e12, 1555e9, 300e9, capability=(8, 0)),
+    48: Chip("GPU 48 GB (L40S)", _share(46_068), 362e12, 864e9, 32e9, capability=(8, 9)),
+    80: Chip("GPU 80 GB (H100)", _share(81_559), 989e12, 3350e9, 450e9, capability=(9, 0)),
+    141: Chip("GPU 141 GB (H200)", _share(143_771), 989e12, 4800e9, 450e9, capability=(9, 0)),
 }
 
 
@@ -100,7 +104,7 @@ def topology(name: str) -> Topology:
     """The topology of a name. InputError, listing what would work, for one that does not exist."""
     if name == "cpu":
         return Topology(name, _this_machine(), tuple(jax.devices("cpu")), compiled=True)
-    if name.startswith("gpu"):
+    if name.lower().startswith("gpu"):
         count, chip = gpu(name)
         devices = tuple(jax.devices("cpu"))
         if len(devices) < count:
@@ -137,9 +141,9 @@ def _tpu(name: str) -> tuple[int, str, str]:
 def gpu(name: str) -> tuple[int, Chip]:
     """How many, and which: "gpu:80GB" or "gpu:8x80GB"."""
     found = re.fullmatch(r"gpu:(?:(\d+)x)?(\d+)GB", name)
-    if found is None or int(found.group(2)) not in GPUS or found.group(1) == "0":
+    if found is None or int(found.group(2)) not in GPUS or not 1 <= int(found.group(1) or 1) <= MOST_GPUS:
         sizes = ", ".join(f"gpu:{size}GB" for size in GPUS)
-        raise InputError(f"--topology: unknown {name!r}; expected {sizes}, or several as gpu:8x80GB")
+        raise InputError(f"--topology: unknown {name!r}; expected {sizes}, or up to {MOST_GPUS} of one as gpu:8x80GB")
     return int(found.group(1) or 1), GPUS[int(found.group(2))]
 
 

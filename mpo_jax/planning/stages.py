@@ -197,7 +197,7 @@ def _on_gpu(program: Program, job: Job, topology: Topology) -> Program:
     """The program with the attention that the arithmetic is to reckon with: what a GPU would choose, which this machine
     can't trace."""
     model = program.extent.model
-    chosen = attention.choose(job.config.model.attention, model, "gpu", topology.size)
+    chosen = attention.choose(job.config.model.attention, model, "gpu", topology.size, topology.chip.capability)
     return dataclasses.replace(
         program, extent=dataclasses.replace(program.extent, model=dataclasses.replace(model, attention=chosen.backend))
     )

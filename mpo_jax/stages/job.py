@@ -116,13 +116,11 @@ def computed(job: Job, architecture: ModelConfig, adapters: LoraConfig | None = 
         remat=getattr(job.settings, "remat", "") or settings.remat,
         lora=adapters,
     )
-    device = job.mesh.devices.flat[0]
-    backend = attention.choose(
-        settings.attention, config, job.platform, job.mesh.size, attention.compute_capability(device)
-    ).backend
+    capability = attention.compute_capability(job.mesh.devices.flat[0])
+    backend = attention.choose(settings.attention, config, job.platform, job.mesh.size, capability).backend
     config = dataclasses.replace(config, attention=backend)
     for length in (job.config.data.multiple, job.config.data.max_length):  # what rows of the data can be long
-        config.check_attention(job.platform, job.mesh.shape.get("tensor", 1), length)
+        config.check_attention(job.platform, job.mesh.shape.get("tensor", 1), length, capability)
     return config
 
 

@@ -7,18 +7,22 @@ On a GPU, numbers and whole run side by side: nearly all of their time is compil
 
 import argparse
 import concurrent.futures
+import contextlib
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mpo_jax import allocator
+from mpo_jax.errors import InputError
 from run_scripts.gpu import report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -41,6 +45,14 @@ def main() -> int:
     for name in only:
         if name not in PARTS:
             parser.error(f"--only={name}: expected some of {', '.join(PARTS)}")
+    try:
+        allocator.read_share()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    if "numbers" in only and importlib.util.find_spec("pytest") is None:
+        sys.exit("error: the part numbers needs pytest; run `pip install pytest`, or choose other parts by --only")
+    if given.platform == "gpu":
+        check_gpu()
     given.out.mkdir(parents=True, exist_ok=True)
     extra = [f"--cases={given.cases}", f"--seconds={given.seconds}", *["--no-torch"] * given.no_torch]
     with concurrent.futures.ThreadPoolExecutor(2 if given.platform == "gpu" else 1) as pool:
@@ -50,16 +62,30 @@ def main() -> int:
     return finish(given.out, describe(given.platform))
 
 
+def check_gpu() -> None:
+    """Ends with a line where JAX finds no GPU: told of cuda and cpu, it would say nothing and take the CPU."""
+    command = [sys.executable, "-c", "import jax; print(jax.devices()[0].platform)"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment("gpu", "numbers"))
+    if done.stdout.strip() != "gpu":
+        why = ([line for line in done.stderr.split("\n") if line.strip()] or ["no card is visible"])[-1].strip()
+        sys.exit(f"error: JAX finds no NVIDIA GPU here ({why}); --platform=cpu tests the check itself on a CPU")
+
+
 def run_part(name: str, out: Path, where: str, extra: Sequence[str] = ()) -> None:
     """Runs a part; what it finds lies in out/name.json, also where it dies."""
     path = out / f"{name}.json"
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", f"run_scripts.gpu.{name}", f"--out={path}", f"--platform={where}", *extra]
+    # A group of its own: a part that is stopped leaves none of its processes on the card, which the next part wants.
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(where, name), start_new_session=True)
     try:
-        done = subprocess.run(command, cwd=ROOT, timeout=_SECONDS[name], env=environment(where, name)).returncode
-        words = f"the process ended with status {done}"
+        words = f"the process ended with status {process.wait(_SECONDS[name])}"
     except subprocess.TimeoutExpired:
         words = f"stopped after {_SECONDS[name]} seconds"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     found = json.loads(path.read_text()) if path.exists() else {"part": name, "done": False, "seconds": 0.0, "rows": []}
     if not found["done"]:
         row = {"name": "the part itself", "value": words, "unit": "", "bound": "comes to its end", "ok": False}
@@ -80,10 +106,11 @@ def finish(out: Path, machine: dict[str, str]) -> int:
 def environment(where: str, name: str) -> dict[str, str]:
     """Of a part: JAX's platform, with the CPU beside a GPU, to be compared with; nothing asks a network. Of the card,
     speed takes what a run takes, and the others leave room for each other and for torch."""
-    share = allocator.GPU_SHARE if name == "speed" else 0.3
+    share = allocator.read_share() if name == "speed" else min(0.3, allocator.read_share())
+    kept = {key: value for key, value in os.environ.items() if key not in allocator.FRACTIONS}
     set_here = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     set_here["JAX_PLATFORMS"] = "cpu" if where == "cpu" else "cuda,cpu"
-    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(share)} | os.environ | set_here
+    return kept | {allocator.FRACTION: str(share)} | set_here
 
 
 def describe(where: str) -> dict[str, str]:
@@ -107,11 +134,15 @@ def _card() -> str:
     if shutil.which("nvidia-smi") is None:
         return "unknown (no nvidia-smi)"
     asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    done = subprocess.run(asked, capture_output=True, text=True)
-    name, memory, driver = (
-        part.strip() for part in (done.stdout.splitlines() or ["unknown,unknown,unknown"])[0].split(",")
-    )
-    return f"{name}, {memory}, driver {driver}"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    try:
+        told = subprocess.run(
+            [*asked, *(["-i", visible] if visible else [])], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown (nvidia-smi fails)"
+    cells = [cell.strip() for cell in told.split("\n")[0].split(",")]
+    return f"{cells[0]}, {cells[1]}, driver {cells[2]}" if len(cells) == 3 else "unknown (nvidia-smi tells of no card)"
 
 
 if __name__ == "__main__":

@@ -4,10 +4,7 @@ float32 in both, with products of full precision: by TF32 or bfloat16 two tokens
 """
 
 import json
-import os
 import sys
-
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4")  # torch works on the same card
 
 import jax
 import numpy as np

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpo_jax import sampling, scoring, sharding
+from mpo_jax import allocator, sampling, scoring, sharding
 from mpo_jax.data import encode
 from mpo_jax.data.rows import prompt_slots
 from mpo_jax.data.tokenizer import Conventions
@@ -259,8 +259,9 @@ def name_of(dtype: str) -> str:
 def marked(part: Part) -> None:
     """The tests that need a card, in a process of their own, on what memory this one leaves."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py"]
-    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.05"}  # beside what this process holds
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | share)
+    kept = {key: value for key, value in os.environ.items() if key not in allocator.FRACTIONS}
+    share = {allocator.FRACTION: "0.05"}  # beside what this process holds
+    done = subprocess.run(command, capture_output=True, text=True, env=kept | share)
     last = (done.stdout.strip().splitlines() or [done.stderr[-300:]])[-1]
     part.true("tests under the gpu marker", done.returncode == 0, last, "pass")
 

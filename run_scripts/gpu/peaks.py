@@ -5,6 +5,7 @@ Both as XLA programs, on random numbers, the median of several runs; the figures
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -25,7 +26,8 @@ def main() -> int:
 
 
 def measured() -> dict[str, float]:
-    """flops: of a bfloat16 product. bandwidth: bytes read and written a second by a copy."""
+    """flops: of a bfloat16 product. bandwidth: bytes read and written a second by a copy. limit: bytes that a program
+    may use."""
     side, size = SIZES["cpu" if jax.default_backend() == "cpu" else "gpu"]
     a, b = (jax.random.normal(jax.random.key(seed), (side, side), jnp.bfloat16) for seed in (0, 1))
     product = jax.jit(lambda a, b: jax.lax.dot(a, b))
@@ -33,7 +35,14 @@ def measured() -> dict[str, float]:
     array = jax.random.bits(jax.random.key(2), (size // 4,), jnp.uint32)
     copy = jax.jit(lambda x: x + jnp.uint32(1))
     copied = timed(lambda: copy(array))
-    return {"flops": 2.0 * side**3 / seconds, "bandwidth": 2.0 * size / copied, "side": side, "bytes": size}
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    return {
+        "flops": 2.0 * side**3 / seconds,
+        "bandwidth": 2.0 * size / copied,
+        "side": side,
+        "bytes": size,
+        "limit": limit,
+    }
 
 
 def timed(call, calls: int = 10, runs: int = 5) -> float:

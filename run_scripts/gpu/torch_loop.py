@@ -5,6 +5,7 @@ AdamW, clipped gradients, torch.compile where it works. Each reply with its prom
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -30,13 +31,20 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    failed = ""
     try:
         found = measured(given, device, bool(given.compile))
     except Exception as error:  # whatever torch.compile dislikes on this machine
         if not given.compile:
             raise
-        print(f"torch.compile: {type(error).__name__}: {str(error)[:300]}", flush=True)
-        found = measured(given, device, False) | {"compile_error": type(error).__name__}
+        failed = type(error).__name__
+        print(f"torch.compile: {failed}: {str(error)[:300]}", flush=True)
+    if failed:  # only here is the error gone, and with it the models that its traceback held
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        found = measured(given, device, False) | {"compile_error": failed}
     given.json.write_text(json.dumps(found))
     return 0
 

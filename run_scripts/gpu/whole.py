@@ -3,6 +3,7 @@ goes on to the same weights, and transformers writes what we write with the expo
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -78,6 +79,9 @@ def export(part: Part, folder: Path, workdir: Path) -> None:
     done = subprocess.run(asked, cwd=ROOT, env=environment(), capture_output=True, text=True)
     words = (done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]])[0]
     part.true("export of mpo, verified", done.returncode == 0 and "verified" in done.stdout, words, "verified")
+    if importlib.util.find_spec("torch") is None:
+        part.told("greedy replies equal those of transformers", "not run", note="torch is not installed")
+        return
     asked = [sys.executable, "-m", "run_scripts.gpu.greedy", str(target)]
     done = subprocess.run(asked, cwd=ROOT, env=environment(), capture_output=True, text=True)
     if done.returncode:
@@ -136,7 +140,14 @@ def start(workdir: Path, arguments: list[str], log: Path, flags: str = "") -> su
 
 
 def finish(process: subprocess.Popen, log: Path) -> None:
-    if process.wait(300):
+    try:
+        failed = process.wait(300)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError("still running after 300 seconds") from None
+    finally:
+        process.kill()  # what goes on would hold the card; of one that has ended, nothing
+        process.wait()
+    if failed:
         raise RuntimeError(f"status {process.returncode}: {' '.join(log.read_text()[-700:].split())}")
 
 

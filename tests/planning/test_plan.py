@@ -9,7 +9,8 @@ import pytest
 
 from mpo_jax import settings
 from mpo_jax.errors import InputError
-from mpo_jax.models import presets
+from mpo_jax.models import attention, presets
+from mpo_jax.models.config import ModelConfig
 from mpo_jax.planning import chips, estimate, proposal, report, stages
 from mpo_jax.planning import compile as compiler
 from mpo_jax.planning.estimate import Assumptions
@@ -36,7 +37,9 @@ def gpu(memory: int) -> chips.Topology:
         ("v4:4x8", "no slice '4x8' of v4; expected v4: and one of 2x2x1"),
         ("v9:2x2", "unknown 'v9:2x2'; did you mean 'v3:2x2'\\? expected v3: 2x2 4x4"),
         ("gpu:81GB", "expected gpu:16GB, gpu:24GB, gpu:40GB, gpu:48GB, gpu:80GB"),
-        ("gpu:80", "or several as gpu:8x80GB"),
+        ("gpu:80", "or up to 1024 of one as gpu:8x80GB"),
+        ("gpu:100000x80GB", "up to 1024 of one"),
+        ("GPU:80GB", "expected gpu:16GB, gpu:24GB"),
     ],
 )
 def test_a_topology_that_does_not_exist_lists_those_that_do(name, words):
@@ -74,6 +77,13 @@ def test_a_gpu_is_reckoned_with_the_attention_it_would_choose(small):
         return found.programs["train"].report.temporaries
 
     assert temporaries("auto") < 0.9 * temporaries("xla")
+
+
+@pytest.mark.parametrize(("size", "backend"), [(24, "xla"), (40, "xla"), (48, "xla"), (80, "cudnn")])
+def test_a_head_size_that_only_hopper_computes_is_planned_by_the_card(size, backend):
+    """A head_dim of 256, as Gemma's: cuDNN computes it from compute capability 9.0 on."""
+    model = ModelConfig("llama", 100, 1, 256, 1, 1, 256, 32, 64, dtype="bfloat16")
+    assert attention.choose("auto", model, "gpu", 1, chips.GPUS[size].capability).backend == backend
 
 
 def test_every_kind_of_stage_has_its_programs(small):
