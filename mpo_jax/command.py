@@ -111,13 +111,19 @@ def _parse(argv: list[str], folders: str) -> None:
     rest = iter(argv[1:])
     for argument in rest:
         head, equals, value = argument.partition("=")
+        if value.startswith("~/"):  # a shell leaves it as it is behind `=`
+            value = os.path.expanduser(value)
+            argument = f"{head}={value}"
         if head in ("--config", "-config"):
             value = value if equals else next(rest, "")
             if config:
                 raise InputError(f"--config: given twice, {config} and {value}; expected one")
             config = value
-            argument = f"--config={config_file(value)}"
+            given.insert(1, f"--config={config_file(value)}")  # absl wants it before its overrides
+            continue
         given.append(argument)
+    if not config and "config" in flags.FLAGS and any(argument.startswith("--config.") for argument in given):
+        required(config, "config", "a config file, or the name of a shipped one, for its settings")
     named = [argument for argument in given[1:] if not argument.startswith("-")] if folders else []
     if named:
         if (

@@ -14,7 +14,7 @@ import time
 import pytest
 from absl import flags
 
-from mpo_jax import mpo
+from mpo_jax import main, mpo
 from tests.tools import command_lines, processes
 from tests.tools.processes import ENVIRONMENT, ROOT
 
@@ -71,6 +71,41 @@ def test_a_signal_in_the_last_moments_of_a_command_leaves_its_exit_code(number):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def parsed(monkeypatch, *arguments):
+    """A config's flags as `mpo run` has them."""
+    known, found = set(flags.FLAGS), {}
+
+    def keep():
+        found.update(workdir=flags.FLAGS.workdir, config=flags.FLAGS.config)
+
+    monkeypatch.setattr(main, "work", keep)
+    monkeypatch.setattr(sys, "argv", ["mpo run", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert not ended.value.code and set(flags.FLAGS) == known
+    return found
+
+
+def test_settings_may_come_before_the_config(monkeypatch):
+    found = parsed(monkeypatch, "--config.data.limit=7", "--workdir=w", "--config=quickstart")
+    assert (found["config"].data.limit, found["workdir"]) == (7, "w")
+
+
+def test_settings_without_a_config_ask_for_one(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mpo run", "--config.data.limit=7", "--workdir=w"])
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert ended.value.code == 1
+    assert "--config: expected a config file, or the name of a shipped one" in capsys.readouterr().err
+
+
+def test_the_home_folder_may_be_written_as_a_shell_leaves_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text("from mpo_jax import recipes\n\nget_config = lambda: recipes.config()\n")
+    found = parsed(monkeypatch, "--workdir=~/runs", "--config=~/mine.py", "--config.data.path=~/a.jsonl")
+    assert (found["workdir"], found["config"].data.path) == (f"{tmp_path}/runs", f"{tmp_path}/a.jsonl")
 
 
 def test_commands_that_begin_in_one_process_leave_no_flag_behind(monkeypatch, capsys):

@@ -168,7 +168,8 @@ def _encode(records: Sequence[TextRecord], tokenizer, replies: int, limits: Limi
                     kept.append(i)
                     pieces.extend(np.asarray(ids, np.int32) for ids in fitted)
     if not kept:
-        raise InputError(f"no row is left after encoding: {dict(counts)}; raise max_length or max_response")
+        short = "; raise max_length or max_response" if any("too long" in rule for rule in counts) else ""
+        raise InputError(f"no row is left after encoding: {dict(counts)}{short}")
     counts["kept"] = len(kept)
     return Encoded(
         tokens=np.concatenate(pieces),

@@ -150,6 +150,8 @@ def _parse(text: bytes, name: str, line: int):
         raise InputError(f"{name}, line {at}: invalid JSON at column {error.colno}: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{name}, line {line}: not UTF-8 at byte {error.start}") from error
+    except ValueError as error:  # a whole number of more digits than Python reads
+        raise InputError(f"{name}, line {line}: a number that can't be read: {error}") from error
     except RecursionError:
         raise InputError(f"{name}, line {line}: JSON nested too deeply") from None
 

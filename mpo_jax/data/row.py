@@ -2,10 +2,17 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpo_jax.errors import InputError
+
+_NAMED = r"""['"](role|content|from|value)['"]\s*:"""
+_SPELT, _KEYS = re.compile(r"\s*\[?\s*\{\s*" + _NAMED), re.compile(r"[{,]\s*" + _NAMED)
+"""How messages begin that a table holds as text, in JSON or as Python prints them, and the names of their keys."""
+
+_MESSAGES = ({"role", "content"}, {"from", "value"})
 
 
 class Drop(Exception):
@@ -53,7 +60,13 @@ class Row:
         """A text that this kind of row needs. Drop where it is missing or null; InputError for another kind."""
         if is_null(self.values.get(key)):
             raise Drop(f"no {key!r} (missing or null, expected text)")
-        return self.get(key)
+        text = self.get(key)
+        if _SPELT.match(text) and any(keys <= set(_KEYS.findall(text)) for keys in _MESSAGES):
+            raise InputError(
+                f"{self.where}: key {key!r} is text that spells out messages ({text.strip()[:30]}...); expected the "
+                "list itself (pandas: to_json(orient='records', lines=True) or to_parquet in the place of to_csv)"
+            )
+        return text
 
     def number(self, key: str) -> float | None:
         """A number, which may be written as text; None where it is missing, null or NaN. InputError otherwise."""
@@ -65,10 +78,23 @@ class Row:
                 raise InputError(f"{self.where}: key {key!r} is the text {value!r}, expected a number") from None
         else:
             value = self.get(key, float, optional=True)
-        return None if value is None or math.isnan(value) else float(value)
+        try:
+            number = None if value is None or math.isnan(value) else float(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            number = math.inf
+        if number is not None and math.isinf(number):
+            raise InputError(f"{self.where}: key {key!r} is infinite, expected a finite number")
+        return number
 
 
-NAMES = {str: "text", list: "a list", dict: "an object", float: "a number", int: "a whole number"}
+NAMES = {
+    str: "text",
+    list: "a list",
+    dict: "an object",
+    float: "a number",
+    int: "a whole number",
+    bool: "true or false (or 1 or 0)",
+}
 
 
 def kind_of(value) -> str:

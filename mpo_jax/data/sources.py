@@ -6,6 +6,7 @@ Where a path leads is said by `parts.py`, what rows are written like by `schemas
 import collections
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,8 +22,8 @@ from mpo_jax.data.forms.base import Form, Plan, Said
 from mpo_jax.data.forms.prompts import ends_with_question
 from mpo_jax.data.parts import Part, canonical, parts
 from mpo_jax.data.reading import Reading
-from mpo_jax.data.records import TextRecord
-from mpo_jax.data.row import Drop, Row
+from mpo_jax.data.records import TextRecord, Turn
+from mpo_jax.data.row import Drop, Row, is_null
 from mpo_jax.data.schemas import form_of, recognise, show
 from mpo_jax.errors import InputError
 
@@ -100,7 +101,7 @@ class _Tally:
 
     def __init__(self, path: str, split: str):
         self.path, self.split = path, split
-        self.schema = self.first = ""
+        self.schema = self.first = self.coding = ""
         self.read = self.number = 0
         self.records: list[TextRecord] = []
         self.dropped: collections.Counter[str] = collections.Counter()
@@ -114,6 +115,7 @@ class _Tally:
         renamed, form, plan = self.look(name, rows, reading)
         columns = f"{form.name}: {form.columns}"
 
+        control = () if tokenizer is None else template.facts(tokenizer).control
         raw = {id(mine): row for mine, (_, row) in zip(renamed, rows, strict=True)}
 
         def keep(number: int, row: Row, own: str, said: Said) -> None:
@@ -123,6 +125,7 @@ class _Tally:
                 self._drop(str(rule), row)
                 return
             self.shown[how] += 1
+            self._note_losses(fields, said, control)
             label = said.good if reading.labelled else None
             told = kept(raw[id(row)], reading.keep)
             self.records.append(TextRecord(id=number, split=own, label=label, kept=told, form=columns, **fields))
@@ -167,6 +170,12 @@ class _Tally:
             )
         self.schema, self.first = form.name, self.first or name
         plan = form.plan(seen, rows, reading)
+        if self.coding not in ("", plan.coding):
+            raise InputError(
+                f"{self.path}: data.columns.choice: its values are of another kind in {name} than in {self.first}; "
+                "expected one coding in all files"
+            )
+        self.coding = plan.coding
         uses = plan.uses | {column: "split" for column in found.kinds if column == "split"}
         scored = "kept for scorers"
         for column in reading.keep:
@@ -184,6 +193,23 @@ class _Tally:
         for column, what in said.items():
             self.columns.setdefault(column, what)
         return form, plan
+
+    def _note_losses(self, fields: dict[str, Any], said: Said, control: Sequence[str]) -> None:
+        """Notes what a person would not expect: control tokens that are read as plain text, thoughts that nobody sees.
+        control: the tokenizer's control tokens."""
+        texts = [text for text in (fields["prompt"], fields["chosen"], fields["rejected"]) if text]
+        begins = "".join({token[0] for token in control})  # hardly any text holds one, and tokens may be hundreds
+        if not fields.get("templated") and any(begin in text for begin in begins for text in texts):
+            for token in control:
+                if any(token in text for text in texts):
+                    self.notes[
+                        f"records spell {token}, which is read as text and not as a token; see docs/data.md"
+                    ] += 1
+        for side, text in ((said.chosen, fields["chosen"]), (said.rejected, fields["rejected"])):
+            rest = json.loads(side.rest) if isinstance(side, Turn) and side.rest else {}
+            for name in ("reasoning_content", "thinking"):
+                if rest.get(name) and str(rest[name]).strip() not in (text or ""):
+                    self.notes[f"replies lose their {name!r}, which the template does not write"] += 1
 
     def _drop(self, rule: str, row: Row) -> None:
         self.dropped[rule] += 1
@@ -268,6 +294,8 @@ def split_of(part: Part, row: Row, reading: Reading | None = None) -> str:
     """The split a row belongs to: its own word, else its file's, else train."""
     name = reading.columns.get("split", "split") if reading else "split"
     own = row.values.get(name)
+    if isinstance(own, int | float) and not is_null(own):  # the number of a fold, which a table may hold as 1.0
+        own = str(int(own) if float(own).is_integer() else own)
     return own if isinstance(own, str) and own else part.split or "train"
 
 

@@ -16,11 +16,13 @@ _PROMPT = (
 _GOOD = {"chosen", "good", "better", "best", "preferred", "winner", "accepted", "positive", "pos", "correct", "liked"}
 _BAD = {
     "rejected", "bad", "worse", "worst", "dispreferred", "loser", "negative", "neg", "incorrect", "wrong", "disliked",
+    "non", "not",
 }  # fmt: skip
 _REPLY = (
     "completion", "response", "answer", "reply", "output", "target", "solution", "assistant", "generation", "text",
 )  # fmt: skip
 _CHOICE = {"choice", "winner", "better", "best", "preferred", "preference", "label"}
+_ONE_SIDE = {"tie", "a", "b", "0", "1", "2", "first", "second", "left", "right"}
 _SIDES = (("a", "b"), ("1", "2"), ("0", "1"), ("first", "second"), ("left", "right"))
 
 
@@ -36,6 +38,11 @@ def hint(found: Survey) -> str:
     return f"; perhaps {guess}" if guess else ""
 
 
+def of_one_side(column: str) -> bool:
+    """Whether a column tells of one of two replies alone, as `winner_model_a`: a 1 there does not mean "the second"."""
+    return len(_ONE_SIDE & set(words(column))) == 1
+
+
 def columns(found: Survey) -> dict[str, str]:
     """Role -> column: of a pair, of two replies and a choice, or of one reply with a label or without; {} for none."""
     texts = [name for name in found.kinds if found.holds(name, "text", "list", "object")]
@@ -45,9 +52,11 @@ def columns(found: Survey) -> dict[str, str]:
         return _with_prompt(texts, {"chosen": good, "rejected": bad})
     for one, other, stem in _sides(texts):
         others = [name for name in found.kinds if name not in (one, other)]
-        choice = _first(others, lambda name: bool(_CHOICE & set(words(name))))
-        if choice and stem:
+        choice = _first(others, lambda name: bool(_CHOICE & set(words(name))) and not of_one_side(name))
+        if stem and choice:
             return _with_prompt(texts, {"first": one, "second": other, "choice": choice})
+        if stem:  # two replies of which nothing says the better
+            return {}
     reply = _by_word(texts, _REPLY)
     if not reply:
         return {}

@@ -4,6 +4,7 @@ Each is a rule of thumb, told with the figures that set it off: a reason to look
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -102,6 +103,8 @@ def learned_by_heart(summary: Summary, rows: Rows) -> Found:
     if len(held) < 3 or len(trained) < 2:
         return None
     (step, least), (last, loss) = min(held, key=lambda each: each[1]), held[-1]
+    if not (math.isfinite(loss) and math.isfinite(least)):  # it was not learned by heart, it broke
+        return None
     if least <= 0 or loss < OVERFITTED * least or trained[-1] >= trained[0]:
         return None
     told = f"Held-out loss was lowest at step {step} ({least:.3f}) and is {loss:.3f} at step {last}: "

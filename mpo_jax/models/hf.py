@@ -301,6 +301,8 @@ def _read_piece(reader, tensor: str, entry: Entry, config: ModelConfig, ranges) 
         slices.append(slice(start, start + math.prod(extents)))
         shape += extents
     read = reader.read(tensor, tuple(slices)).reshape(shape)[tuple(picks)]
+    if not np.isfinite(read).all():
+        raise InputError(f"{reader.file(tensor)}: tensor {tensor!r} holds NaN or infinite values; expected finite ones")
     letters = [letter for axis in entry.axes for letter in axis]
     kept = [letter for letter in letters if not letter.isdigit()]
     read = read.reshape([size for letter, size in zip(letters, read.shape, strict=True) if not letter.isdigit()])

@@ -191,3 +191,9 @@ def test_gold_and_judges_that_say_the_opposite_of_the_reward_model(run):
     assert sign.figure == "judged-judge" and "20 % by qwen" in sign.told
     for name, one in (("agrees", each("qwen", 0.9, 0.01)), ("unsure", each("qwen", 0.2, 0.01, "dpo"))):
         assert signatures.of_stage(run(name, summary={"pairs": [one]}, **judged)) == []
+
+
+def test_a_loss_that_is_no_number_is_not_called_overfitted(tmp_path):
+    made = stage(tmp_path, held(float("nan"), 2.0, float("nan")))
+    assert not [sign for sign in signatures.of_stage(made) if "overfitted" in sign.told]
+    assert [sign for sign in signatures.of_stage(stage(tmp_path, held(1.0, 1.5, 2.0))) if "overfitted" in sign.told]

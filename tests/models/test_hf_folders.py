@@ -81,6 +81,16 @@ def test_an_output_matrix_of_its_own_is_not_dropped_where_the_config_ties_it(tor
     assert max(found) < 1e-4 * max(scale, 1), "it is what transformers computes of the folder as it came"
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_weight_that_is_no_number_is_named(folder, value, dtype):
+    """A model of NaN samples nothing, and a training would blame its batch."""
+    scale = np.ones(64, np.float32)
+    scale[7] = value
+    change_tensors(folder, model__norm__weight=scale.astype(np.dtype(dtype)))
+    refused(folder, folder / "model.safetensors", "tensor 'model.norm.weight' holds NaN or infinite values")
+
+
 @pytest.mark.parametrize(
     "name", ["../secret.safetensors", "/etc/secret.safetensors", "a/b.safetensors", "x.bin", 3, ""]
 )

@@ -31,12 +31,14 @@ class Said:
 @dataclasses.dataclass
 class Plan:
     """How the rows of one file are read. uses: column → what it is used as. known: columns left on purpose. notes: what
-    else is to be said; it grows while rows are read."""
+    else is to be said; it grows while rows are read. coding: how the values of a choice column were understood, which
+    must be the same in all files; "" where they leave no doubt."""
 
     read: Callable[[Row], Said]
     uses: dict[str, str]
     known: frozenset[str] = frozenset()
     notes: dict[str, int] = dataclasses.field(default_factory=dict)
+    coding: str = ""
 
     def note(self, what: str, count: int = 1) -> None:
         self.notes[what] = self.notes.get(what, 0) + count

@@ -16,7 +16,8 @@ from mpo_jax.data.forms.base import Form, Plan, Said
 from mpo_jax.data.forms.prompts import Head
 from mpo_jax.data.reading import Reading
 from mpo_jax.data.records import Turn
-from mpo_jax.data.row import Drop, Row, is_empty, is_list, kind_of
+from mpo_jax.data.row import Drop, Row, is_empty, is_list, is_null, kind_of
+from mpo_jax.data.suggest import of_one_side
 from mpo_jax.errors import InputError
 
 Choose = Callable[[Row, str], tuple[int, float | None]]
@@ -60,13 +61,15 @@ def _one_or_two(row: Row, column: str) -> tuple[int, None]:
 
 def _needed(row: Row, column: str):
     value = row.values.get(column)
-    if value is None:
+    if is_null(value):
         raise Drop(f"no {column!r} (missing or null)")
     return _whole_number(value)
 
 
 def _whole_number(value: Any) -> Any:
     """A whole number that is written as text, as a table without types has it; any other value as it is."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     return int(value) if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,9}\s*", value) else value
 
 
@@ -76,14 +79,32 @@ _NAMES = ({"a", "first", "model_a", "left", "chosen_a"}, {"b", "second", "model_
 def _mapped(found: Survey, rows: Sequence[Row], reading: Reading) -> Choose:
     """The meaning of a choice column that `data.columns` names, by all its values: 0 and 1, 1 and 2, below and above
     0, or names."""
+    column = reading.columns.get("choice", "choice")
+    where = found.first.get("choice", rows[0].where)
     values = [_whole_number(row.values.get("choice")) for row in rows]
     numbers = {value for value in values if isinstance(value, int) and not isinstance(value, bool)}
+    if numbers and of_one_side(column):
+        raise InputError(
+            f"{where}: column {column!r} tells of one reply alone, so its numbers do not say which of two is better; "
+            "expected a column that does: 0 or 1, 1 or 2, below or above 0, or a name"
+        )
     if any(number < 0 for number in numbers):
         return _strength
+    if numbers == {1}:
+        raise InputError(
+            f"{where}: column {column!r} holds only 1 in this file, which may be of 0 and 1 or of 1 and 2; "
+            "expected both values in every file (data.limit may cut them off), or names"
+        )
     if numbers and numbers <= {0, 1}:
         return _index
     if numbers and numbers <= {1, 2}:
         return _one_or_two
+    if numbers:
+        told = ", ".join(map(str, sorted(numbers)[:5])) + ", ..." * (len(numbers) > 5)
+        raise InputError(
+            f"{where}: column {column!r} holds {told}; expected 0 and 1 alone, 1 and 2 alone, numbers below and above "
+            "0 (0 is a tie), or names (and 'tie')"
+        )
     own = [reading.columns.get(name, name).lower() for name in ("first", "second")]
 
     def by_name(row: Row, column: str) -> tuple[int, None]:
@@ -118,6 +139,9 @@ def _two(
     def plan(found: Survey, rows, reading: Reading) -> Plan:
         system = found.has("system")
         head = prompts.find(found, reading) if prompt == "prompt" else Head(prompt, "", True, system, False, False)
+        whole = head is None and all(found.kinds.get(name) == {"list"} for name in replies)
+        if whole:  # each reply is its whole conversation, prompt and all
+            head = Head("", "", True, system, False, False)
         if head is None:
             raise InputError(
                 f"{found.first.get(choice, rows[0].where)}: no prompt column; name it, data.columns.prompt='NAME'"
@@ -126,13 +150,16 @@ def _two(
         rated = scores is not None and found.has(*scores)
 
         def read(row: Row) -> Said:
+            talks = [messages(row, column) for column in replies] if whole else []
+            if talks and talks[0][:-1] != talks[1][:-1]:
+                raise Drop("prompts differ")
             sides = [_reply(row, column) for column in replies]
             better, margin = rule(row, choice)
             given = [row.number(column) for column in scores] if rated and scores else []
             if given and None not in given:
                 margin = (given[better] or 0.0) - (given[1 - better] or 0.0)
             return Said(
-                prompts.ends_with_question(_asked(head.turns(row))),
+                prompts.ends_with_question((*head.before(row), *talks[0][:-1]) if whole else _asked(head.turns(row))),
                 sides[better],
                 sides[1 - better],
                 margin=margin,
@@ -141,7 +168,7 @@ def _two(
 
         uses = head.uses() | dict.fromkeys(replies, "a reply") | {choice: "which is chosen"}
         uses |= dict.fromkeys(scores, "margin") if rated and scores else {}
-        return Plan(read, uses, frozenset(known))
+        return Plan(read, uses, frozenset(known), coding="" if choose else rule.__name__)
 
     return Form(name, f"{prompt}/{'/'.join(replies)}/{choice}", matches, plan)
 
