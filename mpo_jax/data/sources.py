@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -115,7 +115,9 @@ class _Tally:
         renamed, form, plan = self.look(name, rows, reading)
         columns = f"{form.name}: {form.columns}"
 
-        control = () if tokenizer is None else template.facts(tokenizer).control
+        control = collections.defaultdict(list)
+        for token in () if tokenizer is None else template.facts(tokenizer).control:
+            control[token[:2]].append(token)
         raw = {id(mine): row for mine, (_, row) in zip(renamed, rows, strict=True)}
 
         def keep(number: int, row: Row, own: str, said: Said) -> None:
@@ -194,17 +196,14 @@ class _Tally:
             self.columns.setdefault(column, what)
         return form, plan
 
-    def _note_losses(self, fields: dict[str, Any], said: Said, control: Sequence[str]) -> None:
+    def _note_losses(self, fields: dict[str, Any], said: Said, control: Mapping[str, Sequence[str]]) -> None:
         """Notes what a person would not expect: control tokens that are read as plain text, thoughts that nobody sees.
-        control: the tokenizer's control tokens."""
+        control: the tokenizer's control tokens, by how they begin: they may be hundreds, and few texts hold one."""
         texts = [text for text in (fields["prompt"], fields["chosen"], fields["rejected"]) if text]
-        begins = "".join({token[0] for token in control})  # hardly any text holds one, and tokens may be hundreds
-        if not fields.get("templated") and any(begin in text for begin in begins for text in texts):
-            for token in control:
-                if any(token in text for text in texts):
-                    self.notes[
-                        f"records spell {token}, which is read as text and not as a token; see docs/data.md"
-                    ] += 1
+        begun = [] if fields.get("templated") else [each for each in control if any(each in text for text in texts)]
+        for token in (token for each in begun for token in control[each]):
+            if any(token in text for text in texts):
+                self.notes[f"records spell {token}, which is read as text and not as a token; see docs/data.md"] += 1
         for side, text in ((said.chosen, fields["chosen"]), (said.rejected, fields["rejected"])):
             rest = json.loads(side.rest) if isinstance(side, Turn) and side.rest else {}
             for name in ("reasoning_content", "thinking"):

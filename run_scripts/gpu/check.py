@@ -55,8 +55,16 @@ def main() -> int:
         check_gpu()
     given.out.mkdir(parents=True, exist_ok=True)
     extra = [f"--cases={given.cases}", f"--seconds={given.seconds}", *["--no-torch"] * given.no_torch]
+    begun: list[subprocess.Popen] = []
     with concurrent.futures.ThreadPoolExecutor(2 if given.platform == "gpu" else 1) as pool:
-        list(pool.map(lambda name: run_part(name, given.out, given.platform), [x for x in only if x != "speed"]))
+        try:
+            others = [name for name in only if name != "speed"]
+            list(pool.map(lambda name: run_part(name, given.out, given.platform, begun=begun), others))
+        except KeyboardInterrupt:  # which the parts, being groups of their own, do not hear
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in begun:
+                _stop(process)
+            raise
     if "speed" in only:
         run_part("speed", given.out, given.platform, extra)
     return finish(given.out, describe(given.platform))
@@ -71,26 +79,35 @@ def check_gpu() -> None:
         sys.exit(f"error: JAX finds no NVIDIA GPU here ({why}); --platform=cpu tests the check itself on a CPU")
 
 
-def run_part(name: str, out: Path, where: str, extra: Sequence[str] = ()) -> None:
-    """Runs a part; what it finds lies in out/name.json, also where it dies."""
+def run_part(
+    name: str, out: Path, where: str, extra: Sequence[str] = (), begun: list[subprocess.Popen] | None = None
+) -> None:
+    """Runs a part; what it finds lies in out/name.json, also where it dies. begun: gets its process."""
     path = out / f"{name}.json"
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", f"run_scripts.gpu.{name}", f"--out={path}", f"--platform={where}", *extra]
     # A group of its own: a part that is stopped leaves none of its processes on the card, which the next part wants.
     process = subprocess.Popen(command, cwd=ROOT, env=environment(where, name), start_new_session=True)
+    if begun is not None:
+        begun.append(process)
     try:
         words = f"the process ended with status {process.wait(_SECONDS[name])}"
     except subprocess.TimeoutExpired:
         words = f"stopped after {_SECONDS[name]} seconds"
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _stop(process)
     found = json.loads(path.read_text()) if path.exists() else {"part": name, "done": False, "seconds": 0.0, "rows": []}
     if not found["done"]:
         row = {"name": "the part itself", "value": words, "unit": "", "bound": "comes to its end", "ok": False}
         found["rows"].append(row | {"note": ""})
         path.write_text(json.dumps(found, indent=1))
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """Ends a part with all that it has begun."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def finish(out: Path, machine: dict[str, str]) -> int:

@@ -145,14 +145,20 @@ def _everywhere(job: Job, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
 
 
 def calls(
-    job: Job[Settings], compiled: Programs, state: TrainState, frozen: PyTree, prompts: Batch, pairs: Sequence[Batch]
+    job: Job[Settings],
+    compiled: Programs,
+    how: SamplingConfig,
+    state: TrainState,
+    frozen: PyTree,
+    prompts: Batch,
+    pairs: Sequence[Batch],
 ) -> Iterator[Call]:
-    """What a step calls of the stage's programs on prompts of a shape. pairs: the shape of what is replayed, or ().
-    Where others score, what they say is the host's, and is left to the first step."""
+    """What a step calls of the stage's programs on prompts of a shape. how: its replies are sampled. pairs: the shape
+    of what is replayed, or (). Where others score, what they say is the host's, and is left to the first step."""
     seed, functions = shapes.number(job, job.seed), {name: program.function for name, program in compiled.items()}
     drawing = (frozen["base"] | state.params["policy"], prompts, seed, state.step)
     yield functions["rollout"], drawing
-    drawn = candidates.drawn_shapes(job, sampling_config(job), prompts)
+    drawn = candidates.drawn_shapes(job, how, prompts)
     if job.settings.asks:
         yield functions["look"], (state.params, frozen, drawn)
         return
@@ -201,7 +207,7 @@ def _run(job: Job[Settings], stack: contextlib.ExitStack) -> dict[str, Any]:
     def called(state: TrainState, first: int, last: int) -> Iterator[Call]:
         pairs = () if replayed is None else replayed.shapes()
         for rows in loader.shapes(range(first, last)):
-            yield from calls(job, compiled, state, frozen, rows, pairs)
+            yield from calls(job, compiled, sampling, state, frozen, rows, pairs)
         for rows in heldout_loader.sampled_shapes(settings.eval_batches):
             yield from reply_calls(job, compiled, one, state.params, frozen, rows)
 
