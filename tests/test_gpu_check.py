@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,7 +92,6 @@ def test_a_part_that_dies_is_a_failure_and_keeps_what_it_knew(tmp_path, monkeypa
 
 def test_a_part_that_is_stopped_leaves_no_process(tmp_path, monkeypatch):
     """The stage that it had started would go on, and hold the card that the next part wants."""
-    (tmp_path / "scripts").mkdir()
     child = "import subprocess, sys, time\n"
     child += "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], stdout=open(sys.argv[1], 'w'))\n"
     child += "time.sleep(60)\n"
@@ -100,12 +100,15 @@ def test_a_part_that_is_stopped_leaves_no_process(tmp_path, monkeypatch):
 
     def begin(command, **options):
         started.append(real([sys.executable, "-c", child, str(tmp_path / "held")], start_new_session=True))
+        ends = time.monotonic() + 60
+        while not (tmp_path / "held").exists() and time.monotonic() < ends:
+            time.sleep(0.01)
         return started[-1]
 
     monkeypatch.setattr(check.subprocess, "Popen", begin)
-    monkeypatch.setitem(check._SECONDS, "whole", 2)
+    monkeypatch.setitem(check._SECONDS, "whole", 1)
     check.run_part("whole", tmp_path, "cpu")
-    assert rows(tmp_path / "whole.json")[0]["value"] == "stopped after 2 seconds"
+    assert rows(tmp_path / "whole.json")[0]["value"] == "stopped after 1 seconds"
     group = started[0].pid
     left = [path for path in Path("/proc").glob("[0-9]*/stat") if _group(path) == group]
     assert (tmp_path / "held").exists() and not left
