@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -212,3 +213,46 @@ def test_kernels_are_summed_by_name_and_gaps_between_them_are_idle():
         SimpleNamespace(planes=[gpu, plane("/host:CPU", ("Stream #1", [event("x", 0, 9)]))]), most=1
     )
     assert found == {"seconds": 6.5, "idle": 1.5, "kernels": [["gemm", 4.0, 2]]}
+
+
+def test_what_the_card_has_no_room_for_and_a_torch_without_a_card_are_not_run(tmp_path, monkeypatch):
+    peaks = {"flops": 1e12, "bandwidth": 1e11, "side": 8, "bytes": 8, "limit": 24 << 30}
+    monkeypatch.setattr(speed, "run", lambda command, path: peaks)
+    monkeypatch.setattr(speed, "torch_sees_card", lambda: False)
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: name)
+    given = ["speed", f"--out={tmp_path / 'speed.json'}", "--platform=gpu", "--cases=dpo 1B"]
+    monkeypatch.setattr(sys, "argv", given)
+    assert speed.main() == 0
+    told = {row["name"]: (row["value"], row["note"]) for row in rows(tmp_path / "speed.json")}
+    assert told["torch"] == ("not run", "the torch that is installed sees no card")
+    assert told["dpo 1B"] == ("not run", "it needs 42 GiB")
+
+
+def test_the_eager_loop_begins_when_the_models_of_the_compiled_one_are_gone(torch, tmp_path, monkeypatch):
+    """An error holds them by its traceback, and a card has no room for both."""
+    from run_scripts.gpu import torch_loop
+
+    class Model:
+        pass
+
+    held = []
+
+    def measured(given, device, compiled):
+        if not compiled:
+            assert held[0]() is None
+            return {"compiled": False}
+        model = Model()
+        held.append(weakref.ref(model))
+        raise RuntimeError("no triton")
+
+    monkeypatch.setattr(torch_loop, "measured", measured)
+    monkeypatch.setattr(sys, "argv", ["torch_loop", "--what=dpo", "--shape=XS", f"--json={tmp_path / 'a.json'}"])
+    assert torch_loop.main() == 0
+    assert json.loads((tmp_path / "a.json").read_text()) == {"compiled": False, "compile_error": "RuntimeError"}
+
+
+def test_the_part_that_needs_pytest_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["check", str(tmp_path), "--only=numbers", "--platform=cpu"])
+    with pytest.raises(SystemExit, match="the part numbers needs pytest"):
+        check.main()
