@@ -158,6 +158,21 @@ def test_cases_that_are_not_are_refused(tmp_path, monkeypatch, capsys):
     assert "--cases: no dpo 9B; expected some of dpo XS" in capsys.readouterr().err
 
 
+def test_a_case_beside_torch_can_be_named(tmp_path, monkeypatch):
+    asked = []
+
+    def run(command, path):
+        asked.append(path.stem)
+        return {"flops": 1.0, "bandwidth": 1.0, "side": 1, "bytes": 1, "best": 1.0, "compiled": True, "versions": "",
+                "device_peak_MiB": None}  # fmt: skip
+
+    monkeypatch.setattr(speed, "run", run)
+    given = ["speed", f"--out={tmp_path / 'speed.json'}", "--platform=cpu", "--cases=dpo XS, torch,reward XS, torch"]
+    monkeypatch.setattr(sys, "argv", given)
+    assert speed.main() == 0
+    assert asked == ["peaks", "dpo_XS,_torch", "reward_XS,_torch"]
+
+
 @pytest.mark.parametrize(
     ("told", "card"),
     [
