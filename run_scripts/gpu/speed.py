@@ -89,9 +89,8 @@ def main() -> int:
     parser.add_argument("--no-torch", action="store_true")
     given = parser.parse_args()
     cases = CPU if given.platform == "cpu" else GPU
-    wanted = [
-        name.strip() for name in re.split(r",(?!\s*torch)", given.cases) if name.strip()
-    ]  # "dpo 1B, torch" is one
+    # A name such as "dpo 1B, torch" holds a comma.
+    wanted = [name.strip() for name in re.split(r",(?!\s*torch)", given.cases) if name.strip()]
     if unknown := set(wanted) - {case.name for case in cases}:
         parser.error(f"--cases: no {', '.join(sorted(unknown))}; expected some of {'; '.join(c.name for c in cases)}")
     part = Part("speed", given.out)
