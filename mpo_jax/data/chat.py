@@ -35,14 +35,15 @@ def messages(row: Row, key: str) -> tuple[Turn, ...]:
     if is_null(value):
         raise Drop(f"no {key!r} (missing or null, expected messages)")
     if isinstance(value, Mapping) and is_list(value.get("messages")):  # OpenAI's preference files: {"messages": [...]}
-        return tuple(_message(row, f"{key}.messages[{at}]", inner) for at, inner in enumerate(value["messages"]))
-    if isinstance(value, Mapping) and value and all(is_list(inner) for inner in value.values()):
+        key, value = f"{key}.messages", value["messages"]
+    elif isinstance(value, Mapping) and value and all(is_list(inner) for inner in value.values()):
         # `datasets` and TFDS turn a list of objects into an object of lists
         value = [dict(zip(value, inner, strict=False)) for inner in zip(*value.values(), strict=False)]
-        return tuple(_message(row, f"{key}[{place}]", inner) for place, inner in enumerate(value))
-    if isinstance(value, Mapping):
+    elif isinstance(value, Mapping):
         return (_message(row, key, value),)
-    return tuple(_message(row, f"{key}[{place}]", inner) for place, inner in enumerate(row.get(key, list)))
+    else:
+        value = row.get(key, list)
+    return tuple(_message(row, f"{key}[{place}]", inner) for place, inner in enumerate(value))
 
 
 def _message(row: Row, key: str, value) -> Turn:

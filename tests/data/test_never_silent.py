@@ -126,6 +126,22 @@ def test_arena_conversations_have_their_prompt_in_both_replies(jsonl):
     assert all("q" in record.prompt for record in records)
 
 
+@pytest.mark.parametrize(("own", "kept"), [("S", 1), (None, 1), ("other", 0)])
+def test_a_system_text_beside_arena_conversations_stands_before_them_once(jsonl, own, kept):
+    """As beside a chosen and a rejected conversation: one that says something else is no system text of theirs."""
+
+    def talk(answer):
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+        return [{"role": "system", "content": own}] * (own is not None) + turns
+
+    row = {"system": "S", "conversation_a": talk("good"), "conversation_b": talk("bad"), "winner": "model_a"}
+    plain = row | {"conversation_a": talk("good")[-2:], "conversation_b": talk("bad")[-2:]}
+    columns = {"first": "conversation_a", "second": "conversation_b", "choice": "winner"}
+    records, account = load(jsonl([row, plain]), reading=Reading(columns=columns))
+    assert len(records) == 1 + kept and all(record.prompt.count("S") == 1 for record in records)
+    assert sum(account.dropped.values()) == 1 - kept
+
+
 def test_openai_preferences(jsonl):
     row = {
         "input": {"messages": [{"role": "user", "content": "q"}], "tools": [], "parallel_tool_calls": True},

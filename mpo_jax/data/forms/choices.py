@@ -14,6 +14,7 @@ from mpo_jax.data.columns import Survey
 from mpo_jax.data.forms import prompts
 from mpo_jax.data.forms.base import Form, Plan, Said
 from mpo_jax.data.forms.prompts import Head
+from mpo_jax.data.forms.replies import read_sides
 from mpo_jax.data.reading import Reading
 from mpo_jax.data.records import Turn
 from mpo_jax.data.row import Drop, Row, is_empty, is_list, is_null, kind_of
@@ -141,7 +142,7 @@ def _two(
         head = prompts.find(found, reading) if prompt == "prompt" else Head(prompt, "", True, system, False, False)
         whole = head is None and all(found.kinds.get(name) == {"list"} for name in replies)
         if whole:  # each reply is its whole conversation, prompt and all
-            head = Head("", "", True, system, False, False)
+            head = prompts.beside(found) or Head("", "", True, False, False, False)
         if head is None:
             raise InputError(
                 f"{found.first.get(choice, rows[0].where)}: no prompt column; name it, data.columns.prompt='NAME'"
@@ -150,16 +151,13 @@ def _two(
         rated = scores is not None and found.has(*scores)
 
         def read(row: Row) -> Said:
-            talks = [messages(row, column) for column in replies] if whole else []
-            if talks and talks[0][:-1] != talks[1][:-1]:
-                raise Drop("prompts differ")
-            sides = [_reply(row, column) for column in replies]
+            asked, sides = read_sides(row, head, replies) if whole else (None, [_reply(row, each) for each in replies])
             better, margin = rule(row, choice)
             given = [row.number(column) for column in scores] if rated and scores else []
             if given and None not in given:
                 margin = (given[better] or 0.0) - (given[1 - better] or 0.0)
             return Said(
-                prompts.ends_with_question((*head.before(row), *talks[0][:-1]) if whole else _asked(head.turns(row))),
+                prompts.ends_with_question(asked if whole else _asked(head.turns(row))),
                 sides[better],
                 sides[1 - better],
                 margin=margin,

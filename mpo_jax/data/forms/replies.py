@@ -73,7 +73,7 @@ def reply_plan(found: Survey, rows: Sequence[Row], reading: Reading, names: tupl
     )
 
     def read(row: Row) -> Said:
-        prompt, sides = _sides(row, head, names)
+        prompt, sides = read_sides(row, head, names)
         own = row.values.get(head.column) if repeated and head else None
         if isinstance(own, str) and all(isinstance(side, str) and side.startswith(own) for side in sides):
             sides = [side[len(own) :] for side in sides]
@@ -97,7 +97,7 @@ def reply_plan(found: Survey, rows: Sequence[Row], reading: Reading, names: tupl
     return plan
 
 
-def _sides(row: Row, head: Head | None, names: tuple[str, ...]) -> tuple:
+def read_sides(row: Row, head: Head | None, names: tuple[str, ...]) -> tuple:
     """(prompt, replies) of a row; replies that are message lists may hold the prompt, or repeat it."""
     values = [row.values.get(name) for name in names]
     if head is not None and values and all(is_whole_dialogue(value) for value in values):
