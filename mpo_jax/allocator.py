@@ -16,8 +16,8 @@ from mpo_jax.errors import InputError
 GPU_SHARE = 0.92
 """Of a card's memory that XLA takes when a command begins, unless the environment says another. The rest is for CUDA's
 own context, cuDNN and cuBLAS."""
-FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-FRACTIONS = (FRACTION, "XLA_CLIENT_MEM_FRACTION")  # the old name and the new; XLA refuses both at once
+_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+FRACTIONS = (_FRACTION, "XLA_CLIENT_MEM_FRACTION")  # the old name and the new; XLA refuses both at once
 
 SETTINGS = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -34,7 +34,7 @@ def restart() -> None:
     GPU's share is set, where the environment says none.
     """
     if not any(os.environ.get(name) for name in FRACTIONS):
-        os.environ[FRACTION] = str(GPU_SHARE)
+        os.environ[_FRACTION] = str(GPU_SHARE)
     told = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     if told or os.environ.get("JAX_PLATFORMS") != "cpu" or not _is_glibc():
         return
@@ -69,7 +69,7 @@ def check_card() -> None:
         if share * total <= free:
             continue
         fits = int(100 * free / max(total, 1)) - 2
-        remedy = f" or set {FRACTION}=0.{fits:02d}" if fits >= 5 else ""
+        remedy = f" or set {_FRACTION}=0.{fits:02d}" if fits >= 5 else ""
         raise InputError(
             f"{name}: {free / 1024:.1f} of {total / 1024:.1f} GiB are free, and this process would take "
             f"{share * total / 1024:.1f}; another process holds the rest (nvidia-smi names it). End that one, choose "
@@ -89,6 +89,11 @@ def read_share() -> float:
     if not 0 < share <= 1:
         raise InputError(f"{name}: {os.environ[name]!r}; expected a number above 0 and up to 1")
     return share
+
+
+def environment(share: float) -> dict[str, str]:
+    """This process's environment for another one, with a share of the card under one name alone."""
+    return {name: value for name, value in os.environ.items() if name not in FRACTIONS} | {_FRACTION: str(share)}
 
 
 def _cards() -> list[tuple[str, float, float]]:

@@ -124,10 +124,9 @@ def environment(where: str, name: str) -> dict[str, str]:
     """Of a part: JAX's platform, with the CPU beside a GPU, to be compared with; nothing asks a network. Of the card,
     speed takes what a run takes, and the others leave room for each other and for torch."""
     share = allocator.read_share() if name == "speed" else min(0.3, allocator.read_share())
-    kept = {key: value for key, value in os.environ.items() if key not in allocator.FRACTIONS}
     set_here = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     set_here["JAX_PLATFORMS"] = "cpu" if where == "cpu" else "cuda,cpu"
-    return kept | {allocator.FRACTION: str(share)} | set_here
+    return allocator.environment(share) | set_here
 
 
 def describe(where: str) -> dict[str, str]:

@@ -259,9 +259,8 @@ def name_of(dtype: str) -> str:
 def marked(part: Part) -> None:
     """The tests that need a card, in a process of their own, on what memory this one leaves."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py"]
-    kept = {key: value for key, value in os.environ.items() if key not in allocator.FRACTIONS}
-    share = {allocator.FRACTION: "0.05"}  # beside what this process holds
-    done = subprocess.run(command, capture_output=True, text=True, env=kept | share)
+    beside = allocator.environment(0.05)  # what this process holds
+    done = subprocess.run(command, capture_output=True, text=True, env=beside)
     last = (done.stdout.strip().splitlines() or [done.stderr[-300:]])[-1]
     part.true("tests under the gpu marker", done.returncode == 0, last, "pass")
 
