@@ -261,6 +261,8 @@ def compiles() -> int:
 
 
 def _count(event: str, duration_secs: float, **about) -> None:
+    if progress.is_aside():
+        return
     if event == _LOWERED_EVENT:
         progress.compiling(re.sub(r"^jit\((.*)\)$", r"\1", str(about.get("fun_name", "a program"))))
     elif event == _COMPILE_EVENT:

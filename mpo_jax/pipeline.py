@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from mpo_jax import (
     stopping,
     store,
 )  # fmt: skip
+from mpo_jax.artifacts import POLICY, REWARD
 from mpo_jax.errors import InputError, Stopped
 from mpo_jax.evaluation import report, signatures
 from mpo_jax.evaluation.sections import Finished
@@ -45,7 +46,7 @@ from mpo_jax.models import hf, hub
 from mpo_jax.models.presets import Preset
 from mpo_jax.run import Run, StageMesh, as_json, mesh_of, sources_of
 from mpo_jax.scorers import names
-from mpo_jax.stages import corpus, kinds
+from mpo_jax.stages import ahead, corpus, kinds
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages.base import Training
 from mpo_jax.stages.job import Job
@@ -179,12 +180,16 @@ def _run(
     if jobs.is_first():
         done = [name for name in order if name not in waiting]
         jobs.say(heading.of_run(config, workdir, mesh, done, waiting, _left(here, waiting)))
+    job = None
     for number, name in enumerate(order, 1):
         left = [each for each in order[number - 1 :] if each in waiting]
         try:
             stopping.obey()
             place = f"stage {number} of {len(order)}: {name}"
-            _bring_up(here, nodes[name], place, left)
+            following = _next(here, name, left)
+            with ahead.compiling(following):
+                _bring_up(here, nodes[name], place, left, job)
+            job = following
         except Stopped as stopped:
             where = f", at {stopped.where}" if stopped.where else ""
             jobs.say(f"told to stop in stage {name}{where}; the same command goes on from there")
@@ -209,9 +214,9 @@ class _Here:
     amounts: Callable[[str, int], float | None]
 
 
-def _bring_up(here: _Here, node: Node, place: str, left: Iterable[str]) -> None:
+def _bring_up(here: _Here, node: Node, place: str, left: Iterable[str], job: Job | None = None) -> None:
     """Runs a stage, unless it is done; no other run works on it meanwhile. place: which of the run's it is, in words.
-    left: the stages that are to be made, this one among them."""
+    left: the stages that are to be made, this one among them. job: of the stage, where it was compiled ahead."""
 
     config, workdir, mesh = here.config, here.workdir, here.mesh
 
@@ -233,10 +238,32 @@ def _bring_up(here: _Here, node: Node, place: str, left: Iterable[str]) -> None:
         if found == STALE:
             _set_aside(node, workdir)
         with profiling.of_stage(here.profile, node.name, node.folder, isinstance(node.settings, Training)):
-            run_stage(config, workdir, mesh, here.nodes, node, resumed)
+            run_stage(job or _job(here, node), here.nodes, mesh, resumed)
         jobs.say(f"{node.name}: finished in {time.perf_counter() - began:.1f} s ({node.folder.name})")
         if jobs.is_first():
             _warn(node)
+
+
+def _next(here: _Here, name: str, left: Sequence[str]) -> Job | None:
+    """The job of the stage that is made after this one, where all of its inputs but weights are there by now. left: the
+    stages that are to be made from here on."""
+    if len(left) < 2 or name != left[0] or here.profile is not None:
+        return None
+    node, states = here.nodes[left[1]], statuses(here.config, here.nodes)
+    weights = (POLICY, REWARD)
+    made = [
+        states[name].state == DONE or kinds.of(here.nodes[name].settings).produces in weights for name in node.sources
+    ]
+    job = _job(here, node)
+    return job if all(made) and ahead.possible(job) else None
+
+
+def _job(here: _Here, node: Node) -> Job:
+    """What a stage is handed."""
+    folders = {name: each.folder for name, each in here.nodes.items()}
+    taken = graph.artifacts(here.config, node.inputs, node.settings, folders)
+    mesh = meshes(here.config, here.mesh)[node.name]
+    return Job(node.name, node.settings, here.config, node.folder, here.workdir, taken, mesh)
 
 
 def _warn(node: Node) -> None:
@@ -308,17 +335,12 @@ def _report(workdir: epath.Path) -> None:
         progress.say(f"report: not written: {type(error).__name__}: {error}", sys.stderr)
 
 
-def run_stage(
-    config: Run, workdir: epath.Path, mesh, nodes: Mapping[str, Node], node: Node, resumed: bool = False
-) -> None:
+def run_stage(job: Job, nodes: Mapping[str, Node], mesh, resumed: bool = False) -> None:
     """Runs one stage, writes its manifest and, as the last thing, drops what it could have resumed from. mesh: the
     run's; what the stage reads of others is restored straight onto its own. resumed: whether a part of it was done
     before."""
     began = time.perf_counter()
-    folders = {name: each.folder for name, each in nodes.items()}
-    taken = graph.artifacts(config, node.inputs, node.settings, folders)
-    job = Job(node.name, node.settings, config, node.folder, workdir, taken, meshes(config, mesh)[node.name])
-    kind = kinds.of(node.settings)
+    config, node, kind = job.config, nodes[job.name], kinds.of(job.settings)
     kind.check(job)
     packages = {name: _version(name) for name in PACKAGES}
     processes.first(functools.partial(_verify, [nodes[source].folder for source in node.sources]))

@@ -218,6 +218,22 @@ class Screen:
 
 SCREEN = Screen()
 atexit.register(SCREEN.reset)
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """What this thread does meanwhile is done for later: nothing of it is shown or said, nor counted as a compile."""
+    before, _thread.aside = is_aside(), True
+    try:
+        yield
+    finally:
+        _thread.aside = before
+
+
+def is_aside() -> bool:
+    """Whether this thread works within `aside`."""
+    return getattr(_thread, "aside", False)
 
 
 @contextlib.contextmanager
@@ -242,6 +258,9 @@ def shown(first: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def work(what: str, total: int | None, done: int = 0) -> Iterator[Work]:
     """A piece of long work, which counts its own `n` up; see `each`."""
+    if is_aside():
+        yield Work(what, total, done, SCREEN.clock())
+        return
     here = SCREEN.begin(what, total, done)
     try:
         yield here
@@ -261,7 +280,8 @@ def each(items: Iterable[T], what: str, total: int | None, done: int = 0, size: 
 
 def say(text: str, stream: TextIO | None = None) -> None:
     """Prints lines, on standard output unless another stream is given; the line of progress is not torn by them."""
-    SCREEN.say(text, stream or sys.stdout)
+    if not is_aside():
+        SCREEN.say(text, stream or sys.stdout)
 
 
 def compiling(name: str) -> None:

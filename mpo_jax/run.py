@@ -290,6 +290,12 @@ class Run(Section):
         unit="seconds",
         operational=True,
     )
+    compile_next: bool = setting(
+        True,
+        "whether a thread compiles what the next stage will call while a stage is at work; only on one host, with TPUs "
+        "or a single CPU device",
+        operational=True,
+    )
     plugins: Names = setting((), "Python modules that add further kinds of stage, objectives, estimators or scorers")
     model: Model = Model()
     mesh: Mesh = Mesh()

@@ -1,5 +1,6 @@
 """Which stages run, are skipped, resume and run again; with stages that only write a file in place of training."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -161,6 +162,35 @@ def test_data_that_was_found_right_is_not_opened_again(run, monkeypatch):
     assert run.folder("sft").name not in [path.name for path in run.workdir.iterdir()]
     with pytest.raises(InputError, match="worse"):
         again()
+
+
+def test_the_stage_that_comes_next_is_compiled_ahead_once_all_but_its_weights_is_there(run, monkeypatch):
+    """A policy's or a reward model's weights have known shapes; which pairs a split makes is not known before."""
+    told: list = []
+    compiled: list = []
+    handed: list = []
+    run_stage = pipeline.run_stage
+
+    @contextlib.contextmanager
+    def compiling(job):
+        told.append(job and job.name)
+        compiled.append(job)
+        yield
+
+    monkeypatch.setattr(pipeline.ahead, "compiling", compiling)
+    monkeypatch.setattr(pipeline.ahead, "possible", lambda job: True)
+    monkeypatch.setattr(pipeline, "run_stage", lambda job, *rest: (handed.append(job), run_stage(job, *rest)))
+    assert run() == ["sft", "reward", "split", "dpo"]
+    assert told == ["reward", "split", None, None]
+    assert handed[1] is compiled[0] and handed[2] is compiled[1], "the job holds what was compiled"
+    told.clear()
+    run.config.stages.reward.batch_size = 4  # the sft stage stays as it is, and passes at once
+    assert run() == ["reward", "split", "dpo"]
+    assert told == [None, "split", None, None]
+    told.clear()
+    monkeypatch.setattr(pipeline.ahead, "possible", lambda job: False)
+    run.config.stages.sft.batch_size = 4
+    assert len(run()) == 4 and told == [None] * 4
 
 
 def test_a_manifest_tells_where_it_comes_from(run, monkeypatch):

@@ -42,6 +42,25 @@ def log():
     return Quiet(stream, clock), clock, stream
 
 
+def test_work_that_is_done_aside_is_not_shown(log, monkeypatch, capsys):
+    screen, clock, stream = log
+    monkeypatch.setattr(progress, "SCREEN", screen)
+    with progress.aside():
+        for _ in progress.each(range(3), "score", 3):
+            clock.now += 100
+            screen.tick()
+        progress.say("an account of the data")
+        assert progress.is_aside()
+    assert (stream.getvalue(), capsys.readouterr().out) == ("", "")
+    assert not progress.is_aside()
+    threads = []
+    with progress.aside():  # another thread's work is shown
+        thread = threading.Thread(target=lambda: threads.append(progress.is_aside()))
+        thread.start()
+        thread.join()
+    assert threads == [False]
+
+
 # Words ----------------------------------------------------------------------------------------------------------------
 
 

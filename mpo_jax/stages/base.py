@@ -5,7 +5,7 @@ A kind is one `Stage`, in a file of its own. Nothing outside that file names the
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import annotated_types
@@ -18,7 +18,7 @@ from mpo_jax.run import Remat, StageSettings
 from mpo_jax.settings import Amount, Count, OneOrWeighted, Role, Whole, setting
 from mpo_jax.stages.job import Job
 from mpo_jax.stages.nonfinite import CHOICES
-from mpo_jax.stages.programs import Programs
+from mpo_jax.stages.programs import Call, Programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Stage:
     rows: (job, pairs of the data, share of them that is easy) -> rows read in an epoch, for the plan's estimates.
     shown: what the report makes of it.
     content: what else enters a stage's key, such as the text of a file of the package that a setting names.
+    calls: (job) -> what `run` will call, as far as it can be told before the weights of the policies and reward models
+    among the inputs are there; InputError where nothing can. It is compiled while an earlier stage is at work.
     """
 
     kind: str
@@ -43,6 +45,7 @@ class Stage:
     rows: Callable[[Job, int, float], float]
     shown: Shown = Shown()  # noqa: RUF009, it is frozen
     content: Callable[[Any], Mapping[str, Any]] = lambda settings: {}
+    calls: Callable[[Job], Iterable[Call]] = lambda job: ()
 
     @property
     def roles(self) -> dict[str, Role]:

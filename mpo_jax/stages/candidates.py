@@ -6,7 +6,7 @@ The jitted sampler with the settings of a stage; what pairs, the split, PPO and 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Literal
 
 import annotated_types
@@ -221,6 +221,13 @@ def sample_all(
                 logps[row] = found["logps"][place]
                 finished[row] = found["finished"][place]
     return Replies(np.arange(len(encoded)), tokens, logps, finished)
+
+
+def calls(job: Job, program: Program, encoded: Encoded, settings: SamplingConfig, batch_size: int) -> Iterator[Call]:
+    """What `sample_all` calls, known before the weights are."""
+    weights, _, *numbers = program.arguments
+    for prompts in waiting_prompts(job, encoded, batch_size, settings).shapes():
+        yield program.function, (weights, prompts, *numbers)
 
 
 def prompt_loader(job: Job, encoded: Encoded, batch_size: int, **options):

@@ -6,7 +6,7 @@ The reference's log-probs are computed once; a reference that moves is computed 
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import annotated_types
@@ -20,6 +20,8 @@ from mpo_jax import settings as declared
 from mpo_jax.artifacts import DATA, PAIRS, POLICY
 from mpo_jax.data import encode
 from mpo_jax.data.division import REPORT, SELECT
+from mpo_jax.data.encode import Encoded
+from mpo_jax.data.loader import Loader
 from mpo_jax.evaluation import drift, sections
 from mpo_jax.evaluation import pairs as pair_tables
 from mpo_jax.evaluation.sections import Shown
@@ -34,7 +36,7 @@ from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import PolicyTraining, Stage, Training
 from mpo_jax.stages.curriculum import ORDERS, WEIGHTS
 from mpo_jax.stages.job import Job
-from mpo_jax.stages.programs import Programs
+from mpo_jax.stages.programs import Call, Programs
 from mpo_jax.types import BUCKETS, Batch, PyTree
 
 
@@ -202,6 +204,7 @@ def moved(settings: Settings, extra: PyTree, params: PyTree, step: jax.Array) ->
     }
 
 
+@shapes.made_once
 def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
     """The reference's log-probs, where there is one, and the training's."""
     model = jobs.model(job)
@@ -229,24 +232,46 @@ def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
     )
 
 
+def loaders(job: Job[Settings], pairs: Sequence[Encoded], read: Sequence[np.ndarray | None]) -> list[Loader]:
+    """Of the pairs that are learned from, and of both halves of those held out. read: the reference's log-probs of
+    each, None without a reference."""
+    settings = job.settings
+    loader = functools.partial(jobs.loader, job, batch_size=settings.batch_size, max_length=None)
+    train = loader(pairs[0], ref_logps=None if settings.reference_every else read[0], **by_gap(job))
+    heldout = zip(pairs[1:], read[1:], (SELECT, REPORT), strict=True)
+    return [
+        train,
+        *(
+            loader(encoded, ref_logps=logps, shuffle=False, bucket=buckets_of(job, half))
+            for encoded, logps, half in heldout
+        ),
+    ]
+
+
+def calls(job: Job[Settings]) -> Iterator[Call]:
+    """See `base.Stage.calls`."""
+    pairs, compiled = buckets.pairs_for(job, jobs.model(job)), programs(job)
+    read: list[Any] = [None] * len(pairs)
+    if "reference" in compiled:
+        read = [rows.unread(part) for part in pairs]
+        for part in pairs:
+            yield from rows.calls(job, compiled["reference"], part, job.settings.batch_size)
+    train, heldout, _ = loaders(job, pairs, read)
+    yield from loop.calls_of_all(job, functools.partial(programs, job), train, heldout)
+
+
 def run(job: Job[Settings]) -> dict[str, Any]:
     """Trains, writes the weights, returns the summary."""
     model = jobs.model(job)
     settings = job.settings
-    train, heldout, reported = buckets.pairs_for(job, model)
+    pairs = train, heldout, reported = buckets.pairs_for(job, model)
     base = jobs.base_weights(job, model)
-    loader = functools.partial(jobs.loader, job, batch_size=settings.batch_size, max_length=None)
-    steps = loop.total_steps(job, loader(train))
+    steps = loop.total_steps(job, jobs.loader(job, train, settings.batch_size, max_length=None))
     compiled = programs(job, steps)
-    read: dict[str, Any] = {"train": None, "heldout": None, "reported": None}
+    read: list[Any] = [None] * len(pairs)
     if "reference" in compiled:
-        found = reference.logps(job, compiled["reference"], base, [train, heldout, reported])
-        read = dict(zip(read, found, strict=True))
-    training_rows = loader(train, ref_logps=None if settings.reference_every else read["train"], **by_gap(job))
-    heldout_rows, reported_rows = (
-        loader(encoded, ref_logps=read[name], shuffle=False, bucket=buckets_of(job, half))
-        for name, encoded, half in (("heldout", heldout, SELECT), ("reported", reported, REPORT))
-    )
+        read = reference.logps(job, compiled["reference"], base, pairs)
+    training_rows, heldout_rows, reported_rows = loaders(job, pairs, read)
     params = jobs.load_weights(job, job.inputs["init"], model)
     extra = {"reference": jobs.load_weights(job, job.inputs["reference"], model)} if settings.reference_every else {}
     training = loop.supervised(job, compiled, params, {"base": base}, training_rows, heldout_rows, steps, extra)
@@ -335,6 +360,7 @@ STAGE = Stage(
     programs=programs,
     check=loop.check,
     rows=buckets.rows_of("pairs"),
+    calls=calls,
     shown=Shown(
         curves=(("loss", "loss"), ("reward_margin", "reward margin")),
         pictures=drift.pictures,

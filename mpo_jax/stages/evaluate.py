@@ -5,7 +5,7 @@ it. Another holds the means, the comparisons, and reward against KL of every pol
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -32,7 +32,7 @@ from mpo_jax.stages.base import Sampling, Stage, Training
 from mpo_jax.stages.curves import Curves
 from mpo_jax.stages.decodings import Decodings
 from mpo_jax.stages.job import Artifact, Job
-from mpo_jax.stages.programs import Program, Programs
+from mpo_jax.stages.programs import Call, Program, Programs
 from mpo_jax.types import PyTree
 
 _NGRAM, _DISTINCT = 4, 2
@@ -101,6 +101,7 @@ def check(job: Job[Settings]) -> None:
         raise job.error("heldout", f"'whole', but other stages read {which} too; expected a source of its own in data")
 
 
+@shapes.made_once
 def programs(job: Job[Settings]) -> Programs:
     """The sampler, log-probs of its replies, and the scorers."""
     model = jobs.model(job)
@@ -115,6 +116,15 @@ def programs(job: Job[Settings]) -> Programs:
     elif settings.best_of:
         drawn[settings.best_of] = decodings.of_replies(job, settings.best_of)
     return compiled | scores.programs(job, "labeller", drawn)
+
+
+def calls(job: Job[Settings]) -> Iterator[Call]:
+    """See `base.Stage.calls`: the samplers'. How long the replies will be that are scored then, nobody knows."""
+    settings, model = job.settings, jobs.model(job)
+    prompts, compiled = heldout_prompts(job, model, jobs.load_tokenizer(job, model)), programs(job)
+    for entry in {entry.suffix: entry for entry in decodings.entries(settings)}.values():
+        sampler = compiled[f"sample{entry.suffix}"]
+        yield from candidates.calls(job, sampler, prompts, decodings.how(job, entry), settings.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -411,6 +421,7 @@ STAGE = Stage(
     programs=programs,
     check=check,
     rows=rows_read,
+    calls=calls,
     shown=Shown(
         figures=("prompts", "policies.*.gold", "policies.*.reward", "policies.*.kl"),
         part="evaluations",

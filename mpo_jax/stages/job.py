@@ -70,6 +70,11 @@ class Job(Generic[S]):
         """Of the devices that the stage runs on: cpu, gpu or tpu."""
         return self.mesh.devices.flat[0].platform
 
+    @functools.cached_property
+    def made(self) -> dict[Any, Any]:
+        """What is made once for this job, by its key; a job that is `dataclasses.replace`d has its own."""
+        return {}
+
     def error(self, setting: str, told: str) -> InputError:
         """What is wrong with one of the stage's settings, by its whole key."""
         return InputError(f"stages.{self.name}.{setting}: {told}")

@@ -5,6 +5,8 @@ that the data labels; of pairs the chosen replies are the good ones, the rejecte
 """
 
 import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from mpo_jax.artifacts import PAIRS, POLICY
 from mpo_jax.data import encode
 from mpo_jax.data.division import SELECT
 from mpo_jax.data.encode import Encoded
+from mpo_jax.data.loader import Loader
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
@@ -27,7 +30,7 @@ from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import PolicyTraining, Stage, Training
 from mpo_jax.stages.job import Job
-from mpo_jax.stages.programs import Programs
+from mpo_jax.stages.programs import Call, Programs
 
 
 class Settings(PolicyTraining):
@@ -116,6 +119,7 @@ def with_others(rows_: Encoded, longest: int) -> Encoded:
     return dataclasses.replace(beside, mixture=rows_.mixture)
 
 
+@shapes.made_once
 def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
     """The reference's log-probs, and the training's."""
     model = jobs.model(job)
@@ -129,27 +133,46 @@ def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
     return {"reference": rows.logps_program(job, model, weights, unread, 2)} | training
 
 
-def run(job: Job[Settings]) -> dict[str, Any]:
-    """Trains, writes the weights, returns the summary."""
-    model = jobs.model(job)
-    settings = job.settings
-    encoded = [with_others(each, job.config.data.max_length) for each in replies(job, model)]
-    base = jobs.base_weights(job, model)
-    steps = loop.total_steps(job, jobs.loader(job, encoded[0], settings.batch_size, max_length=None))
-    compiled = programs(job, steps)
-    known = reference.logps(job, compiled["reference"], base, encoded)
+def rows_for(job: Job[Settings], model: ModelConfig) -> list[Encoded]:
+    """`replies`, each beside one that belongs to another prompt."""
+    return [with_others(each, job.config.data.max_length) for each in replies(job, model)]
+
+
+def loaders(job: Job[Settings], encoded: Sequence[Encoded], read: Sequence[np.ndarray]) -> tuple[Loader, Loader]:
+    """Of the rows that are learned from, and of those that watch it. read: the reference's log-probs of each."""
     train, heldout = (
         jobs.loader(
             job,
             each,
-            settings.batch_size,
+            job.settings.batch_size,
             max_length=None,
             ref_logps=logps,
             label=each.label,
             shuffle=each is encoded[0],
         )
-        for each, logps in zip(encoded, known, strict=True)
+        for each, logps in zip(encoded, read, strict=True)
     )
+    return train, heldout
+
+
+def calls(job: Job[Settings]) -> Iterator[Call]:
+    """See `base.Stage.calls`."""
+    encoded = rows_for(job, jobs.model(job))
+    for part in encoded:
+        yield from rows.calls(job, programs(job)["reference"], part, job.settings.batch_size)
+    read = loaders(job, encoded, [rows.unread(part) for part in encoded])
+    yield from loop.calls_of_all(job, functools.partial(programs, job), *read)
+
+
+def run(job: Job[Settings]) -> dict[str, Any]:
+    """Trains, writes the weights, returns the summary."""
+    model = jobs.model(job)
+    settings = job.settings
+    encoded = rows_for(job, model)
+    base = jobs.base_weights(job, model)
+    steps = loop.total_steps(job, jobs.loader(job, encoded[0], settings.batch_size, max_length=None))
+    compiled = programs(job, steps)
+    train, heldout = loaders(job, encoded, reference.logps(job, compiled["reference"], base, encoded))
     params = jobs.load_weights(job, job.inputs["init"], model)
     training = loop.supervised(job, compiled, params, {"base": base}, train, heldout, steps)
     params, summary = loop.train(training, steps, job.folder, job.mesh)
@@ -170,6 +193,7 @@ STAGE = Stage(
     programs=programs,
     check=loop.check,
     rows=rows_read,
+    calls=calls,
     shown=Shown(
         curves=(("loss", "loss"), ("accuracy", "accuracy")),
         figures=("steps", "replies", "evaluation.accuracy"),

@@ -5,6 +5,7 @@ continues from the last checkpoint and ends with the same numbers.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -56,7 +57,7 @@ class Trainer:
     "-", maximum) marks the best checkpoint. settings: the stage's own. name, known: the stage's name and what is known
     of its summary, for the failures that evaluations show. watch: is told each logged step's number and values, to warn
     of what needn't stop the run. policy: what a snapshot holds of the parameters. calls: of the programs of the steps
-    from one to another and of the evaluations among them, (state, first, last) -> calls, compiled before the first.
+    from one to another and of the evaluations among them, (first, last) -> calls, compiled before the first.
     """
 
     step: Step
@@ -74,7 +75,7 @@ class Trainer:
     known: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     watch: Callable[[int, dict[str, float]], None] | None = None
     policy: Callable[[PyTree], PyTree] = lambda params: params
-    calls: Callable[[TrainState, int, int], Iterable[Call]] = lambda state, first, last: ()
+    calls: Callable[[int, int], Iterable[Call]] = lambda first, last: ()
 
 
 def programs(
@@ -129,19 +130,11 @@ def supervised(
     extra: the arrays of its `Extra`."""
     optimizer, rate = optim.of_settings(job.settings, steps)
 
-    step, judge = (compiled[name].function for name in ("train", "evaluate"))
-
     def judged(params, frozen, _):
-        return evaluate(judge, params, frozen, heldout, job.settings.eval_batches)
-
-    def calls(state: TrainState, first: int, last: int) -> Iterator[Call]:
-        for rows in loader.shapes(range(first, last)):
-            yield step, (state, frozen, rows)
-        for rows in heldout.sampled_shapes(job.settings.eval_batches):
-            yield judge, (state.params, frozen, rows)
+        return evaluate(compiled["evaluate"].function, params, frozen, heldout, job.settings.eval_batches)
 
     return Trainer(
-        step=step,
+        step=compiled["train"].function,
         optimizer=optimizer,
         rate=rate,
         params=params,
@@ -152,8 +145,34 @@ def supervised(
         key=jobs.key(job),
         extra=extra or {},
         name=job.name,
-        calls=calls,
+        calls=functools.partial(calls, job, compiled, loader, heldout),
     )
+
+
+def calls(
+    job: Job[Training], compiled: Programs, loader: Loader, heldout: Loader, first: int, last: int
+) -> Iterator[Call]:
+    """What such a training calls in the steps from one to another, and in the evaluations among them."""
+    step, judge = compiled["train"], compiled["evaluate"]
+    state, frozen, _ = step.arguments
+    for rows in loader.shapes(range(first, last)):
+        yield step.function, (state, frozen, rows)
+    for rows in heldout.sampled_shapes(job.settings.eval_batches):
+        yield judge.function, (state.params, frozen, rows)
+
+
+def calls_of_all(
+    job: Job[Training], programs_for: Callable[[int], Programs], loader: Loader, heldout: Loader
+) -> Iterator[Call]:
+    """The same of all steps. programs_for: the stage's programs, of a training of so many steps."""
+    steps = total_steps(job, loader)
+    yield from calls(job, programs_for(steps), loader, heldout, 0, last_to_compile(loader, 0, steps))
+
+
+def last_to_compile(loader: Loader, start: int, steps: int) -> int:
+    """Up to which step a training that begins at `start` meets all its shapes: no epoch has other buckets than the one
+    before it."""
+    return min(steps, start + loader.steps_per_epoch)
 
 
 def check(job: Job[Training]) -> None:
@@ -231,8 +250,8 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
     eval_every = settings.eval_every or max(1, steps // 10)
     save_every = settings.save_every or max(1, steps // 10)
     before = metrics_log.compiles()
-    if start < steps:  # no epoch has other buckets than the one before it
-        compile_ahead(mesh, training.calls(state, start, min(steps, start + loader.steps_per_epoch)))
+    if start < steps:
+        compile_ahead(mesh, training.calls(start, last_to_compile(loader, start, steps)))
     compiles = {"first": metrics_log.compiles() - before, "late": 0}
     watch = nonfinite.Watch(loader, settings.on_nonfinite == "skip", progress.get("skipped", 0))
     # Whatever ends the loop, saves that have begun are waited for.

@@ -5,6 +5,7 @@ share of the data gets its pairs, so that what follows can keep them apart.
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import annotated_types
@@ -12,7 +13,9 @@ import numpy as np
 
 from mpo_jax.artifacts import POLICY, SAMPLES
 from mpo_jax.data import encode, shares
+from mpo_jax.data.encode import Encoded
 from mpo_jax.evaluation.sections import Shown
+from mpo_jax.models.config import ModelConfig
 from mpo_jax.run import sources_of
 from mpo_jax.settings import Count, changed, role, setting
 from mpo_jax.stages import candidates, corpus, scores
@@ -21,7 +24,7 @@ from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage
 from mpo_jax.stages.candidates import Pairing
 from mpo_jax.stages.job import Job
-from mpo_jax.stages.programs import Programs
+from mpo_jax.stages.programs import Call, Programs
 
 
 class Settings(Pairing):
@@ -40,6 +43,7 @@ def check(job: Job[Settings]) -> None:
     scores.check(job)
 
 
+@shapes.made_once
 def programs(job: Job[Settings]) -> Programs:
     """The sampler, and the labeller where it is a model."""
     model, settings = jobs.model(job), job.settings
@@ -50,6 +54,21 @@ def programs(job: Job[Settings]) -> Programs:
     return {"sample": candidates.program(job, model, weights, how, settings.batch_size, held)} | scores.programs(
         job, "labeller", {settings.samples: drawn}
     )
+
+
+def prompts_by_share(job: Job[Settings], model: ModelConfig, tokenizer) -> dict[str, Encoded]:
+    """The prompts of every share that the data has."""
+    divisions = [jobs.data_division(job.config.data, name) for name in sources_of(job.settings)]
+    names = dict.fromkeys(name for each in divisions for name in shares.names(each))
+    return {name: corpus.share_prompts(job, model, tokenizer, name) for name in names}
+
+
+def calls(job: Job[Settings]) -> Iterator[Call]:
+    """See `base.Stage.calls`: the sampler's. How long its replies will be, for a labeller's, nobody knows."""
+    settings, model = job.settings, jobs.model(job)
+    prompts = encode.join(*prompts_by_share(job, model, jobs.load_tokenizer(job, model)).values())
+    how = candidates.of_settings(job, settings.samples)
+    return candidates.calls(job, programs(job)["sample"], prompts, how, settings.batch_size)
 
 
 def run(job: Job[Settings]) -> dict[str, Any]:
@@ -65,9 +84,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     counts: dict[str, int] = {}
     unscored: dict[str, int] = {}
     with scores.opened(job, "labeller", tokenizer, compiled, settings.batch_size) as score:
-        divisions = [jobs.data_division(job.config.data, name) for name in sources_of(settings)]
-        names = dict.fromkeys(name for each in divisions for name in shares.names(each))
-        prompts_of = {name: corpus.share_prompts(job, model, tokenizer, name) for name in names}
+        prompts_of = prompts_by_share(job, model, tokenizer)
         # All shares at once: fewer rows stand empty at the end, and one program replies to all of them.
         together = encode.join(*prompts_of.values())
         replies = candidates.sample_all(job, compiled["sample"], weights, together, how, settings.batch_size, of)
@@ -95,5 +112,6 @@ STAGE = Stage(
     programs=programs,
     check=check,
     rows=lambda job, pairs, easy: pairs,
+    calls=calls,
     shown=Shown(figures=("pairs.*",)),
 )

@@ -5,9 +5,11 @@ bucket: rows of data.max_length tokens, prompts of what a reply leaves of it. Le
 """
 
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +26,10 @@ from mpo_jax.types import Batch, PyTree, TrainState
 
 STEPS = 1000
 """Optimizer steps of a training whose data has not been read: only its learning rates depend on them."""
+
+AT_WORK = threading.Event()
+"""Set when a stage has compiled what it calls first, and the processors have time for other things; whoever runs the
+stages clears it before each."""
 
 _THREADS = 8
 """Programs that are compiled at a time, at most: each takes memory of the host."""
@@ -96,22 +102,41 @@ def named(function: Any, name: str) -> Any:
     return function
 
 
+def made_once(make: Callable[..., Programs]) -> Callable[..., Programs]:
+    """A kind's `programs`, which makes those of a job once: what was compiled of them is found again."""
+
+    @functools.wraps(make)
+    def programs(job: Job, *given: Any) -> Programs:
+        key = make.__module__, given
+        if key not in job.made:
+            job.made[key] = make(job, *given)
+        return job.made[key]
+
+    return programs
+
+
 def compile_ahead(mesh: jax.sharding.Mesh, calls: Iterable[Call]) -> None:
     """Compiles programs side by side, in threads, each once. A call with arguments of the same shapes, types and
     shardings then compiles nothing.
 
     For a GPU one after the other: while it compiles, XLA times kernels on the card, and would time others' too."""
-    wanted = {(function, _shapes_of(arguments)): (function, arguments) for function, arguments in calls}
-
-    def compiled(call: Call) -> None:
-        function, arguments = call
-        with jax.set_mesh(mesh):  # each thread has its own
-            function.lower(*arguments).compile()
-
     alone = mesh.devices.flat[0].platform == "gpu"
     with ThreadPoolExecutor(1 if alone else min(_THREADS, os.cpu_count() or 1), "compile") as threads:
-        for done in [threads.submit(compiled, call) for call in wanted.values()]:
+        for done in [threads.submit(compile_call, mesh, call) for call in different(calls)]:
             done.result()
+    AT_WORK.set()
+
+
+def compile_call(mesh: jax.sharding.Mesh, call: Call) -> None:
+    """Compiles what a call runs."""
+    function, arguments = call
+    with jax.set_mesh(mesh):  # each thread has its own
+        function.lower(*arguments).compile()
+
+
+def different(calls: Iterable[Call]) -> list[Call]:
+    """One call of each program."""
+    return list({(function, _shapes_of(arguments)): (function, arguments) for function, arguments in calls}.values())
 
 
 def _shapes_of(arguments: tuple) -> tuple:

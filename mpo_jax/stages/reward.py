@@ -4,6 +4,8 @@ Trained with the Bradley-Terry loss; its mean and standard deviation over the tr
 report says what its scores are worth on held-out pairs.
 """
 
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from mpo_jax.artifacts import POLICY, REWARD, SAMPLES
 from mpo_jax.data import division, encode
 from mpo_jax.data.division import REPORT, SELECT
 from mpo_jax.data.encode import Encoded
+from mpo_jax.data.loader import Loader
 from mpo_jax.evaluation import pairs as pair_tables
 from mpo_jax.evaluation import reward_model
 from mpo_jax.evaluation.sections import Shown
@@ -27,7 +30,7 @@ from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage, Training, rows_of_share
 from mpo_jax.stages.job import Job
-from mpo_jax.stages.programs import Programs
+from mpo_jax.stages.programs import Call, Programs
 
 _RANGE = (1, 99)
 """Percentiles of the training replies' scores between which scores are those of replies like them."""
@@ -73,6 +76,7 @@ def make_loss(model: ModelConfig, margin: bool = False) -> gradients.Loss:
     return loss
 
 
+@shapes.made_once
 def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
     """The training's, and scoring for the statistics and the report."""
     model = jobs.model(job)
@@ -80,10 +84,45 @@ def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
     params = jobs.abstract_weights(model, job.mesh, head=True)
     made_by = shapes.made_by_stage(job, "pairs")
     batch = shapes.pairs(job, settings.batch_size, made_by, margin=settings.margin)
-    scored = shapes.pairs(job, settings.score_batch or settings.batch_size, made_by, margin=settings.margin)
+    scored = shapes.pairs(job, score_rows(settings), made_by, margin=settings.margin)
     weights = jobs.abstract_base(job, model) | params
     training = loop.programs(job, model, make_loss(model, settings.margin), params, batch, steps)
     return training | {"score": rows.scoring_program(job, model, weights, scored, 2)}
+
+
+def pairs_of(job: Job[Settings], model: ModelConfig, tokenizer) -> dict[str, Encoded]:
+    """The pairs that are learned from, and both halves of those held out, by their shares."""
+    settings = job.settings
+    encoded = {share: corpus.share_pairs(job, model, tokenizer, share) for share in (settings.share, SELECT, REPORT)}
+    if settings.margin:
+        encode.check_margins(encoded[settings.share], f"stages.{job.name}.margin")
+    if settings.folds:
+        encoded[settings.share] = without_fold(encoded[settings.share], settings.folds, settings.fold)
+    return encoded
+
+
+def loaders(job: Job[Settings], encoded: Mapping[str, Encoded]) -> tuple[Loader, Loader]:
+    """Of the pairs that are learned from, and of those that watch it."""
+    settings = job.settings
+    train, heldout = (
+        jobs.loader(job, encoded[share], settings.batch_size, shuffle=share != SELECT)
+        for share in (settings.share, SELECT)
+    )
+    return train, heldout
+
+
+def calls(job: Job[Settings]) -> Iterator[Call]:
+    """See `base.Stage.calls`."""
+    settings, model = job.settings, jobs.model(job)
+    encoded = pairs_of(job, model, jobs.load_tokenizer(job, model))
+    yield from loop.calls_of_all(job, functools.partial(programs, job), *loaders(job, encoded))
+    for share in (settings.share, REPORT):
+        yield from rows.calls(job, programs(job)["score"], encoded[share], score_rows(settings))
+
+
+def score_rows(settings: Settings) -> int:
+    """Rows scored at a time."""
+    return settings.score_batch or settings.batch_size
 
 
 def run(job: Job[Settings]) -> dict[str, Any]:
@@ -91,15 +130,8 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
     settings = job.settings
-    encoded = {share: corpus.share_pairs(job, model, tokenizer, share) for share in (settings.share, SELECT, REPORT)}
-    if settings.margin:
-        encode.check_margins(encoded[settings.share], f"stages.{job.name}.margin")
-    if settings.folds:
-        encoded[settings.share] = without_fold(encoded[settings.share], settings.folds, settings.fold)
-    train, heldout = (
-        jobs.loader(job, encoded[share], settings.batch_size, shuffle=share != SELECT)
-        for share in (settings.share, SELECT)
-    )
+    encoded = pairs_of(job, model, tokenizer)
+    train, heldout = loaders(job, encoded)
     steps = loop.total_steps(job, train)
     compiled = programs(job, steps)
     params = jobs.with_head(job, model, jobs.load_weights(job, job.inputs["init"], model))
@@ -107,9 +139,8 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     training = loop.supervised(job, compiled, params, {"base": base}, train, heldout, steps)
     params, summary = loop.train(training, steps, job.folder, job.mesh)
     jobs.save_weights(job, params)
-    size = settings.score_batch or settings.batch_size
     trained, held = (
-        rows.compute(job, compiled["score"], base | params, encoded[share], size, of=["itself"])
+        rows.compute(job, compiled["score"], base | params, encoded[share], score_rows(settings), of=["itself"])
         for share in (settings.share, REPORT)
     )
     low, high = np.percentile(trained, _RANGE)
@@ -168,6 +199,7 @@ STAGE = Stage(
     programs=programs,
     check=loop.check,
     rows=rows_of_share,
+    calls=calls,
     shown=Shown(
         curves=(("loss", "loss"), ("accuracy", "accuracy")),
         figures=("steps", "report.accuracy"),

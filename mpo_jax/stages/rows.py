@@ -5,13 +5,14 @@ What the reward stage, the split, DPO's reference, the evaluation and the judge 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 
 from mpo_jax import scoring, sharding
 from mpo_jax.data.encode import Encoded
+from mpo_jax.data.loader import Loader
 from mpo_jax.data.plan import FILLER
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.stages import job as jobs
@@ -73,8 +74,7 @@ def compute(
 
     weights: or what loads them, called when the first batch needs them. of: what the program and the weights are, under
     which a stage that was killed finds what it has computed, see `shards.over`. options: of the loader."""
-    # Rows of many samples may be longer than those of the data; no position in them is.
-    loader = jobs.loader(job, encoded, batch_size, shuffle=False, max_length=None, **options)
+    loader = _loader(job, encoded, batch_size, **options)
     loaded = shards.loaded(weights)
     numbers = np.full((len(encoded), encoded.replies), np.nan, np.float32)
 
@@ -89,3 +89,20 @@ def compute(
         real = rows != FILLER
         numbers[rows[real]] = found["numbers"][real]
     return numbers
+
+
+def calls(job: Job, program: Program, encoded: Encoded, batch_size: int) -> Iterator[Call]:
+    """What `compute` calls, known before the weights are."""
+    weights, _ = program.arguments
+    for batch in _loader(job, encoded, batch_size).shapes():
+        yield program.function, (weights, batch)
+
+
+def unread(encoded: Encoded) -> np.ndarray:
+    """Stands for numbers of replies, f32 [rows,N], where only their shapes are asked for."""
+    return np.zeros((len(encoded), encoded.replies), np.float32)
+
+
+def _loader(job: Job, encoded: Encoded, batch_size: int, **options) -> Loader:
+    # Rows of many samples may be longer than those of the data; no position in them is.
+    return jobs.loader(job, encoded, batch_size, shuffle=False, max_length=None, **options)

@@ -3,11 +3,14 @@
 The loss is the negative log-likelihood of the reply's tokens alone.
 """
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 from mpo_jax import scoring
 from mpo_jax.artifacts import BASE, PAIRS, POLICY
 from mpo_jax.data.division import SELECT
+from mpo_jax.data.loader import Loader
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import losses
@@ -19,7 +22,7 @@ from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import PolicyTraining, Stage, Training, rows_of_share
 from mpo_jax.stages.job import Job
-from mpo_jax.stages.programs import Programs
+from mpo_jax.stages.programs import Call, Programs
 from mpo_jax.types import Batch
 
 
@@ -50,6 +53,7 @@ def nll(out: scoring.ResponseLogps, batch: Batch) -> losses.Loss:
     return losses.sft(out.logps, out.mask & (batch.weight > 0)[:, None])
 
 
+@shapes.made_once
 def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
     """The training's, on rows of one reply."""
     model = jobs.model(job)
@@ -57,21 +61,32 @@ def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
     return loop.programs(job, model, make_loss(model), jobs.abstract_weights(model, job.mesh), rows, steps)
 
 
-def run(job: Job[Settings]) -> dict[str, Any]:
-    """Trains, writes the weights, returns the summary."""
-    model = jobs.model(job)
-    tokenizer = jobs.load_tokenizer(job, model)
+def loaders(job: Job[Settings], model: ModelConfig) -> tuple[Loader, Loader]:
+    """Of the rows that are learned from, and of those that watch it."""
     settings = job.settings
     if "pairs" in job.inputs:
         source = job.inputs["pairs"]
         made = [buckets.chosen(pairs) for pairs in (buckets.pairs(source), buckets.heldout(source, SELECT))]
     else:
+        tokenizer = jobs.load_tokenizer(job, model)
         made = [corpus.share_rows(job, model, tokenizer, share, 1) for share in (settings.share, SELECT)]
     # Replies that a stage sampled may make longer rows than those of the data.
     limit = {"max_length": None} if "pairs" in job.inputs else {}
     train, heldout = (
         jobs.loader(job, encoded, settings.batch_size, shuffle=encoded is made[0], **limit) for encoded in made
     )
+    return train, heldout
+
+
+def calls(job: Job[Settings]) -> Iterator[Call]:
+    """See `base.Stage.calls`."""
+    return loop.calls_of_all(job, functools.partial(programs, job), *loaders(job, jobs.model(job)))
+
+
+def run(job: Job[Settings]) -> dict[str, Any]:
+    """Trains, writes the weights, returns the summary."""
+    model = jobs.model(job)
+    train, heldout = loaders(job, model)
     steps = loop.total_steps(job, train)
     params = jobs.load_weights(job, job.inputs["init"], model)
     frozen = {"base": jobs.base_weights(job, model)}
@@ -95,5 +110,6 @@ STAGE = Stage(
     programs=programs,
     check=loop.check,
     rows=rows_read,
+    calls=calls,
     shown=Shown(curves=(("loss", "loss, nats per token"),), figures=("steps", "evaluation.loss"), learns="replies"),
 )

@@ -9,6 +9,7 @@ part that one of k reward models has not seen (cross-fitting).
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import annotated_types
@@ -34,7 +35,7 @@ from mpo_jax.stages.base import Stage, rows_of_share
 from mpo_jax.stages.candidates import Pairing, Scored
 from mpo_jax.stages.gaps import Measures
 from mpo_jax.stages.job import Artifact, Job
-from mpo_jax.stages.programs import Programs
+from mpo_jax.stages.programs import Call, Programs
 from mpo_jax.types import Batch, GapTable
 
 
@@ -179,6 +180,7 @@ def _check_folds(job: Job[Settings], models: list[Artifact]) -> None:
         raise job.error("share", f"{job.settings.share!r}; the folds of {names[0]} are of another share")
 
 
+@shapes.made_once
 def programs(job: Job[Settings]) -> Programs:
     """The scorers of the data's pairs; the sampler, and the scorers of what it sampled."""
     model = jobs.model(job)
@@ -211,6 +213,20 @@ def programs(job: Job[Settings]) -> Programs:
         compiled["second"] = rows.scoring_program(job, model, head, read, 2)
     compiled |= gaps.programs(job, model, base | shapes.frozen_weights(job, model), read)
     return compiled | scores.programs(job, "scorer", scored)
+
+
+def calls(job: Job[Settings]) -> Iterator[Call]:
+    """See `base.Stage.calls`: the scorer's of pairs that are there, the sampler's of others."""
+    settings, model, compiled = job.settings, jobs.model(job), programs(job)
+    tokenizer = jobs.load_tokenizer(job, model)
+    for share in (settings.share, division.SELECT, division.REPORT):
+        if settings.samples_pairs:
+            prompts = corpus.share_prompts(job, model, tokenizer, share)
+            how = candidates.of_settings(job, settings.samples)
+            yield from candidates.calls(job, compiled["sample"], prompts, how, settings.batch_size)
+        if "score" in compiled:
+            encoded = corpus.share_pairs(job, model, tokenizer, share)
+            yield from rows.calls(job, compiled["score"], encoded, score_rows(job))
 
 
 def score_rows(job: Job[Settings]) -> int:
@@ -406,5 +422,6 @@ STAGE = Stage(
     programs=programs,
     check=check,
     rows=rows_of_share,
+    calls=calls,
     shown=Shown(figures=("threshold", "counts.*", "agreement"), part="splits", make=sections.split),
 )

@@ -96,10 +96,10 @@ def main() -> None:
     run_stage = pipeline.run_stage
 
     @functools.wraps(run_stage)
-    def recorded(config, workdir, mesh, nodes, node, resumed=False):
+    def recorded(job, *others):
         began = Instant.now()
-        run_stage(config, workdir, mesh, nodes, node, resumed)
-        recorder.stages[node.name] = recorder.between(began, Instant.now())
+        run_stage(job, *others)
+        recorder.stages[job.name] = recorder.between(began, Instant.now())
 
     pipeline.run_stage = recorded
     try:

@@ -36,6 +36,26 @@ AHEAD = {
     "evaluate": {"sample", "logps", "score"},
 }
 """Programs that are compiled before their first call, by case, at the least."""
+FORESEEN = {
+    "sft": {"train", "evaluate"},
+    "sft, on a split's pairs": {"train", "evaluate"},
+    "reward": {"train", "evaluate", "score"},
+    "pairs": {"sample"},
+    "split": {"sample", "score"},
+    "split, by all measures": {"score"},
+    "dpo": {"reference", "train", "evaluate"},
+    "dpo, a moving reference": {"reference", "train", "evaluate"},
+    "dpo, without a reference": {"train", "evaluate"},
+    "kto": {"reference", "train", "evaluate"},
+    "ppo": {"rollout", "experience", "update", "measure"},
+    "ppo, replaying pairs": {"rollout", "experience", "update", "measure"},
+    "ppo, two samples by another scorer": {"rollout", "look", "evaluation_rollout"},
+    "ppo, by a sum": {"rollout", "look", "evaluation_rollout"},
+    "ppo, by a model of the same tokens": {"rollout", "look"},
+    "split, by others": {"sample"},
+    "evaluate": {"sample"},
+}
+"""Programs of which a kind says before the stage begins with which shapes they will be called (`base.Stage.calls`)."""
 
 
 def on_data(kind: str, **settings):
@@ -156,11 +176,13 @@ class Recorded:
     def __init__(self, program, calls: list):
         self._function, self._listed, self._calls = program.function, program.arguments, calls
         self.ahead: set[tuple] = set()
+        self.met: set[tuple] = set()
         self.__name__ = program.function.__name__
 
     def __call__(self, *args):
         before = metrics.compiles()
         result = self._function(*args)
+        self.met.add(tuple(signature(args, shapes=True)))
         again = tuple(signature(args, shapes=True)) in self.ahead and metrics.compiles() > before
         self._calls.append((signature(args), signature(self._listed), again))
         return result
@@ -201,6 +223,14 @@ class Called:
         calls = self.programs.setdefault(name, [])
         self.functions[name] = Recorded(program, calls)
         return dataclasses.replace(program, function=self.functions[name])
+
+    def foreseen(self, calls) -> dict[str, set[tuple]]:
+        """Program -> the shapes that a kind says it will be called with."""
+        found: dict[str, set[tuple]] = {}
+        for function, arguments in calls:
+            names = [name for name, recorded in self.functions.items() if recorded._calls is function._calls]
+            found.setdefault(names[0], set()).add(tuple(signature(arguments, shapes=True)))
+        return found
 
     def ahead(self) -> set[str]:
         """What was compiled before it was called."""
@@ -249,6 +279,7 @@ def test_a_stage_compiles_what_its_plan_lists_and_nothing_else(case, tmp_path, s
         stage.check(job)
         planned = stage.programs(job)
         called = Called(monkeypatch, job)
+        foreseen = called.foreseen(stage.calls(job))
         # Scorer and labeller may be one model: what it said of a reply is not computed twice, where it is kept.
         monkeypatch.setattr(shards, "_kept", lambda *_: iter(()))
         job.folder.mkdir(exist_ok=True)
@@ -260,4 +291,7 @@ def test_a_stage_compiles_what_its_plan_lists_and_nothing_else(case, tmp_path, s
             assert given == listed, name
             assert not again, f"{name} was compiled ahead, and again when it was called"
     assert called.ahead() >= AHEAD.get(case, set())
+    assert foreseen.keys() == FORESEEN.get(case, set())
+    for name, shapes in foreseen.items():
+        assert shapes <= called.functions[name].met, f"{name} is never called with what its kind foresees"
     assert called.unplanned() <= UNPLANNED.keys()

@@ -1,5 +1,7 @@
 """Pairs replayed while PPO learns: what the second loss adds to an update, and that a kill changes nothing."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -37,7 +39,7 @@ def test_dpo_on_easy_pairs_begins_at_the_reference(ran):
 
 def test_each_step_takes_its_own_pairs_and_goes_on_after_a_kill(ran, tmp_path):
     with jax.set_mesh(ran.mesh):
-        loader = replay.loader(ran, ppo.programs(ran), {})
+        loader = replay.loader(ran, functools.partial(replay.reference_logps, ran, ppo.programs(ran), {}))
     met = [loader.rows(step)[1].tolist() for step in range(3)]
     assert met[0] != met[1] and len(loader.buckets) == 1
     assert len(loader.encoded) == len(buckets.pairs(ran.inputs["replay"])) == 12

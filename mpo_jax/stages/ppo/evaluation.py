@@ -20,7 +20,7 @@ from mpo_jax.stages.job import Job
 from mpo_jax.stages.ppo import experience as experiences
 from mpo_jax.stages.ppo.others import Ask, on_host
 from mpo_jax.stages.ppo.settings import Rules, Settings
-from mpo_jax.stages.programs import Call, Programs
+from mpo_jax.stages.programs import Call, Program, Programs
 from mpo_jax.types import Batch, PyTree, Rollout
 
 
@@ -46,7 +46,7 @@ def reply(
 ) -> Callable[[PyTree, PyTree], Iterator[Replied]]:
     """`(params, frozen) ->` one reply to each of a fair sample of held-out prompts, a batch at a time. ask: None where
     the reward model alone scores; else the next batch is sampled while others score."""
-    draw, measure = _functions(compiled)
+    draw, measure = (program.function for program in _programs(compiled))
     batches, numbers = job.settings.eval_batches, candidates.seed_and_round(job)
 
     def replied(params: PyTree, frozen: PyTree) -> Iterator[Replied]:
@@ -60,21 +60,20 @@ def reply(
     return replied
 
 
-def reply_calls(
-    job: Job[Settings], compiled: Programs, one: SamplingConfig, params: PyTree, frozen: PyTree, prompts: Batch
-) -> Iterator[Call]:
+def reply_calls(job: Job[Settings], compiled: Programs, one: SamplingConfig, prompts: Batch) -> Iterator[Call]:
     """What `reply` calls on prompts of a shape; where others score, without what is computed of what they say. one: how
     a single reply is sampled."""
-    draw, measure = _functions(compiled)
-    drawing = (frozen["base"] | params["policy"], prompts, *candidates.seed_and_round(job))
-    yield draw, drawing
+    draw, measure = _programs(compiled)
+    weights, _, *numbers = draw.arguments
+    yield draw.function, (weights, prompts, *numbers)
     if not job.settings.asks:
-        yield measure, (params, frozen, candidates.drawn_shapes(job, one, prompts), None)
+        params, frozen, *_ = measure.arguments
+        yield measure.function, (params, frozen, candidates.drawn_shapes(job, one, prompts), None)
 
 
-def _functions(compiled: Programs) -> tuple[Any, Any]:
+def _programs(compiled: Programs) -> tuple[Program, Program]:
     """Those that draw one reply to each prompt and that measure it."""
-    return compiled.get("evaluation_rollout", compiled["rollout"]).function, compiled["measure"].function
+    return compiled.get("evaluation_rollout", compiled["rollout"]), compiled["measure"]
 
 
 def _ahead(drawn: Iterator[Rollout]) -> Iterator[Rollout]:

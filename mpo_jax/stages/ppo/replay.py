@@ -5,15 +5,18 @@ likewise (Ouyang et al. 2022, arXiv 2203.02155, eq. 2: PPO-ptx).
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pydantic
 
 from mpo_jax import scoring
 from mpo_jax import settings as declared
 from mpo_jax.artifacts import PAIRS
+from mpo_jax.data.encode import Encoded
 from mpo_jax.data.loader import Loader
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.ops import losses, preferences
@@ -107,8 +110,14 @@ def programs(job: Job[Any], model: ModelConfig) -> Programs:
     return {"replay_reference": rows.logps_program(job, model, weights, unread, 2)}
 
 
-def loader(job: Job[Any], compiled: Programs, base: PyTree) -> Loader | None:
-    """The pairs' batches, as many rows as prompts, in one shape: every other would compile the update again."""
+def reference_logps(job: Job[Any], compiled: Programs, base: PyTree, pairs: Encoded) -> np.ndarray:
+    """The reference's log-probs of pairs, f32 [pairs,2]."""
+    return reference.logps(job, compiled["replay_reference"], base, [pairs])[0]
+
+
+def loader(job: Job[Any], read: Callable[[Encoded], np.ndarray]) -> Loader | None:
+    """The pairs' batches, as many rows as prompts, in one shape: every other would compile the update again. read:
+    gives the reference's log-probs of pairs, for a loss that has a reference."""
     settings = job.settings
     if not settings.replay:
         return None
@@ -116,5 +125,5 @@ def loader(job: Job[Any], compiled: Programs, base: PyTree) -> Loader | None:
     if settings.replay_loss == "sft":
         pairs = buckets.chosen(pairs)
     else:
-        (logps,) = reference.logps(job, compiled["replay_reference"], base, [pairs])
+        logps = read(pairs)
     return jobs.loader(job, pairs, settings.batch_size, max_length=None, max_buckets=1, ref_logps=logps)

@@ -6,6 +6,7 @@ PPO (Schulman et al. 2017, arXiv 1707.06347; for language models Ziegler et al. 
 
 import contextlib
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from mpo_jax import artifacts, processes, sharding, stopping
 from mpo_jax.artifacts import POLICY
+from mpo_jax.data.loader import Loader
 from mpo_jax.errors import InputError
 from mpo_jax.evaluation import ppo_curves
 from mpo_jax.evaluation.sections import Shown
@@ -44,7 +46,8 @@ from mpo_jax.stages.ppo.update import (
     weighing_step,
 )
 from mpo_jax.stages.programs import Call, Program, Programs
-from mpo_jax.types import Batch, PyTree, TrainState
+from mpo_jax.stages.rows import unread
+from mpo_jax.types import Batch, PyTree
 
 
 def check(job: Job[Settings]) -> None:
@@ -76,6 +79,7 @@ def check_vocabulary(job: Job[Settings], role: str) -> None:
         )
 
 
+@shapes.made_once
 def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
     """Rollout, scoring, update, and what the evaluation compiles beside them."""
     model = jobs.model(job)
@@ -144,28 +148,62 @@ def _everywhere(job: Job, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.replicated(job.mesh))
 
 
-def calls(
-    job: Job[Settings],
-    compiled: Programs,
-    how: SamplingConfig,
-    state: TrainState,
-    frozen: PyTree,
-    prompts: Batch,
-    pairs: Sequence[Batch],
+def step_calls(
+    job: Job[Settings], compiled: Programs, how: SamplingConfig, prompts: Batch, pairs: Sequence[Batch]
 ) -> Iterator[Call]:
     """What a step calls of the stage's programs on prompts of a shape. how: its replies are sampled. pairs: the shape
     of what is replayed, or (). Where others score, what they say is the host's, and is left to the first step."""
-    seed, functions = shapes.number(job, job.seed), {name: program.function for name, program in compiled.items()}
-    drawing = (frozen["base"] | state.params["policy"], prompts, seed, state.step)
-    yield functions["rollout"], drawing
+    sample, update = compiled["rollout"], compiled["update"]
+    weights, _, *numbers = sample.arguments
+    state, frozen, _, rate, *_ = update.arguments
+    yield sample.function, (weights, prompts, *numbers)
     drawn = candidates.drawn_shapes(job, how, prompts)
     if job.settings.asks:
-        yield functions["look"], (state.params, frozen, drawn)
+        yield compiled["look"].function, (state.params, frozen, drawn)
         return
-    scoring = (state.params, frozen, drawn, state.extra["kl_coefficient"])
-    yield functions["experience"], scoring
+    yield compiled["experience"].function, (state.params, frozen, drawn, state.extra["kl_coefficient"])
     made = shapes.on_rows(job, experiences.shapes_of(drawn))
-    yield functions["update"], (state, frozen, made, shapes.scalar(job, jnp.float32), *pairs)
+    yield update.function, (state, frozen, made, rate, *pairs)
+
+
+def calls_between(
+    job: Job[Settings],
+    compiled: Programs,
+    prompts: Loader,
+    heldout: Loader,
+    replayed: Loader | None,
+    first: int,
+    last: int,
+) -> Iterator[Call]:
+    """What the steps from one to another call, and the evaluations among them. prompts: those that are learned from.
+    replayed: pairs, or None."""
+    how = sampling_config(job)
+    pairs = () if replayed is None else replayed.shapes()
+    for rows in prompts.shapes(range(first, last)):
+        yield from step_calls(job, compiled, how, rows, pairs)
+    for rows in heldout.sampled_shapes(job.settings.eval_batches):
+        yield from reply_calls(job, compiled, dataclasses.replace(how, n=1), rows)
+
+
+def calls(job: Job[Settings]) -> Iterator[Call]:
+    """See `base.Stage.calls`."""
+    model = jobs.model(job)
+    prompts, heldout = loaders(job, model, jobs.load_tokenizer(job, model))
+    steps = loop.total_steps(job, prompts)
+    replayed = replay.loader(job, unread)
+    return calls_between(
+        job, programs(job, steps), prompts, heldout, replayed, 0, loop.last_to_compile(prompts, 0, steps)
+    )
+
+
+def loaders(job: Job[Settings], model: ModelConfig, tokenizer) -> tuple[Loader, Loader]:
+    """Of the prompts that are learned from, and of held-out ones."""
+    settings = job.settings
+    prompts, heldout = buckets.prompts_for(job, model, tokenizer, settings.eval_prompts)
+    return (
+        candidates.prompt_loader(job, prompts, settings.batch_size),
+        candidates.prompt_loader(job, heldout, settings.batch_size, shuffle=False),
+    )
 
 
 def run(job: Job[Settings]) -> dict[str, Any]:
@@ -178,15 +216,14 @@ def _run(job: Job[Settings], stack: contextlib.ExitStack) -> dict[str, Any]:
     settings = job.settings
     model = jobs.model(job)
     tokenizer = jobs.load_tokenizer(job, model)
-    prompts, heldout = buckets.prompts_for(job, model, tokenizer, settings.eval_prompts)
-    loader = candidates.prompt_loader(job, prompts, settings.batch_size)
     frozen = load_frozen(job, model)
     params = {"policy": jobs.load_weights(job, job.inputs["init"], model)}
     if settings.has_critic:
         params["value"] = critic(job, model, params["policy"])
     sampling = sampling_config(job)
     one = dataclasses.replace(sampling, n=1)
-    steps = loop.total_steps(job, loader)
+    prompts, heldout = loaders(job, model, tokenizer)
+    steps = loop.total_steps(job, prompts)
     compiled = programs(job, steps)
 
     def asker(key: str) -> Callable[[SamplingConfig], Ask]:
@@ -194,30 +231,21 @@ def _run(job: Job[Settings], stack: contextlib.ExitStack) -> dict[str, Any]:
 
     asked = asker("scorer") if settings.asks else None
     gold = asker("gold")(one) if settings.gold else None
-    heldout_loader = candidates.prompt_loader(job, heldout, settings.batch_size, shuffle=False)
-    replied = reply(job, compiled, heldout_loader, None if asked is None else asked(one))
+    replied = reply(job, compiled, heldout, None if asked is None else asked(one))
     if asked is None:
         prepare = scored_on_device(compiled)
     else:
         statistics = estimated_statistics(job, replied, params, frozen) if settings.normalise_scores else None
         prepare = scored_by_others(compiled, asked(sampling), statistics)
     optimizer, rate = make_optimizer(settings, steps)
-    replayed = replay.loader(job, compiled, frozen["base"])
-
-    def called(state: TrainState, first: int, last: int) -> Iterator[Call]:
-        pairs = () if replayed is None else replayed.shapes()
-        for rows in loader.shapes(range(first, last)):
-            yield from calls(job, compiled, sampling, state, frozen, rows, pairs)
-        for rows in heldout_loader.sampled_shapes(settings.eval_batches):
-            yield from reply_calls(job, compiled, one, state.params, frozen, rows)
-
+    replayed = replay.loader(job, functools.partial(replay.reference_logps, job, compiled, frozen["base"]))
     training = loop.Trainer(
         step=make_step(job, compiled, prepare, replayed),
         optimizer=optimizer,
         rate=rate,
         params=params,
         frozen=frozen,
-        loader=loader,
+        loader=prompts,
         evaluate=make_evaluation(job, replied, sampling, tokenizer, gold),
         settings=settings,
         key=jobs.key(job),
@@ -226,13 +254,13 @@ def _run(job: Job[Settings], stack: contextlib.ExitStack) -> dict[str, Any]:
         name=job.name,
         watch=make_watch(job.name),
         policy=operator.itemgetter("policy"),
-        calls=called,
+        calls=functools.partial(calls_between, job, compiled, prompts, heldout, replayed),
     )
     params, summary = loop.train(training, steps, job.folder, job.mesh)
     jobs.save_weights(job, params["policy"])
     if "value" in params:
         jobs.save_weights(job, params["value"], artifacts.VALUE)
-    return summary | {"prompts": len(prompts)}
+    return summary | {"prompts": len(prompts.encoded)}
 
 
 def load_frozen(job: Job[Settings], model: ModelConfig) -> PyTree:
@@ -304,6 +332,7 @@ STAGE = Stage(
     programs=programs,
     check=check,
     rows=buckets.rows_of("prompts"),
+    calls=calls,
     shown=Shown(
         pictures=ppo_curves.pictures,
         curves=(
