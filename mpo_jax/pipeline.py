@@ -249,13 +249,16 @@ def _next(here: _Here, name: str, left: Sequence[str]) -> Job | None:
     stages that are to be made from here on."""
     if len(left) < 2 or name != left[0] or here.profile is not None:
         return None
-    node, states = here.nodes[left[1]], statuses(here.config, here.nodes)
+    node = here.nodes[left[1]]
+    job = _job(here, node)
+    if not ahead.possible(job):
+        return None
+    states = statuses(here.config, here.nodes)
     weights = (POLICY, REWARD)
     made = [
         states[name].state == DONE or kinds.of(here.nodes[name].settings).produces in weights for name in node.sources
     ]
-    job = _job(here, node)
-    return job if all(made) and ahead.possible(job) else None
+    return job if all(made) else None
 
 
 def _job(here: _Here, node: Node) -> Job:

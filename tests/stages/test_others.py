@@ -57,6 +57,7 @@ def test_a_rollout_is_scored_where_transformers_scores_its_text(tmp_path, storie
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": ids[0][-1]}))
         assert list(scores.of_tokens(job, "scorer")) == [f"hf:{folder}"]
+        job = dataclasses.replace(job)  # one that has not made its programs yet
         with others.opened(job, "scorer", tokenizer, stage.programs(job)) as ask:
             found = others.on_host(ask(how)({}, rollout))[real]
     np.testing.assert_allclose(found.ravel(), reward_models.judged(folder, ids), atol=3e-5)
