@@ -180,16 +180,17 @@ def _run(
     if jobs.is_first():
         done = [name for name in order if name not in waiting]
         jobs.say(heading.of_run(config, workdir, mesh, done, waiting, _left(here, waiting)))
-    job = None
+    compiled: dict[str, Job] = {}  # ahead, by their stages
     for number, name in enumerate(order, 1):
         left = [each for each in order[number - 1 :] if each in waiting]
         try:
             stopping.obey()
             place = f"stage {number} of {len(order)}: {name}"
-            following = _next(here, name, left)
+            job = compiled.pop(name, None)
+            if (following := _next(here, name, left)) is not None:
+                compiled[following.name] = following
             with ahead.compiling(following):
                 _bring_up(here, nodes[name], place, left, job)
-            job = following
         except Stopped as stopped:
             where = f", at {stopped.where}" if stopped.where else ""
             jobs.say(f"told to stop in stage {name}{where}; the same command goes on from there")
@@ -218,7 +219,7 @@ def _bring_up(here: _Here, node: Node, place: str, left: Iterable[str], job: Job
     """Runs a stage, unless it is done; no other run works on it meanwhile. place: which of the run's it is, in words.
     left: the stages that are to be made, this one among them. job: of the stage, where it was compiled ahead."""
 
-    config, workdir, mesh = here.config, here.workdir, here.mesh
+    config, workdir = here.config, here.workdir
 
     def state() -> str:  # process 0's view of the file system is everybody's
         return processes.told_by_first(lambda: statuses(config, here.nodes)[node.name].state.encode()).decode()
@@ -238,7 +239,7 @@ def _bring_up(here: _Here, node: Node, place: str, left: Iterable[str], job: Job
         if found == STALE:
             _set_aside(node, workdir)
         with profiling.of_stage(here.profile, node.name, node.folder, isinstance(node.settings, Training)):
-            run_stage(job or _job(here, node), here.nodes, mesh, resumed)
+            run_stage(job or _job(here, node), here.nodes, resumed)
         jobs.say(f"{node.name}: finished in {time.perf_counter() - began:.1f} s ({node.folder.name})")
         if jobs.is_first():
             _warn(node)
@@ -338,10 +339,9 @@ def _report(workdir: epath.Path) -> None:
         progress.say(f"report: not written: {type(error).__name__}: {error}", sys.stderr)
 
 
-def run_stage(job: Job, nodes: Mapping[str, Node], mesh, resumed: bool = False) -> None:
-    """Runs one stage, writes its manifest and, as the last thing, drops what it could have resumed from. mesh: the
-    run's; what the stage reads of others is restored straight onto its own. resumed: whether a part of it was done
-    before."""
+def run_stage(job: Job, nodes: Mapping[str, Node], resumed: bool = False) -> None:
+    """Runs one stage, writes its manifest and, as the last thing, drops what it could have resumed from. What the stage
+    reads of others is restored straight onto its own mesh. resumed: whether a part of it was done before."""
     began = time.perf_counter()
     config, node, kind = job.config, nodes[job.name], kinds.of(job.settings)
     kind.check(job)
@@ -371,7 +371,7 @@ def run_stage(job: Job, nodes: Mapping[str, Node], mesh, resumed: bool = False) 
             "vocabulary": jobs.model(job).vocab_size,
             "packages": packages,
             "seconds": None if resumed else time.perf_counter() - began,
-            "devices": eta.devices(mesh),
+            "devices": eta.devices(job.mesh),
             "command": shlex.join(sys.argv),
             "commit": _commit(),
             "changed": _changed(config, node),

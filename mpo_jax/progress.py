@@ -244,7 +244,8 @@ def shown(first: bool) -> Iterator[None]:
     SCREEN.shown = first
 
     def warn(message, category, filename, lineno, file=None, line=None) -> None:
-        say(warnings.formatwarning(message, category, filename, lineno, line).rstrip("\n"), file or sys.stderr)
+        told = warnings.formatwarning(message, category, filename, lineno, line).rstrip("\n")
+        SCREEN.say(told, file or sys.stderr)  # of work aside too: it is given once for each place
 
     if SCREEN._terminal:
         warnings.showwarning = warn

@@ -293,7 +293,7 @@ class Run(Section):
     compile_next: bool = setting(
         True,
         "whether a thread compiles what the next stage will call while a stage is at work; only on one host, with TPUs "
-        "or a single CPU device",
+        "or with one CPU device and four or more processors",
         operational=True,
     )
     plugins: Names = setting((), "Python modules that add further kinds of stage, objectives, estimators or scorers")

@@ -164,33 +164,45 @@ def test_data_that_was_found_right_is_not_opened_again(run, monkeypatch):
         again()
 
 
-def test_the_stage_that_comes_next_is_compiled_ahead_once_all_but_its_weights_is_there(run, monkeypatch):
-    """A policy's or a reward model's weights have known shapes; which pairs a split makes is not known before."""
-    told: list = []
-    compiled: list = []
-    handed: list = []
-    run_stage = pipeline.run_stage
+@pytest.fixture
+def jobs_of(run, monkeypatch):
+    """The jobs that are compiled ahead, None where none is, and those that stages are handed; in their order."""
+    compiled, handed, run_stage = [], [], pipeline.run_stage
 
     @contextlib.contextmanager
     def compiling(job):
-        told.append(job and job.name)
         compiled.append(job)
         yield
 
     monkeypatch.setattr(pipeline.ahead, "compiling", compiling)
     monkeypatch.setattr(pipeline.ahead, "possible", lambda job: True)
     monkeypatch.setattr(pipeline, "run_stage", lambda job, *rest: (handed.append(job), run_stage(job, *rest)))
+    return compiled, handed
+
+
+def test_the_stage_that_comes_next_is_compiled_ahead_once_all_but_its_weights_is_there(run, jobs_of, monkeypatch):
+    """A policy's or a reward model's weights have known shapes; which pairs a split makes is not known before."""
+    compiled, handed = jobs_of
     assert run() == ["sft", "reward", "split", "dpo"]
-    assert told == ["reward", "split", None, None]
+    assert [job and job.name for job in compiled] == ["reward", "split", None, None]
     assert handed[1] is compiled[0] and handed[2] is compiled[1], "the job holds what was compiled"
-    told.clear()
+    compiled.clear()
     run.config.stages.reward.batch_size = 4  # the sft stage stays as it is, and passes at once
     assert run() == ["reward", "split", "dpo"]
-    assert told == [None, "split", None, None]
-    told.clear()
+    assert [job and job.name for job in compiled] == [None, "split", None, None]
+    compiled.clear()
     monkeypatch.setattr(pipeline.ahead, "possible", lambda job: False)
     run.config.stages.sft.batch_size = 4
-    assert len(run()) == 4 and told == [None] * 4
+    assert len(run()) == 4 and compiled == [None] * 4
+
+
+def test_what_was_compiled_ahead_is_its_own_stage_s_where_another_passes_in_between(run, jobs_of):
+    compiled, handed = jobs_of
+    run.config.stages.first, run.config.stages.second = recipes.stage("sft", seed=1), recipes.stage("sft", seed=2)
+    run("first")
+    compiled.clear(), handed.clear()
+    assert run() == ["sft", "reward", "split", "dpo", "second"] and "first" not in [job.name for job in handed]
+    assert compiled[3].name == "second" and handed[-1] is compiled[3]
 
 
 def test_a_manifest_tells_where_it_comes_from(run, monkeypatch):

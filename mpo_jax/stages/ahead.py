@@ -7,7 +7,6 @@ that XLA compiles in; nor on a CPU of few processors, which a stage that compute
 """
 
 import contextlib
-import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -26,32 +25,31 @@ PROCESSORS = 4
 
 def possible(job: Job) -> bool:
     """Whether a stage's programs can be compiled before it begins."""
-    spare = job.mesh.size == 1 and (os.cpu_count() or 1) >= PROCESSORS
+    spare = job.mesh.size == 1 and shapes.processors() >= PROCESSORS
     free = job.platform == "tpu" or (job.platform == "cpu" and spare)
     return free and job.config.compile_next and jax.process_count() == 1
 
 
 @contextlib.contextmanager
 def compiling(job: Job | None) -> Iterator[None]:
-    """While a stage runs in the context, a thread compiles what `job` will call, as soon as the stage has compiled what
-    it calls itself. The context ends when that is done; or, where an error ends it, with the program being compiled."""
+    """While a stage runs in the context, a thread compiles what `job` will call, once `programs.AT_WORK` says that
+    there is time. When the stage ends, the program that is being compiled is waited for, and no other is begun: what is
+    left, the next stage compiles side by side."""
     shapes.AT_WORK.clear()
     if job is None:
         yield
         return
     over = threading.Event()
     thread = threading.Thread(target=_compile, args=(job, over), name=f"compile {job.name}")
-    thread.start()
     try:
+        thread.start()
         yield
-    except BaseException:
-        over.set()
-        raise
     finally:
-        if not shapes.AT_WORK.is_set():  # a stage that compiles nothing leaves no time for it
-            over.set()
-            shapes.AT_WORK.set()
+        over.set()
+        shapes.AT_WORK.set()
+        progress.compiling(f"a program of {job.name}")
         thread.join()
+        progress.compiled()
 
 
 def _compile(job: Job, over: threading.Event) -> None:

@@ -27,7 +27,8 @@ class Stage:
 
     settings: what it can be set to, its roles among that. produces: what its artifact is.
     run: does the work of a job, leaves the artifact's files in the job's folder, returns the summary for the manifest.
-    programs: every jitted function that `run` calls, with the shapes it is called with.
+    programs: every jitted function that `run` calls, with the shapes it is called with; by `programs.made_once` they
+    are the same for `run` as for `calls`.
     check: raises InputError for a job that can't be meant; nothing is loaded, compiled or written.
     rows: (job, pairs of the data, share of them that is easy) -> rows read in an epoch, for the plan's estimates.
     shown: what the report makes of it.

@@ -250,14 +250,20 @@ def loaders(job: Job[Settings], pairs: Sequence[Encoded], read: Sequence[np.ndar
 
 def calls(job: Job[Settings]) -> Iterator[Call]:
     """See `base.Stage.calls`."""
-    pairs, compiled = buckets.pairs_for(job, jobs.model(job)), programs(job)
+    pairs, size = buckets.pairs_for(job, jobs.model(job)), job.settings.batch_size
+    compiled = programs(job, steps_on(job, pairs[0]))
     read: list[Any] = [None] * len(pairs)
     if "reference" in compiled:
         read = [rows.unread(part) for part in pairs]
         for part in pairs:
-            yield from rows.calls(job, compiled["reference"], part, job.settings.batch_size)
+            yield from rows.calls(job, compiled["reference"], part, size)
     train, heldout, _ = loaders(job, pairs, read)
-    yield from loop.calls_of_all(job, functools.partial(programs, job), train, heldout)
+    yield from loop.calls(job, compiled, train, heldout)
+
+
+def steps_on(job: Job[Settings], train: Encoded) -> int:
+    """Steps of the training on its pairs."""
+    return loop.total_steps(job, jobs.loader(job, train, job.settings.batch_size, max_length=None))
 
 
 def run(job: Job[Settings]) -> dict[str, Any]:
@@ -266,7 +272,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     settings = job.settings
     pairs = train, heldout, reported = buckets.pairs_for(job, model)
     base = jobs.base_weights(job, model)
-    steps = loop.total_steps(job, jobs.loader(job, train, settings.batch_size, max_length=None))
+    steps = steps_on(job, train)
     compiled = programs(job, steps)
     read: list[Any] = [None] * len(pairs)
     if "reference" in compiled:

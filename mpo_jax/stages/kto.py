@@ -5,7 +5,6 @@ that the data labels; of pairs the chosen replies are the good ones, the rejecte
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -158,10 +157,11 @@ def loaders(job: Job[Settings], encoded: Sequence[Encoded], read: Sequence[np.nd
 def calls(job: Job[Settings]) -> Iterator[Call]:
     """See `base.Stage.calls`."""
     encoded = rows_for(job, jobs.model(job))
+    train, heldout = loaders(job, encoded, [rows.unread(part) for part in encoded])
+    compiled = programs(job, loop.total_steps(job, train))
     for part in encoded:
-        yield from rows.calls(job, programs(job)["reference"], part, job.settings.batch_size)
-    read = loaders(job, encoded, [rows.unread(part) for part in encoded])
-    yield from loop.calls_of_all(job, functools.partial(programs, job), *read)
+        yield from rows.calls(job, compiled["reference"], part, job.settings.batch_size)
+    yield from loop.calls(job, compiled, train, heldout)
 
 
 def run(job: Job[Settings]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import PolicyTraining, Training
 from mpo_jax.stages.job import Job
-from mpo_jax.stages.programs import Call, Program, Programs, compile_ahead, named
+from mpo_jax.stages.programs import AT_WORK, Call, Program, Programs, compile_ahead, named
 from mpo_jax.stages.stopwatch import Reading, Stopwatch
 from mpo_jax.types import Batch, PyTree, TrainState
 
@@ -56,8 +56,8 @@ class Trainer:
     that the step reads. extra: see `types.TrainState`. best: the evaluation's metric whose minimum (or, with a leading
     "-", maximum) marks the best checkpoint. settings: the stage's own. name, known: the stage's name and what is known
     of its summary, for the failures that evaluations show. watch: is told each logged step's number and values, to warn
-    of what needn't stop the run. policy: what a snapshot holds of the parameters. calls: of the programs of the steps
-    from one to another and of the evaluations among them, (first, last) -> calls, compiled before the first.
+    of what needn't stop the run. policy: what a snapshot holds of the parameters. calls: (step) -> what the steps from
+    there on call, and their evaluations; it is compiled before the first.
     """
 
     step: Step
@@ -75,7 +75,7 @@ class Trainer:
     known: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     watch: Callable[[int, dict[str, float]], None] | None = None
     policy: Callable[[PyTree], PyTree] = lambda params: params
-    calls: Callable[[int, int], Iterable[Call]] = lambda first, last: ()
+    calls: Callable[[int], Iterable[Call]] = lambda first: ()
 
 
 def programs(
@@ -149,30 +149,20 @@ def supervised(
     )
 
 
-def calls(
-    job: Job[Training], compiled: Programs, loader: Loader, heldout: Loader, first: int, last: int
-) -> Iterator[Call]:
-    """What such a training calls in the steps from one to another, and in the evaluations among them."""
+def calls(job: Job[Training], compiled: Programs, loader: Loader, heldout: Loader, first: int = 0) -> Iterator[Call]:
+    """What such a training calls from a step on, and in its evaluations."""
     step, judge = compiled["train"], compiled["evaluate"]
     state, frozen, _ = step.arguments
-    for rows in loader.shapes(range(first, last)):
+    for rows in loader.shapes(to_compile(job, loader, first)):
         yield step.function, (state, frozen, rows)
     for rows in heldout.sampled_shapes(job.settings.eval_batches):
         yield judge.function, (state.params, frozen, rows)
 
 
-def calls_of_all(
-    job: Job[Training], programs_for: Callable[[int], Programs], loader: Loader, heldout: Loader
-) -> Iterator[Call]:
-    """The same of all steps. programs_for: the stage's programs, of a training of so many steps."""
-    steps = total_steps(job, loader)
-    yield from calls(job, programs_for(steps), loader, heldout, 0, last_to_compile(loader, 0, steps))
-
-
-def last_to_compile(loader: Loader, start: int, steps: int) -> int:
-    """Up to which step a training that begins at `start` meets all its shapes: no epoch has other buckets than the one
-    before it."""
-    return min(steps, start + loader.steps_per_epoch)
+def to_compile(job: Job[Training], loader: Loader, first: int) -> range:
+    """Steps of a training, from one on, that meet all of its shapes: no epoch has other buckets than the one before
+    it."""
+    return range(first, min(total_steps(job, loader), first + loader.steps_per_epoch))
 
 
 def check(job: Job[Training]) -> None:
@@ -251,7 +241,8 @@ def train(training: Trainer, steps: int, folder: epath.Path, mesh) -> tuple[PyTr
     save_every = settings.save_every or max(1, steps // 10)
     before = metrics_log.compiles()
     if start < steps:
-        compile_ahead(mesh, training.calls(start, last_to_compile(loader, start, steps)))
+        compile_ahead(mesh, training.calls(start))
+    AT_WORK.set()
     compiles = {"first": metrics_log.compiles() - before, "late": 0}
     watch = nonfinite.Watch(loader, settings.on_nonfinite == "skip", progress.get("skipped", 0))
     # Whatever ends the loop, saves that have begun are waited for.

@@ -28,8 +28,8 @@ STEPS = 1000
 """Optimizer steps of a training whose data has not been read: only its learning rates depend on them."""
 
 AT_WORK = threading.Event()
-"""Set when a stage has compiled what it calls first, and the processors have time for other things; whoever runs the
-stages clears it before each."""
+"""Set when a stage has compiled the first of what it calls, a training all of its steps, so that the processors have
+time for other things; whoever runs the stages clears it before each."""
 
 _THREADS = 8
 """Programs that are compiled at a time, at most: each takes memory of the host."""
@@ -103,11 +103,11 @@ def named(function: Any, name: str) -> Any:
 
 
 def made_once(make: Callable[..., Programs]) -> Callable[..., Programs]:
-    """A kind's `programs`, which makes those of a job once: what was compiled of them is found again."""
+    """Of a kind's `programs`: makes those of a job once, so that what was compiled of them is found again."""
 
     @functools.wraps(make)
     def programs(job: Job, *given: Any) -> Programs:
-        key = make.__module__, given
+        key = make, given
         if key not in job.made:
             job.made[key] = make(job, *given)
         return job.made[key]
@@ -121,10 +121,14 @@ def compile_ahead(mesh: jax.sharding.Mesh, calls: Iterable[Call]) -> None:
 
     For a GPU one after the other: while it compiles, XLA times kernels on the card, and would time others' too."""
     alone = mesh.devices.flat[0].platform == "gpu"
-    with ThreadPoolExecutor(1 if alone else min(_THREADS, os.cpu_count() or 1), "compile") as threads:
+    with ThreadPoolExecutor(1 if alone else min(_THREADS, processors()), "compile") as threads:
         for done in [threads.submit(compile_call, mesh, call) for call in different(calls)]:
             done.result()
-    AT_WORK.set()
+
+
+def processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def compile_call(mesh: jax.sharding.Mesh, call: Call) -> None:

@@ -4,7 +4,6 @@ Trained with the Bradley-Terry loss; its mean and standard deviation over the tr
 report says what its scores are worth on held-out pairs.
 """
 
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -115,9 +114,11 @@ def calls(job: Job[Settings]) -> Iterator[Call]:
     """See `base.Stage.calls`."""
     settings, model = job.settings, jobs.model(job)
     encoded = pairs_of(job, model, jobs.load_tokenizer(job, model))
-    yield from loop.calls_of_all(job, functools.partial(programs, job), *loaders(job, encoded))
+    train, heldout = loaders(job, encoded)
+    compiled = programs(job, loop.total_steps(job, train))
+    yield from loop.calls(job, compiled, train, heldout)
     for share in (settings.share, REPORT):
-        yield from rows.calls(job, programs(job)["score"], encoded[share], score_rows(settings))
+        yield from rows.calls(job, compiled["score"], encoded[share], score_rows(settings))
 
 
 def score_rows(settings: Settings) -> int:

@@ -3,7 +3,6 @@
 The loss is the negative log-likelihood of the reply's tokens alone.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,7 +79,8 @@ def loaders(job: Job[Settings], model: ModelConfig) -> tuple[Loader, Loader]:
 
 def calls(job: Job[Settings]) -> Iterator[Call]:
     """See `base.Stage.calls`."""
-    return loop.calls_of_all(job, functools.partial(programs, job), *loaders(job, jobs.model(job)))
+    train, heldout = loaders(job, jobs.model(job))
+    return loop.calls(job, programs(job, loop.total_steps(job, train)), train, heldout)
 
 
 def run(job: Job[Settings]) -> dict[str, Any]:

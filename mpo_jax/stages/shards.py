@@ -23,8 +23,9 @@ from mpo_jax.data import encode
 from mpo_jax.data.loader import Loader
 from mpo_jax.errors import InputError
 from mpo_jax.stages import job as jobs
+from mpo_jax.stages.base import Training
 from mpo_jax.stages.job import Job
-from mpo_jax.stages.programs import Call, compile_ahead
+from mpo_jax.stages.programs import AT_WORK, Call, compile_ahead
 from mpo_jax.types import Batch
 
 FORMAT = 1
@@ -56,6 +57,8 @@ def over(
         yield loader.rows(number)[1], arrays
     gaps = _gaps(done, total)
     compile_ahead(job.mesh, map(call, loader.shapes(number for gap in gaps for number in range(*gap))))
+    if not isinstance(job.settings, Training):  # whose steps are still to be compiled
+        AT_WORK.set()
     for start, stop in gaps:
         with _Writer(folder, job.config.shard_seconds) as shard, loader.batches(start, stop) as stream:
             computed = _one_ahead(stream, call, read)

@@ -226,7 +226,8 @@ def calls(job: Job[Settings]) -> Iterator[Call]:
             yield from candidates.calls(job, compiled["sample"], prompts, how, settings.batch_size)
         if "score" in compiled:
             encoded = corpus.share_pairs(job, model, tokenizer, share)
-            yield from rows.calls(job, compiled["score"], encoded, score_rows(job))
+            for _, which in scored_by(job, encoded, share):
+                yield from rows.calls(job, compiled["score"], encode.take(encoded, which), score_rows(job))
 
 
 def score_rows(job: Job[Settings]) -> int:
@@ -332,27 +333,34 @@ def with_reward(job: Job[Settings], model: ModelConfig, compiled: Programs, base
 def reward_scorer(job: Job[Settings], model: ModelConfig, compiled: Programs, base):
     """`(name of a program, encoded, share) -> f32 [rows,N]`, by the job's reward model; or by k of them, each row by
     the one that has not seen its prompt, and rows of other shares, which none has seen, by the mean of all."""
-    models = reward_models(job)
     size = score_rows(job)
 
     def scorer(artifact: Artifact):
         weights = shards.loaded(lambda: base | jobs.load_weights(job, artifact, model, jobs.frozen_dtype(job)))
         return lambda name, encoded: rows.compute(job, compiled[name], weights, encoded, size, jobs.making(artifact))
 
-    if len(models) == 1:
-        only = scorer(models[0])
-        return lambda name, encoded, share: only(name, encoded)
+    only = scorer(models[0]) if len(models := reward_models(job)) == 1 else None
 
-    def crossfit(name: str, encoded: Encoded, share: str) -> np.ndarray:
+    def scored(name: str, encoded: Encoded, share: str) -> np.ndarray:
+        if only is not None:  # whose weights are loaded once
+            return only(name, encoded)
         total = np.zeros((len(encoded), encoded.replies), np.float32)
-        parts = division.folds(encoded.prompt_id, len(models))
-        for fold, artifact in enumerate(models):
-            part = np.flatnonzero(parts == fold) if share == job.settings.share else np.arange(len(encoded))
-            if len(part):
-                total[part] += scorer(artifact)(name, encode.take(encoded, part))
+        for artifact, which in scored_by(job, encoded, share):
+            total[which] += scorer(artifact)(name, encode.take(encoded, which))
         return total if share == job.settings.share else total / len(models)
 
-    return crossfit
+    return scored
+
+
+def scored_by(job: Job[Settings], encoded: Encoded, share: str) -> list[tuple[Artifact, np.ndarray]]:
+    """Which rows of a share each of the reward models scores, see `reward_scorer`; models of none are left out."""
+    models = reward_models(job)
+    every = np.arange(len(encoded))
+    if len(models) == 1 or share != job.settings.share:
+        return [(artifact, every) for artifact in models]
+    parts = division.folds(encoded.prompt_id, len(models))
+    found = ((artifact, np.flatnonzero(parts == fold)) for fold, artifact in enumerate(models))
+    return [(artifact, which) for artifact, which in found if len(which)]
 
 
 def _scored_pairs(

@@ -1,15 +1,18 @@
 """The job of a stage enters; what a thread compiles of it while another stage works is held against what it calls."""
 
+import contextlib
 import dataclasses
 import threading
 
 import jax
+import numpy as np
 import pytest
 
 from mpo_jax import metrics
 from mpo_jax.artifacts import POLICY
 from mpo_jax.errors import InputError
-from mpo_jax.stages import ahead, kinds, programs
+from mpo_jax.stages import ahead, kinds, programs, sft, shards
+from mpo_jax.stages import job as jobs
 from mpo_jax.stages.job import Artifact
 from tests.stages import split_job
 
@@ -32,6 +35,20 @@ def compiles_of(job):
     with jax.set_mesh(job.mesh):
         summary = kinds.of(job.settings).run(job)
     return metrics.compiles() - before, summary
+
+
+_count = jax.jit(lambda tokens: tokens.sum())
+
+
+def _read(found):
+    return {"tokens": np.asarray(found)[None]}
+
+
+def rows_of(job):
+    """The rows that the job learns from."""
+    with jax.set_mesh(job.mesh):
+        train, _ = sft.loaders(job, jobs.model(job))
+    return train.encoded
 
 
 def foreseeing(monkeypatch, calls):
@@ -60,6 +77,7 @@ def test_a_stage_compiles_nothing_that_was_compiled_while_the_one_before_it_work
     before = metrics.compiles()
     with ahead.compiling(job):
         programs.AT_WORK.set()
+        next(thread for thread in threading.enumerate() if thread.name == "compile sft").join(300)
     assert metrics.compiles() == before, "programs of the next stage are counted as this one's"
     assert capsys.readouterr() == ("", ""), "the next stage's account of its data is told during this one"
     fewer, summary_after = compiles_of(job)
@@ -73,7 +91,7 @@ def test_a_stage_compiles_nothing_that_was_compiled_while_the_one_before_it_work
 )
 def test_where_a_stage_is_compiled_ahead(where, tmp_path, shared, monkeypatch):
     job = make_job(tmp_path, shared)
-    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 2 if where in ("few processors", "a TPU") else 8)
+    monkeypatch.setattr(programs, "processors", lambda: 2 if where in ("few processors", "a TPU") else 8)
     if where == "several devices":
         job = dataclasses.replace(job, mesh=jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,)))
     elif where in ("a GPU", "a TPU"):
@@ -93,38 +111,50 @@ def test_where_a_stage_is_compiled_ahead(where, tmp_path, shared, monkeypatch):
     ],
 )
 def test_what_goes_wrong_ahead_does_not_concern_the_stage_at_work(error, told, tmp_path, shared, monkeypatch, capsys):
+    asked = threading.Event()
+
     def calls(job):
+        asked.set()
         raise error
 
     foreseeing(monkeypatch, calls)
     with ahead.compiling(make_job(tmp_path, shared)):
         programs.AT_WORK.set()
+        assert asked.wait(60)
     assert capsys.readouterr().err == told
 
 
-def test_a_run_that_is_told_to_stop_waits_for_one_program_at_most(tmp_path, shared, monkeypatch):
-    stopped, begun = threading.Event(), threading.Event()
-    first, second = Function(lambda: (begun.set(), stopped.wait(60))), Function()
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, InputError])
+def test_when_a_stage_ends_one_program_is_waited_for_at_most(error, tmp_path, shared, monkeypatch):
+    """The next stage compiles the others side by side; and a run that is told to stop ends."""
+    ended, begun = threading.Event(), threading.Event()
+    first, second = Function(lambda: (begun.set(), ended.wait(60))), Function()
     foreseeing(monkeypatch, lambda job: [(first, ()), (second, ())])
 
     def work():
         programs.AT_WORK.set()
         assert begun.wait(60)
-        threading.Timer(0.5, stopped.set).start()
-        raise KeyboardInterrupt
+        threading.Timer(0.5, ended.set).start()
+        if error is not None:
+            raise error("the stage ends")
 
-    with pytest.raises(KeyboardInterrupt), ahead.compiling(make_job(tmp_path, shared)):
+    with contextlib.suppress(error or ()), ahead.compiling(make_job(tmp_path, shared)):
         work()
-    assert (first.compiled, second.compiled) == (1, 0)
+    assert ended.is_set() and (first.compiled, second.compiled) == (1, 0)
 
 
 def test_nothing_is_compiled_before_the_stage_at_work_has_compiled_its_own(tmp_path, shared, monkeypatch):
-    function = Function()
-    foreseeing(monkeypatch, lambda job: [(function, ())])
+    """A training's steps are its own, the scoring that comes before them is not all of it."""
+    compiled = threading.Event()
+    foreseeing(monkeypatch, lambda job: [(Function(compiled.set), ())])
     with ahead.compiling(make_job(tmp_path, shared)):
         pass  # it compiles nothing, so that no time is left for others
-    assert function.compiled == 0
+    assert not compiled.is_set()
+    training = make_job(tmp_path / "training", shared, steps=2)
+    scored = jobs.loader(training, rows_of(training), 8)
     with ahead.compiling(make_job(tmp_path, shared)):
-        assert not programs.AT_WORK.wait(0.5) and function.compiled == 0
-        programs.compile_ahead(make_job(tmp_path, shared).mesh, [])
-    assert function.compiled == 1
+        with jax.set_mesh(training.mesh):
+            list(shards.over(training, scored, "score", None, lambda batch: (_count, (batch.tokens,)), _read))
+            assert not compiled.wait(0.5), "the steps of the training are still to be compiled"
+            kinds.of(training.settings).run(training)
+        assert compiled.wait(60)

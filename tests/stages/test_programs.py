@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import pytest
 
-from mpo_jax import metrics
+from mpo_jax import metrics, recipes
 from mpo_jax.artifacts import POLICY
 from mpo_jax.models import decoder
+from mpo_jax.run import as_json
+from mpo_jax.settings import replaced
 from mpo_jax.stages import candidates, kinds, rows, shards
 from mpo_jax.stages.job import Artifact, Job
 from tests.evaluation import made
@@ -43,12 +46,13 @@ FORESEEN = {
     "pairs": {"sample"},
     "split": {"sample", "score"},
     "split, by all measures": {"score"},
+    "split, cross-fitted": {"score"},
     "dpo": {"reference", "train", "evaluate"},
     "dpo, a moving reference": {"reference", "train", "evaluate"},
     "dpo, without a reference": {"train", "evaluate"},
     "kto": {"reference", "train", "evaluate"},
     "ppo": {"rollout", "experience", "update", "measure"},
-    "ppo, replaying pairs": {"rollout", "experience", "update", "measure"},
+    "ppo, replaying pairs": {"rollout", "experience", "update", "measure", "replay_reference"},
     "ppo, two samples by another scorer": {"rollout", "look", "evaluation_rollout"},
     "ppo, by a sum": {"rollout", "look", "evaluation_rollout"},
     "ppo, by a model of the same tokens": {"rollout", "look"},
@@ -81,6 +85,22 @@ def measured(folder, shared) -> Job:
     named = {role: artifact.name for role, artifact in inputs.items()}
     measures = ("reward", "implicit", "reference_loss")
     return split_job.make_job(folder, shared, inputs=inputs, gap=measures, **named)
+
+
+def crossfitted(folder, shared) -> Job:
+    """A split by three reward models, each of which scores a part of the rows; these have several lengths."""
+    job = split_job.make_job(folder, shared, limit=200)
+    config = ml_collections.ConfigDict(as_json(job.config))
+    recipes.crossfit(config.stages, "reward", "split", folds=3)
+    whole = kinds.read(config.to_dict(), from_json=True)
+    lengths = {"max_buckets": 4, "multiple": 8, "max_length": 256, "max_response": 64, "max_prompt": 128}
+    whole = replaced(
+        whole, {f"data.{name}": value for name, value in lengths.items()} | {"stages.split.score_batch": 16}
+    )
+    with jax.set_mesh(job.mesh):
+        models = [split_job.reward_model(job, f"reward_fold_{fold}", seed=10 + fold) for fold in range(3)]
+    inputs = job.inputs | {"reward": models}
+    return dataclasses.replace(job, config=whole, settings=whole.stages["split"], inputs=inputs)
 
 
 def ppo(**settings):
@@ -141,6 +161,7 @@ CASES: dict[str, Callable[..., Job]] = {
     "pairs": sampling("pairs"),
     "split": sampling("split", pair_source="both"),
     "split, by all measures": measured,
+    "split, cross-fitted": crossfitted,
     "dpo": on_split("dpo", {"init": "init", "reference": "sft", "pairs": "prompts"}, pairs="split/all", **TRAINING),
     "dpo, a moving reference": on_split(
         "dpo", {"init": "init", "reference": "sft", "pairs": "prompts"},

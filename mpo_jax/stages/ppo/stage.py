@@ -23,7 +23,7 @@ from mpo_jax.evaluation import ppo_curves
 from mpo_jax.evaluation.sections import Shown
 from mpo_jax.models.config import ModelConfig
 from mpo_jax.sampling import SamplingConfig
-from mpo_jax.stages import buckets, candidates, gradients, loop, scores
+from mpo_jax.stages import buckets, candidates, gradients, loop, rows, scores
 from mpo_jax.stages import job as jobs
 from mpo_jax.stages import programs as shapes
 from mpo_jax.stages.base import Stage
@@ -46,7 +46,6 @@ from mpo_jax.stages.ppo.update import (
     weighing_step,
 )
 from mpo_jax.stages.programs import Call, Program, Programs
-from mpo_jax.stages.rows import unread
 from mpo_jax.types import Batch, PyTree
 
 
@@ -166,34 +165,30 @@ def step_calls(
     yield update.function, (state, frozen, made, rate, *pairs)
 
 
-def calls_between(
-    job: Job[Settings],
-    compiled: Programs,
-    prompts: Loader,
-    heldout: Loader,
-    replayed: Loader | None,
-    first: int,
-    last: int,
+def calls_from(
+    job: Job[Settings], compiled: Programs, prompts: Loader, heldout: Loader, replayed: Loader | None, first: int = 0
 ) -> Iterator[Call]:
-    """What the steps from one to another call, and the evaluations among them. prompts: those that are learned from.
-    replayed: pairs, or None."""
+    """What the steps from one on call, and their evaluations. prompts: those that are learned from. replayed: pairs, or
+    None."""
     how = sampling_config(job)
     pairs = () if replayed is None else replayed.shapes()
-    for rows in prompts.shapes(range(first, last)):
-        yield from step_calls(job, compiled, how, rows, pairs)
-    for rows in heldout.sampled_shapes(job.settings.eval_batches):
-        yield from reply_calls(job, compiled, dataclasses.replace(how, n=1), rows)
+    for batch in prompts.shapes(loop.to_compile(job, prompts, first)):
+        yield from step_calls(job, compiled, how, batch, pairs)
+    for batch in heldout.sampled_shapes(job.settings.eval_batches):
+        yield from reply_calls(job, compiled, dataclasses.replace(how, n=1), batch)
 
 
 def calls(job: Job[Settings]) -> Iterator[Call]:
-    """See `base.Stage.calls`."""
+    """See `base.Stage.calls`. InputError where the reward model's statistics, which are part of a program, are not
+    there yet."""
+    load_statistics(job)
     model = jobs.model(job)
     prompts, heldout = loaders(job, model, jobs.load_tokenizer(job, model))
-    steps = loop.total_steps(job, prompts)
-    replayed = replay.loader(job, unread)
-    return calls_between(
-        job, programs(job, steps), prompts, heldout, replayed, 0, loop.last_to_compile(prompts, 0, steps)
-    )
+    compiled = programs(job, loop.total_steps(job, prompts))
+    replayed = replay.loader(job, rows.unread)
+    if replayed is not None and "replay_reference" in compiled:
+        yield from rows.calls(job, compiled["replay_reference"], replayed.encoded, job.settings.batch_size)
+    yield from calls_from(job, compiled, prompts, heldout, replayed)
 
 
 def loaders(job: Job[Settings], model: ModelConfig, tokenizer) -> tuple[Loader, Loader]:
@@ -254,7 +249,7 @@ def _run(job: Job[Settings], stack: contextlib.ExitStack) -> dict[str, Any]:
         name=job.name,
         watch=make_watch(job.name),
         policy=operator.itemgetter("policy"),
-        calls=functools.partial(calls_between, job, compiled, prompts, heldout, replayed),
+        calls=functools.partial(calls_from, job, compiled, prompts, heldout, replayed),
     )
     params, summary = loop.train(training, steps, job.folder, job.mesh)
     jobs.save_weights(job, params["policy"])
