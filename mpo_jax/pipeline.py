@@ -6,20 +6,15 @@ Finished stages are skipped, an unfinished one resumes, a changed one runs again
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
-import shlex
-import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
 
-import mpo_jax
 from mpo_jax import (
     artifacts,
     disk,
@@ -31,7 +26,7 @@ from mpo_jax import (
     processes,
     profiling,
     progress,
-    settings,
+    provenance,
     sharding,
     states,
     stopping,
@@ -55,8 +50,6 @@ from mpo_jax.states import DONE, STALE, UNFINISHED, statuses
 
 Amount = Callable[[Job, int], float | None]
 """(job, records of the data) -> how much a stage has to compute, in any unit; None: nobody knows."""
-
-PACKAGES = ("mpo_jax", "jax", "flax", "optax", "orbax-checkpoint")
 
 
 def check(config: Run, workdir: epath.Path, mesh, only: Iterable[str] = (), preset: Preset | None = None) -> set[str]:
@@ -345,7 +338,7 @@ def run_stage(job: Job, nodes: Mapping[str, Node], resumed: bool = False) -> Non
     began = time.perf_counter()
     config, node, kind = job.config, nodes[job.name], kinds.of(job.settings)
     kind.check(job)
-    packages = {name: _version(name) for name in PACKAGES}
+    origin = provenance.of_stage(config, node)
     processes.first(functools.partial(_verify, [nodes[source].folder for source in node.sources]))
     inputs = states.inputs(nodes, node)
     if jobs.is_first():
@@ -369,16 +362,12 @@ def run_stage(job: Job, nodes: Mapping[str, Node], resumed: bool = False) -> Non
             "shared": node.shared,
             "inputs": inputs,
             "vocabulary": jobs.model(job).vocab_size,
-            "packages": packages,
             "seconds": None if resumed else time.perf_counter() - began,
             "devices": eta.devices(job.mesh),
-            "command": shlex.join(sys.argv),
-            "commit": _commit(),
-            "changed": _changed(config, node),
             "data": [account.as_json() for account in job.accounts],
             "summary": summary,
         }
-        artifacts.write_manifest(node.folder, manifest)
+        artifacts.write_manifest(node.folder, manifest | origin)
     _drop_states(node.folder)
     processes.barrier(f"{node.name} written")
 
@@ -390,35 +379,6 @@ def _drop_states(folder: epath.Path) -> None:
     for name in (artifacts.CHECKPOINTS, artifacts.SHARDS):
         if jobs.is_first() and (folder / name).exists():
             (folder / name).rmtree()
-
-
-def _changed(config: Run, node: Node) -> dict[str, Any]:
-    """The settings of the run, and of the stage, that are not at their defaults."""
-    run = {key: value for key, value in settings.differing(config).items() if key != "stages"}
-    own = {key: value for key, value in settings.differing(node.settings).items() if key != "kind"}
-    return {"run": run, "stage": own}
-
-
-def _commit() -> str:
-    """Of the clone that the package runs from, or the archive that a script has sent; "" of an installed package."""
-    root = Path(mpo_jax.__file__).resolve().parent.parent
-    if (root / "COMMIT").is_file():
-        return (root / "COMMIT").read_text().strip()
-    if not (root / ".git").exists():
-        return ""
-    asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _version(package: str) -> str:
-    """Of an installed package; this one may run from a clone that nothing installed."""
-    try:
-        return mpo_jax.__version__ if package == mpo_jax.__name__ else importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _verify(folders: Iterable[epath.Path]) -> None:

@@ -29,7 +29,7 @@ LAYERS = [
     {"stages"},
     {"graph"},
     {"eta", "states"},
-    {"heading"},
+    {"heading", "provenance"},
     {"pipeline", "finished"},
     {"planning"},
     {"recipes", "command"},

@@ -165,7 +165,8 @@ def test_batches_of_a_scoring_are_recorded(tmp_path):
     loader = Loader(encoded, 4, mesh=mesh, max_buckets=1, shuffle=False)
     step = jax.jit(lambda batch: jnp.tile(batch.tokens.sum(axis=1)[:, None], (1, 2)).astype(jnp.float32))
     with jax.set_mesh(mesh), profiling.of_stage(Wanted("dpo", 2, 1), "dpo", epath.Path(tmp_path), False):
-        job: Any = types.SimpleNamespace(mesh=mesh, config=types.SimpleNamespace(shard_seconds=60.0))  # nothing is kept
+        config = types.SimpleNamespace(shard_seconds=60.0)  # nothing is kept
+        job: Any = types.SimpleNamespace(mesh=mesh, config=config, settings=None)
         call, read = lambda batch: (step, (batch,)), lambda found: {"numbers": np.asarray(found)}
         found = list(shards.over(job, loader, "score", None, call, read))
     assert len(found) == loader.steps_per_epoch and not np.isnan(found[0][1]["numbers"]).any()
