@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import ml_collections
 import pytest
 
-from mpo_jax import metrics, recipes
+from mpo_jax import artifacts, metrics, recipes
 from mpo_jax.artifacts import POLICY
+from mpo_jax.errors import InputError
 from mpo_jax.models import decoder
 from mpo_jax.run import as_json
 from mpo_jax.settings import replaced
-from mpo_jax.stages import candidates, kinds, rows, shards
+from mpo_jax.stages import buckets, candidates, kinds, rows, shards
 from mpo_jax.stages.job import Artifact, Job
 from tests.evaluation import made
 from tests.stages import ppo_job, split_job, test_judge_stage
@@ -290,6 +291,15 @@ def test_what_a_step_is_called_with_is_known_without_tracing_a_model(case, tmp_p
 
 def untraced(*args, **options):
     raise AssertionError("a model is traced")
+
+
+def test_a_ppo_stage_foresees_nothing_before_its_reward_model_has_statistics(tmp_path, shared, monkeypatch):
+    """They are part of a program. No data are read for nothing."""
+    job = ppo(normalise_scores=True)(tmp_path, shared)
+    (job.inputs["reward"].folder / artifacts.STATISTICS).unlink(missing_ok=True)
+    monkeypatch.setattr(buckets, "prompts_for", lambda *_: pytest.fail("the data are read"))
+    with jax.set_mesh(job.mesh), pytest.raises(InputError, match=artifacts.STATISTICS):
+        list(kinds.of(job.settings).calls(job))
 
 
 @pytest.mark.parametrize("case", CASES)
