@@ -338,7 +338,7 @@ def run_stage(job: Job, nodes: Mapping[str, Node], resumed: bool = False) -> Non
     began = time.perf_counter()
     config, node, kind = job.config, nodes[job.name], kinds.of(job.settings)
     kind.check(job)
-    origin = provenance.of_stage(config, node)
+    origin = provenance.of_stage(config, node) if jobs.is_first() else {}
     processes.first(functools.partial(_verify, [nodes[source].folder for source in node.sources]))
     inputs = states.inputs(nodes, node)
     if jobs.is_first():

@@ -251,7 +251,7 @@ def loaders(job: Job[Settings], pairs: Sequence[Encoded], read: Sequence[np.ndar
 def calls(job: Job[Settings]) -> Iterator[Call]:
     """See `base.Stage.calls`."""
     pairs, size = buckets.pairs_for(job, jobs.model(job)), job.settings.batch_size
-    compiled = programs(job, steps_on(job, pairs[0]))
+    compiled = programs(job, loop.steps_on(job, pairs[0]))
     read: list[Any] = [None] * len(pairs)
     if "reference" in compiled:
         read = [rows.unread(part) for part in pairs]
@@ -261,18 +261,13 @@ def calls(job: Job[Settings]) -> Iterator[Call]:
     yield from loop.calls(job, compiled, train, heldout)
 
 
-def steps_on(job: Job[Settings], train: Encoded) -> int:
-    """Steps of the training on its pairs."""
-    return loop.total_steps(job, jobs.loader(job, train, job.settings.batch_size, max_length=None))
-
-
 def run(job: Job[Settings]) -> dict[str, Any]:
     """Trains, writes the weights, returns the summary."""
     model = jobs.model(job)
     settings = job.settings
     pairs = train, heldout, reported = buckets.pairs_for(job, model)
     base = jobs.base_weights(job, model)
-    steps = steps_on(job, train)
+    steps = loop.steps_on(job, train)
     compiled = programs(job, steps)
     read: list[Any] = [None] * len(pairs)
     if "reference" in compiled:

@@ -158,7 +158,7 @@ def calls(job: Job[Settings]) -> Iterator[Call]:
     """See `base.Stage.calls`."""
     encoded = rows_for(job, jobs.model(job))
     train, heldout = loaders(job, encoded, [rows.unread(part) for part in encoded])
-    compiled = programs(job, loop.total_steps(job, train))
+    compiled = programs(job, loop.steps_on(job, encoded[0]))
     for part in encoded:
         yield from rows.calls(job, compiled["reference"], part, job.settings.batch_size)
     yield from loop.calls(job, compiled, train, heldout)
@@ -167,10 +167,9 @@ def calls(job: Job[Settings]) -> Iterator[Call]:
 def run(job: Job[Settings]) -> dict[str, Any]:
     """Trains, writes the weights, returns the summary."""
     model = jobs.model(job)
-    settings = job.settings
     encoded = rows_for(job, model)
     base = jobs.base_weights(job, model)
-    steps = loop.total_steps(job, jobs.loader(job, encoded[0], settings.batch_size, max_length=None))
+    steps = loop.steps_on(job, encoded[0])
     compiled = programs(job, steps)
     train, heldout = loaders(job, encoded, reference.logps(job, compiled["reference"], base, encoded))
     params = jobs.load_weights(job, job.inputs["init"], model)

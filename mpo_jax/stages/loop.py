@@ -19,6 +19,7 @@ from etils import epath
 from mpo_jax import artifacts, optim, profiling, progress, stopping, trackers
 from mpo_jax import metrics as metrics_log
 from mpo_jax.data.account import epochs
+from mpo_jax.data.encode import Encoded
 from mpo_jax.data.loader import Loader
 from mpo_jax.evaluation import signatures
 from mpo_jax.models.config import ModelConfig
@@ -178,6 +179,11 @@ def check(job: Job[Training]) -> None:
 def microbatches(job: Job[Training]) -> int:
     """How many parts an update's rows are computed in."""
     return job.settings.update_rows // (job.settings.microbatch or job.settings.update_rows)
+
+
+def steps_on(job: Job[Training], encoded: Encoded) -> int:
+    """`total_steps` on rows that a training reads as long as they are."""
+    return total_steps(job, jobs.loader(job, encoded, job.settings.batch_size, max_length=None))
 
 
 def total_steps(job: Job[Training], loader: Loader) -> int:

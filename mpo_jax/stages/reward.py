@@ -58,6 +58,11 @@ class Settings(Training):
         0, "rows scored at a time for the statistics of scores; 0: batch_size", unit="rows", operational=True
     )
 
+    @property
+    def scored_rows(self) -> int:
+        """Rows scored at a time."""
+        return self.score_batch or self.batch_size
+
     @pydantic.model_validator(mode="after")
     def _fold(self):
         if self.folds and not (self.folds >= 2 and self.fold < self.folds):
@@ -83,7 +88,7 @@ def programs(job: Job[Settings], steps: int = shapes.STEPS) -> Programs:
     params = jobs.abstract_weights(model, job.mesh, head=True)
     made_by = shapes.made_by_stage(job, "pairs")
     batch = shapes.pairs(job, settings.batch_size, made_by, margin=settings.margin)
-    scored = shapes.pairs(job, score_rows(settings), made_by, margin=settings.margin)
+    scored = shapes.pairs(job, settings.scored_rows, made_by, margin=settings.margin)
     weights = jobs.abstract_base(job, model) | params
     training = loop.programs(job, model, make_loss(model, settings.margin), params, batch, steps)
     return training | {"score": rows.scoring_program(job, model, weights, scored, 2)}
@@ -118,12 +123,7 @@ def calls(job: Job[Settings]) -> Iterator[Call]:
     compiled = programs(job, loop.total_steps(job, train))
     yield from loop.calls(job, compiled, train, heldout)
     for share in (settings.share, REPORT):
-        yield from rows.calls(job, compiled["score"], encoded[share], score_rows(settings))
-
-
-def score_rows(settings: Settings) -> int:
-    """Rows scored at a time."""
-    return settings.score_batch or settings.batch_size
+        yield from rows.calls(job, compiled["score"], encoded[share], settings.scored_rows)
 
 
 def run(job: Job[Settings]) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     params, summary = loop.train(training, steps, job.folder, job.mesh)
     jobs.save_weights(job, params)
     trained, held = (
-        rows.compute(job, compiled["score"], base | params, encoded[share], score_rows(settings), of=["itself"])
+        rows.compute(job, compiled["score"], base | params, encoded[share], settings.scored_rows, of=["itself"])
         for share in (settings.share, REPORT)
     )
     low, high = np.percentile(trained, _RANGE)

@@ -98,6 +98,11 @@ class Settings(Pairing, Measures):
         return self.pair_source != "dataset"
 
     @property
+    def scored_rows(self) -> int:
+        """Rows scored at a time."""
+        return self.score_batch or self.batch_size
+
+    @property
     def reads_scores(self) -> bool:
         """Whether anybody scores: where the gap of scores is asked for, and for sampled replies."""
         return "reward" in self.measures or self.samples_pairs
@@ -188,7 +193,7 @@ def programs(job: Job[Settings]) -> Programs:
     base = jobs.abstract_base(job, model)
     own = settings.reads_reward
     reward = base | shapes.frozen_weights(job, model, head=True) if own else base
-    size = score_rows(job)
+    size = job.settings.scored_rows
     compiled: Programs = {}
     scored: dict[int, Batch] = {}
     made_by = settings if settings.pair_source == "sampled" else shapes.made_by_stage(job, "pairs")
@@ -226,13 +231,8 @@ def calls(job: Job[Settings]) -> Iterator[Call]:
             yield from candidates.calls(job, compiled["sample"], prompts, how, settings.batch_size)
         if "score" in compiled:
             encoded = corpus.share_pairs(job, model, tokenizer, share)
-            for _, which in scored_by(job, encoded, share):
-                yield from rows.calls(job, compiled["score"], encode.take(encoded, which), score_rows(job))
-
-
-def score_rows(job: Job[Settings]) -> int:
-    """Rows scored at a time."""
-    return job.settings.score_batch or job.settings.batch_size
+            for _, which in rows_by_model(job, encoded, share):
+                yield from rows.calls(job, compiled["score"], encode.take(encoded, which), job.settings.scored_rows)
 
 
 def run(job: Job[Settings]) -> dict[str, Any]:
@@ -245,7 +245,8 @@ def run(job: Job[Settings]) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         keys = ["scorer"] * settings.reads_scores + ["labeller"] * settings.samples_pairs
         asked = {
-            key: stack.enter_context(scores.opened(job, key, tokenizer, compiled, score_rows(job))) for key in keys
+            key: stack.enter_context(scores.opened(job, key, tokenizer, compiled, job.settings.scored_rows))
+            for key in keys
         }
         score = with_reward(job, model, compiled, base, asked["scorer"]) if "scorer" in asked else None
         make = functools.partial(_scored_pairs, job, model, tokenizer, compiled, base, score, asked.get("labeller"))
@@ -305,7 +306,7 @@ def divided(
     if "second" in compiled:
         weights = base | jobs.load_weights(job, job.inputs["second"], model, jobs.frozen_dtype(job))
         of = ["second", *jobs.making(job.inputs["second"])]
-        second = rows.compute(job, compiled["second"], weights, encoded, score_rows(job), of)
+        second = rows.compute(job, compiled["second"], weights, encoded, job.settings.scored_rows, of)
         bucket = buckets.agreed(bucket, second[:, 0] - second[:, 1])
     return GapTable(encoded.id, encoded.prompt_id, measured[:, 0], measured[:, 1], gap, bucket)
 
@@ -333,26 +334,26 @@ def with_reward(job: Job[Settings], model: ModelConfig, compiled: Programs, base
 def reward_scorer(job: Job[Settings], model: ModelConfig, compiled: Programs, base):
     """`(name of a program, encoded, share) -> f32 [rows,N]`, by the job's reward model; or by k of them, each row by
     the one that has not seen its prompt, and rows of other shares, which none has seen, by the mean of all."""
-    size = score_rows(job)
+    models, size = reward_models(job), job.settings.scored_rows
 
     def scorer(artifact: Artifact):
         weights = shards.loaded(lambda: base | jobs.load_weights(job, artifact, model, jobs.frozen_dtype(job)))
         return lambda name, encoded: rows.compute(job, compiled[name], weights, encoded, size, jobs.making(artifact))
 
-    only = scorer(models[0]) if len(models := reward_models(job)) == 1 else None
+    if len(models) == 1:
+        only = scorer(models[0])
+        return lambda name, encoded, share: only(name, encoded)
 
-    def scored(name: str, encoded: Encoded, share: str) -> np.ndarray:
-        if only is not None:  # whose weights are loaded once
-            return only(name, encoded)
+    def crossfit(name: str, encoded: Encoded, share: str) -> np.ndarray:
         total = np.zeros((len(encoded), encoded.replies), np.float32)
-        for artifact, which in scored_by(job, encoded, share):
+        for artifact, which in rows_by_model(job, encoded, share):
             total[which] += scorer(artifact)(name, encode.take(encoded, which))
         return total if share == job.settings.share else total / len(models)
 
-    return scored
+    return crossfit
 
 
-def scored_by(job: Job[Settings], encoded: Encoded, share: str) -> list[tuple[Artifact, np.ndarray]]:
+def rows_by_model(job: Job[Settings], encoded: Encoded, share: str) -> list[tuple[Artifact, np.ndarray]]:
     """Which rows of a share each of the reward models scores, see `reward_scorer`; models of none are left out."""
     models = reward_models(job)
     every = np.arange(len(encoded))
